@@ -1,0 +1,3 @@
+//! Evidence parsing and appraisal against a policy; no clock, no I/O, no network.
+
+#![forbid(unsafe_code)]

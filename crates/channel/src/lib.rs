@@ -1,0 +1,3 @@
+//! Keysets, the user's verification of a service, OHTTP bodies; no sockets.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The sealed model format: manifest, digests, chunked AEAD, signatures.
+
+#![forbid(unsafe_code)]

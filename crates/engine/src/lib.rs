@@ -1,0 +1,3 @@
+//! Tokenizer, model, KV cache, sampler, scheduler.
+
+#![forbid(unsafe_code)]

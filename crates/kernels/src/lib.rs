@@ -1,0 +1,3 @@
+//! CPU compute kernels, memory mapping and locking, the thread team: the one home of unsafe code.
+
+#![warn(missing_docs)]

@@ -1,0 +1,4 @@
+//! The fake TEE.
+#![forbid(unsafe_code)]
+
+fn main() {}

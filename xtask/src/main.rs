@@ -1,0 +1,4 @@
+//! The two commands of the README.
+#![forbid(unsafe_code)]
+
+fn main() {}
