@@ -1,3 +1,5 @@
 //! Keysets, the user's verification of a service, OHTTP bodies; no sockets.
 
 #![forbid(unsafe_code)]
+
+pub mod keyset;
