@@ -1,3 +1,37 @@
 //! The sealed model format: manifest, digests, chunked AEAD, signatures.
+//!
+//! A model is *sealed* by its provider into one file (`*.casemate`) and *opened* by the enclave that was
+//! released the data key. The byte layout is specified in `docs/container-format.md`; this crate is its
+//! implementation and holds nothing else: it reads no GGUF and no safetensors (see `casemate_import`), runs no
+//! model and opens no socket.
+//!
+//! The road from a path to weights is one way, and every step is a type that only the step before can make:
+//!
+//! ```text
+//! SealedFile::open(path)          layout is well formed, length is exact      (no key needed)
+//!   └─ .unlock(key, provider)     key commitment, manifest AEAD, canonical CBOR, limits, signature
+//!        └─ Unlocked::load(..)    every chunk authentic, every tensor and asset digest recomputed
+//!             └─ Model
+//! ```
 
 #![forbid(unsafe_code)]
+
+mod atomic_file;
+mod config;
+mod data_key;
+mod digest;
+mod dtype;
+mod key_file;
+mod manifest;
+mod progress;
+pub mod signing;
+mod source;
+
+pub use config::{Family, ModelConfig, RopeLayout, RopeScaling};
+pub use data_key::DataKey;
+pub use digest::{DigestParseError, ModelDigest};
+pub use dtype::{DType, UnknownDType};
+pub use key_file::KeyFileError;
+pub use manifest::{Access, AssetEntry, Manifest, ManifestError, TensorEntry};
+pub use progress::{Progress, Silent, Stage};
+pub use source::{ModelSource, SourceError, SourceTensor};
