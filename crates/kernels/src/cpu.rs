@@ -1,0 +1,108 @@
+//! Which vector instructions this machine has, proved once; the only place where a kernel is bound to them.
+//!
+//! Detection happens at run time through the standard library. There is no build-time switch.
+
+use std::fmt;
+
+use crate::isa::{Scalar, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{avx2::Avx2, avx512::Avx512};
+
+/// An instruction set that this machine has: a value exists only if detection succeeded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Isa(Level);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Scalar(Scalar),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Isa {
+    /// The portable twin, available everywhere.
+    pub const SCALAR: Isa = Isa(Level::Scalar(Scalar::new()));
+
+    /// The best instruction set of this machine.
+    pub fn detect() -> Isa {
+        Isa::available().last().unwrap_or(Isa::SCALAR)
+    }
+
+    /// Every instruction set of this machine, the slowest first.
+    pub fn available() -> impl DoubleEndedIterator<Item = Isa> {
+        let mut found = [Some(Isa::SCALAR), None, None];
+        #[cfg(target_arch = "x86_64")]
+        {
+            found[1] = Avx2::detect().map(|token| Isa(Level::Avx2(token)));
+            found[2] = Avx512::detect().map(|token| Isa(Level::Avx512(token)));
+        }
+        found.into_iter().flatten()
+    }
+
+    /// The instruction set of this [`name`](Isa::name), if this machine has it.
+    pub fn named(name: &str) -> Option<Isa> {
+        Isa::available().find(|isa| isa.name() == name)
+    }
+
+    /// `"scalar"`, `"avx2"` or `"avx512-vnni"`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Scalar(_) => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(_) => "avx512-vnni",
+        }
+    }
+
+    /// Runs a kernel with this instruction set: the one dispatch point of the crate.
+    #[inline]
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Level::Scalar(token) => kernel.run(token),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(token) => token.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(token) => token.enter(kernel),
+        }
+    }
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An algorithm over sixteen lanes, instantiated once per instruction set. `run` must be `#[inline(always)]`: it is
+/// compiled with the instruction set's features only as part of the function that [`Isa::dispatch`] enters.
+pub(crate) trait Kernel {
+    type Output;
+
+    fn run<V: Simd>(self, v: V) -> Self::Output;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_scalar_is_always_there() {
+        let all: Vec<Isa> = Isa::available().collect();
+        assert_eq!(all[0], Isa::SCALAR);
+        assert_eq!(*all.last().unwrap(), Isa::detect());
+        for isa in all {
+            assert_eq!(Isa::named(isa.name()), Some(isa));
+        }
+        assert_eq!(Isa::named("AVX2"), None);
+        assert_eq!(Isa::named("neon"), None);
+    }
+}

@@ -1,0 +1,463 @@
+//! Anonymous memory for weights, caches and keys: huge pages, kept out of core dumps and (where allowed) out of swap,
+//! overwritten before it goes back to the system.
+//!
+//! No file is ever mapped here, and nothing here knows what the bytes mean.
+
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
+
+/// Size of a transparent huge page on the platforms we serve; regions of at least this size start on such a boundary.
+pub const HUGE_PAGE: usize = 2 << 20;
+
+/// What a region is for; decides which protections are asked of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Purpose {
+    /// Keys and other small secrets: locked in memory, never in a core dump, no huge pages.
+    Keys,
+    /// Model weights: huge pages, never in a core dump, locked if the limit allows.
+    Weights,
+    /// Activations, KV cache and other state derived from prompts: as weights.
+    State,
+    /// Nothing secret (benchmarks): huge pages only.
+    Public,
+}
+
+/// What the kernel granted to a region. A refusal is not an error: containers and small `RLIMIT_MEMLOCK` values refuse
+/// routinely, and the caller decides how loudly to report it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemReport {
+    /// Length in bytes as asked for.
+    pub bytes: usize,
+    /// `MADV_HUGEPAGE` was accepted (the kernel may still hand out small pages).
+    pub huge_pages: bool,
+    /// `MADV_DONTDUMP` was accepted.
+    pub dump_excluded: bool,
+    /// `mlock2(MLOCK_ONFAULT)` was accepted: no page of it reaches swap.
+    pub locked: bool,
+}
+
+/// Plain data that a [`Region`] may be viewed as.
+///
+/// # Safety
+/// Every bit pattern is a valid value, there is no padding, no interior mutability and no drop glue, and the alignment
+/// is at most 4096.
+pub unsafe trait Element: Copy + Send + Sync + 'static {}
+
+macro_rules! elements {
+    ($($t:ty),*) => { $(
+        // SAFETY: a primitive number (or a transparent wrapper around one): any bits, no padding, small alignment.
+        unsafe impl Element for $t {}
+    )* };
+}
+elements!(
+    u8,
+    i8,
+    u16,
+    i16,
+    u32,
+    i32,
+    u64,
+    i64,
+    f32,
+    f64,
+    half::f16,
+    half::bf16
+);
+
+/// An owned, zero-initialised, page-aligned range of anonymous memory.
+///
+/// Pages come into being when first written: touch a large region in parallel, from the threads that will use it.
+/// On drop every resident page is overwritten with zeros before it is unmapped.
+pub struct Region {
+    start: NonNull<u8>,
+    len: usize,
+    mapped: usize,
+    report: MemReport,
+}
+
+// SAFETY: a Region owns its mapping exclusively, as a Vec<u8> owns its buffer; shared access only ever reads.
+unsafe impl Send for Region {}
+// SAFETY: as above: `&Region` gives out `&[u8]` and nothing else.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Reserves `len` zero bytes. `len` 0 is allowed and maps nothing.
+    ///
+    /// # Errors
+    /// The operating system's refusal of the mapping itself; refusals of advice are in [`Region::report`].
+    pub fn zeroed(len: usize, purpose: Purpose) -> io::Result<Region> {
+        let mut report = MemReport {
+            bytes: len,
+            huge_pages: false,
+            dump_excluded: false,
+            locked: false,
+        };
+        if len == 0 {
+            return Ok(Region {
+                start: NonNull::dangling(),
+                len,
+                mapped: 0,
+                report,
+            });
+        }
+        if len > isize::MAX as usize - 2 * HUGE_PAGE {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        let want_huge = purpose != Purpose::Keys && len >= HUGE_PAGE;
+        let page = page_size();
+        let mapped = len.next_multiple_of(page);
+        let start = if want_huge {
+            map_aligned(mapped, HUGE_PAGE)?
+        } else {
+            map(mapped)?
+        };
+        // SAFETY (all calls below): `start..start + mapped` is a mapping this function has just made and owns; advice and
+        // locking change neither its contents nor its validity.
+        unsafe {
+            let p = start.as_ptr().cast();
+            report.huge_pages = want_huge && libc::madvise(p, mapped, libc::MADV_HUGEPAGE) == 0;
+            if purpose != Purpose::Public {
+                report.dump_excluded = libc::madvise(p, mapped, libc::MADV_DONTDUMP) == 0;
+                report.locked = libc::mlock2(p, mapped, libc::MLOCK_ONFAULT) == 0;
+            }
+        }
+        Ok(Region {
+            start,
+            len,
+            mapped,
+            report,
+        })
+    }
+
+    /// What the kernel granted.
+    pub fn report(&self) -> MemReport {
+        self.report
+    }
+
+    /// The region as elements of another plain type; a tail shorter than one element is not part of the view.
+    pub fn view<T: Element>(&self) -> &[T] {
+        let count = if size_of::<T>() == 0 {
+            0
+        } else {
+            self.len / size_of::<T>()
+        };
+        if count == 0 {
+            return &[];
+        }
+        assert!(
+            self.start.as_ptr().cast::<T>().is_aligned(),
+            "a region is page-aligned and Element bounds alignment"
+        );
+        // SAFETY: the mapping holds `count * size_of::<T>() <= len` initialised bytes (anonymous pages read as zeros),
+        // aligned as just checked; Element promises that any bits are a T; `&self` keeps writers out.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<T>(), count) }
+    }
+
+    /// As [`Region::view`], writable.
+    pub fn view_mut<T: Element>(&mut self) -> &mut [T] {
+        let count = if size_of::<T>() == 0 {
+            0
+        } else {
+            self.len / size_of::<T>()
+        };
+        if count == 0 {
+            return &mut [];
+        }
+        assert!(
+            self.start.as_ptr().cast::<T>().is_aligned(),
+            "a region is page-aligned and Element bounds alignment"
+        );
+        // SAFETY: as in `view`; `&mut self` makes the access exclusive, and no T written can be an invalid u8.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast::<T>(), count) }
+    }
+
+    /// The region as f32; see [`Region::view`].
+    pub fn as_f32(&self) -> &[f32] {
+        self.view()
+    }
+
+    /// The region as writable f32; see [`Region::view`].
+    pub fn as_f32_mut(&mut self) -> &mut [f32] {
+        self.view_mut()
+    }
+
+    /// The region as i8; see [`Region::view`].
+    pub fn as_i8(&self) -> &[i8] {
+        self.view()
+    }
+
+    /// Gives the pages that lie wholly inside `range` back to the system, after overwriting them, and returns how many
+    /// bytes that were. The whole range reads as zeros afterwards; writing to it takes fresh pages.
+    ///
+    /// # Panics
+    /// If the range does not lie in the region.
+    pub fn release(&mut self, range: Range<usize>) -> usize {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "release {range:?} of a region of {}",
+            self.len
+        );
+        if range.is_empty() {
+            return 0;
+        }
+        let page = page_size();
+        let first = range.start.next_multiple_of(page);
+        // The last page belongs to the region as a whole, so a range that reaches the end takes it along.
+        let last = if range.end == self.len {
+            self.mapped
+        } else {
+            range.end / page * page
+        };
+        if first >= last {
+            self[range].fill(0);
+            return 0;
+        }
+        self[range.start..first].fill(0);
+        self.wipe(first..last);
+        if last < range.end {
+            self[last..range.end].fill(0);
+        }
+        // SAFETY: `first..last` are whole pages inside this mapping and `&mut self` proves that nobody looks at them. A
+        // private anonymous page that was dropped reads as zeros, so every view stays initialised. Locked pages cannot be
+        // dropped, hence munlock first; its failure only makes madvise fail, which leaves zeroed pages in place.
+        let dropped = unsafe {
+            let p = self.start.as_ptr().add(first).cast();
+            if self.report.locked {
+                libc::munlock(p, last - first);
+            }
+            libc::madvise(p, last - first, libc::MADV_DONTNEED) == 0
+        };
+        if dropped { last - first } else { 0 }
+    }
+
+    /// Overwrites resident pages in a page-aligned range with zeros. Pages that were never touched are left alone:
+    /// writing zeros to them would make the kernel find memory for them first.
+    fn wipe(&mut self, range: Range<usize>) {
+        const WINDOW: usize = 4096;
+        let page = page_size();
+        let mut resident = [0u8; WINDOW];
+        let mut at = range.start;
+        while at < range.end {
+            let bytes = (range.end - at).min(WINDOW * page);
+            let pages = bytes.div_ceil(page);
+            resident[..pages].fill(1);
+            // SAFETY: the window lies inside the mapping; the vector has a byte for each of its pages. When the call fails
+            // all pages count as resident.
+            unsafe {
+                let p = self.start.as_ptr().add(at).cast();
+                if libc::mincore(p, bytes, resident.as_mut_ptr()) != 0 {
+                    resident[..pages].fill(1);
+                }
+            }
+            for (i, _) in resident[..pages]
+                .iter()
+                .enumerate()
+                .filter(|(_, r)| **r & 1 == 1)
+            {
+                // SAFETY: page `i` of the window is inside the mapping (`range.end <= mapped`, a multiple of the page
+                // size) and exclusively ours.
+                unsafe { self.start.as_ptr().add(at + i * page).write_bytes(0, page) };
+            }
+            at += bytes;
+        }
+        // The pointer escapes into this and into the system call that follows, so the stores above cannot be dropped.
+        std::hint::black_box(self.start.as_ptr());
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if self.mapped == 0 {
+            return;
+        }
+        self.wipe(0..self.mapped);
+        // SAFETY: the mapping was made by `zeroed`, is owned by this value alone and is never used again. A failure would
+        // leak it, already wiped.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.mapped) };
+    }
+}
+
+impl Deref for Region {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.view()
+    }
+}
+
+impl DerefMut for Region {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.view_mut()
+    }
+}
+
+fn page_size() -> usize {
+    // SAFETY: sysconf takes no pointers; _SC_PAGESIZE always exists.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size)
+        .ok()
+        .filter(|s| s.is_power_of_two())
+        .expect("the system has a page size")
+}
+
+fn map(len: usize) -> io::Result<NonNull<u8>> {
+    // SAFETY: a fresh private anonymous mapping at an address of the kernel's choice touches no existing memory.
+    let p = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if p == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(p.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+/// Maps `len` bytes (a multiple of the page size) at a multiple of `align` by mapping more and giving the ends back.
+fn map_aligned(len: usize, align: usize) -> io::Result<NonNull<u8>> {
+    let start = map(len + align)?;
+    let head = start.as_ptr().align_offset(align);
+    let tail = align - head;
+    // SAFETY: `head + len + tail` is exactly what was just mapped, and nobody holds a reference into it; the parts given
+    // back are whole pages because `align`, `len` and the start are.
+    unsafe {
+        let aligned = start.as_ptr().add(head);
+        if head > 0 {
+            libc::munmap(start.as_ptr().cast(), head);
+        }
+        if tail > 0 {
+            libc::munmap(aligned.add(len).cast(), tail);
+        }
+        Ok(NonNull::new_unchecked(aligned))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resident_bytes(region: &Region) -> usize {
+        let page = page_size();
+        let mut pages = vec![0u8; region.mapped / page];
+        // SAFETY: the region's whole mapping, with one byte per page.
+        let rc = unsafe {
+            libc::mincore(
+                region.start.as_ptr().cast(),
+                region.mapped,
+                pages.as_mut_ptr(),
+            )
+        };
+        assert_eq!(rc, 0);
+        pages.iter().filter(|p| **p & 1 == 1).count() * page
+    }
+
+    #[test]
+    fn region_is_zeroed_writable_and_aligned() {
+        for len in [
+            0,
+            1,
+            4095,
+            4096,
+            4097,
+            HUGE_PAGE - 1,
+            HUGE_PAGE,
+            3 * HUGE_PAGE + 5,
+        ] {
+            let mut r = Region::zeroed(len, Purpose::Weights).unwrap();
+            assert_eq!(r.len(), len);
+            assert!(r.iter().all(|b| *b == 0));
+            if len > 0 {
+                r[len - 1] = 7;
+                r[0] |= 1;
+                assert_eq!(r[len - 1] & 7, 7);
+                assert_eq!(r.as_ptr().align_offset(4096), 0);
+            }
+            if len >= HUGE_PAGE {
+                assert_eq!(r.as_ptr().align_offset(HUGE_PAGE), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused_not_wrapped() {
+        assert!(Region::zeroed(usize::MAX, Purpose::Weights).is_err());
+        assert!(Region::zeroed(isize::MAX as usize, Purpose::State).is_err());
+    }
+
+    #[test]
+    fn views_cover_whole_elements_only() {
+        let mut r = Region::zeroed(11, Purpose::Keys).unwrap();
+        assert_eq!(r.as_f32().len(), 2);
+        assert_eq!(r.view::<u64>().len(), 1);
+        assert_eq!(r.as_i8().len(), 11);
+        r.as_f32_mut()[1] = 1.0;
+        assert_eq!(r[4..8], 1.0f32.to_le_bytes());
+        assert!(
+            Region::zeroed(3, Purpose::Keys)
+                .unwrap()
+                .as_f32()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn release_gives_pages_back_and_reads_zero() {
+        let mut r = Region::zeroed(4 * HUGE_PAGE, Purpose::Weights).unwrap();
+        r.fill(0xAB);
+        assert_eq!(resident_bytes(&r), r.len());
+        let freed = r.release(100..2 * HUGE_PAGE + 50);
+        assert_eq!(freed, 2 * HUGE_PAGE - 4096);
+        assert_eq!(resident_bytes(&r), r.len() - freed);
+        assert!(r[..100].iter().all(|b| *b == 0xAB));
+        assert!(r[100..2 * HUGE_PAGE + 50].iter().all(|b| *b == 0));
+        assert!(r[2 * HUGE_PAGE + 50..].iter().all(|b| *b == 0xAB));
+        r[4096] = 1;
+        assert_eq!(r[4096], 1, "released pages can be used again");
+        assert_eq!(r.release(10..20), 0);
+        assert_eq!(r.release(0..0), 0);
+    }
+
+    #[test]
+    fn release_to_the_end_takes_the_partial_last_page() {
+        let mut r = Region::zeroed(2 * 4096 + 10, Purpose::State).unwrap();
+        r.fill(1);
+        assert_eq!(r.release(4096..2 * 4096 + 10), 2 * 4096);
+        assert_eq!(resident_bytes(&r), 4096);
+    }
+
+    #[test]
+    fn wiping_leaves_untouched_pages_untouched() {
+        let mut r = Region::zeroed(64 * 4096, Purpose::Keys).unwrap();
+        r[5 * 4096 + 3] = 9;
+        let mapped = r.mapped;
+        let before = resident_bytes(&r);
+        r.wipe(0..mapped);
+        assert_eq!(resident_bytes(&r), before);
+        assert_eq!(r[5 * 4096 + 3], 0);
+    }
+
+    #[test]
+    fn dumps_are_excluded_for_secrets() {
+        let r = Region::zeroed(4096, Purpose::Keys).unwrap();
+        assert!(
+            r.report().dump_excluded,
+            "every Linux since 3.4 accepts MADV_DONTDUMP"
+        );
+        assert!(!r.report().huge_pages);
+    }
+
+    #[test]
+    #[should_panic(expected = "release")]
+    fn release_outside_the_region_panics() {
+        Region::zeroed(4096, Purpose::State)
+            .unwrap()
+            .release(0..4097);
+    }
+}

@@ -1,0 +1,326 @@
+//! Packed int8 weights.
+//!
+//! Rows are dealt into tiles of 32, columns into groups of 32. A tile is one `PackedGroup` per group, one after
+//! another, so that a product streams memory in order:
+//!
+//! ```text
+//! PackedGroup, 1088 bytes (17 cache lines)
+//!   0     32 x f16   scale of each row
+//!   64    16 x 64 B  quants[2 * step + half], step 0..8, half 0..2:
+//!                    row 16*half + 0: columns 4*step .. 4*step+4 | row 16*half + 1: ... | ... | row 16*half + 15
+//! ```
+//! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed activations. Rows past
+//! the last and columns past the last are zeros with scale 0.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use half::f16;
+use zeroize::Zeroizing;
+
+use super::{GROUP, TILE};
+use crate::mem::{Element, MemReport, Purpose, Region};
+use crate::team::Team;
+
+/// 32 rows by 32 columns; see the module's drawing.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct PackedGroup {
+    pub(super) scales: [f16; TILE],
+    pub(super) quants: [[u8; 64]; 16],
+}
+
+const _: () = assert!(size_of::<PackedGroup>() == 1088);
+
+// SAFETY: integers and f16 only, 64 + 1024 bytes without padding, alignment 64.
+unsafe impl Element for PackedGroup {}
+
+impl PackedGroup {
+    fn quant(row: usize, column: usize) -> (usize, usize) {
+        (column / 4 * 2 + row / 16, row % 16 * 4 + column % 4)
+    }
+
+    fn set(&mut self, row: usize, column: usize, w: i8) {
+        let (line, byte) = PackedGroup::quant(row, column);
+        self.quants[line][byte] = w as u8 ^ 0x80;
+    }
+
+    fn weight(&self, row: usize, column: usize) -> i8 {
+        let (line, byte) = PackedGroup::quant(row, column);
+        (self.quants[line][byte] ^ 0x80) as i8
+    }
+}
+
+/// Why weights could not be packed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PackError {
+    /// Misuse: a matrix needs at least one row and one column.
+    #[error("a matrix of {rows} by {columns} has no elements")]
+    Empty {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        columns: usize,
+    },
+    /// Misuse: the packed size does not fit the address space.
+    #[error("a matrix of {rows} by {columns} is too large")]
+    TooLarge {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        columns: usize,
+    },
+    /// Misuse: Q8_0 blocks hold 32 columns each.
+    #[error("{columns} columns are not a multiple of 32")]
+    PartialBlock {
+        /// Columns asked for.
+        columns: usize,
+    },
+    /// Misuse: a row of Q8_0 blocks has the wrong number of bytes.
+    #[error("row {row} has {found} bytes instead of {expected}")]
+    RowLength {
+        /// The row.
+        row: usize,
+        /// Bytes of `columns / 32` blocks.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// Malformed: a weight or scale is NaN or infinite.
+    #[error("row {row} holds a number that is not finite")]
+    NotFinite {
+        /// The first such row.
+        row: usize,
+    },
+    /// Malformed: a weight is too large for a half-precision scale (beyond about 8.3 million).
+    #[error("row {row} holds a weight too large for a half-precision scale")]
+    ScaleOverflow {
+        /// The first such row.
+        row: usize,
+    },
+    /// The operating system refused the memory.
+    #[error("no memory for packed weights")]
+    Memory(#[from] io::Error),
+}
+
+/// An int8 weight matrix of `rows` (outputs) by `columns` (inputs), packed for [`matmul_q8`](super::matmul_q8).
+pub struct Q8Matrix {
+    region: Region,
+    rows: usize,
+    columns: usize,
+}
+
+impl Q8Matrix {
+    /// Quantises f32 rows: `fill(row, out)` writes row `row` (`columns` long). It is called once per row, from all
+    /// members of the team at once.
+    ///
+    /// Each group of 32 gets scale = largest magnitude / 127 rounded to half precision (rounded up where rounding down
+    /// would clip) and weights to the nearest multiple, ties to even. `columns` need not be a multiple of 32.
+    ///
+    /// # Errors
+    /// [`PackError`]; of several faulty rows the first is named.
+    pub fn from_rows(
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<Q8Matrix, PackError> {
+        let scratch = || Zeroizing::new(vec![0f32; columns]);
+        Q8Matrix::pack(
+            team,
+            rows,
+            columns,
+            scratch,
+            |scratch, row, lane, groups| {
+                fill(row, scratch);
+                for (group, values) in groups.iter_mut().zip(scratch.chunks(GROUP)) {
+                    quantise_group(values, row, lane, group)?;
+                }
+                Ok(())
+            },
+        )
+    }
+
+    /// Takes GGUF Q8_0 rows as they are, without loss: `row(i)` is row `i` as `columns / 32` blocks of a little-endian
+    /// f16 scale and 32 i8.
+    ///
+    /// # Errors
+    /// [`PackError`]; of several faulty rows the first is named.
+    pub fn from_q8_0<'a>(
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        row: impl Fn(usize) -> &'a [u8] + Sync,
+    ) -> Result<Q8Matrix, PackError> {
+        const BLOCK: usize = 2 + GROUP;
+        if !columns.is_multiple_of(GROUP) {
+            return Err(PackError::PartialBlock { columns });
+        }
+        let expected = columns / GROUP * BLOCK;
+        Q8Matrix::pack(
+            team,
+            rows,
+            columns,
+            || (),
+            |(), i, lane, groups| {
+                let bytes = row(i);
+                if bytes.len() != expected {
+                    return Err(PackError::RowLength {
+                        row: i,
+                        expected,
+                        found: bytes.len(),
+                    });
+                }
+                for (group, block) in groups.iter_mut().zip(bytes.chunks_exact(BLOCK)) {
+                    let scale = f16::from_le_bytes([block[0], block[1]]);
+                    if !scale.is_finite() {
+                        return Err(PackError::NotFinite { row: i });
+                    }
+                    group.scales[lane] = scale;
+                    for (column, w) in block[2..].iter().enumerate() {
+                        group.set(lane, column, *w as i8);
+                    }
+                }
+                Ok(())
+            },
+        )
+    }
+
+    fn pack<S>(
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        scratch: impl Fn() -> S + Sync,
+        pack_row: impl Fn(&mut S, usize, usize, &mut [PackedGroup]) -> Result<(), PackError> + Sync,
+    ) -> Result<Q8Matrix, PackError> {
+        if rows == 0 || columns == 0 {
+            return Err(PackError::Empty { rows, columns });
+        }
+        let groups = columns.div_ceil(GROUP);
+        let bytes = rows
+            .div_ceil(TILE)
+            .checked_mul(groups)
+            .and_then(|count| count.checked_mul(size_of::<PackedGroup>()))
+            .ok_or(PackError::TooLarge { rows, columns })?;
+        let mut region = Region::zeroed(bytes, Purpose::Weights)?;
+        let first_error: Mutex<Option<(usize, PackError)>> = Mutex::new(None);
+        team.for_each_chunk_mut_with(
+            region.view_mut::<PackedGroup>(),
+            groups,
+            scratch,
+            |scratch, tile, packed| {
+                for group in packed.iter_mut() {
+                    group.quants = [[0x80; 64]; 16];
+                }
+                for lane in 0..TILE.min(rows - tile * TILE) {
+                    let row = tile * TILE + lane;
+                    if let Err(error) = pack_row(scratch, row, lane, packed) {
+                        let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+                        if first.as_ref().is_none_or(|(earlier, _)| row < *earlier) {
+                            *first = Some((row, error));
+                        }
+                        return;
+                    }
+                }
+            },
+        );
+        match first_error
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
+            Some((_, error)) => Err(error),
+            None => Ok(Q8Matrix {
+                region,
+                rows,
+                columns,
+            }),
+        }
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes that one product streams from memory.
+    pub fn bytes(&self) -> usize {
+        self.region.len()
+    }
+
+    /// What the kernel granted to the memory underneath.
+    pub fn memory(&self) -> MemReport {
+        self.region.report()
+    }
+
+    /// Writes row `row` (for instance a token's embedding) as f32, exactly `weight * scale`.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` is not `columns` long.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert_eq!(
+            out.len(),
+            self.columns,
+            "a row has as many elements as the matrix has columns"
+        );
+        let lane = row % TILE;
+        for (group, out) in self.tile(row / TILE).iter().zip(out.chunks_mut(GROUP)) {
+            let scale = group.scales[lane].to_f32();
+            for (column, out) in out.iter_mut().enumerate() {
+                *out = f32::from(group.weight(lane, column)) * scale;
+            }
+        }
+    }
+
+    pub(super) fn groups(&self) -> usize {
+        self.columns.div_ceil(GROUP)
+    }
+
+    pub(super) fn tiles(&self) -> usize {
+        self.rows.div_ceil(TILE)
+    }
+
+    pub(super) fn tile(&self, tile: usize) -> &[PackedGroup] {
+        let groups = self.groups();
+        &self.region.view::<PackedGroup>()[tile * groups..(tile + 1) * groups]
+    }
+}
+
+fn quantise_group(
+    values: &[f32],
+    row: usize,
+    lane: usize,
+    group: &mut PackedGroup,
+) -> Result<(), PackError> {
+    if !values.iter().all(|x| x.is_finite()) {
+        return Err(PackError::NotFinite { row });
+    }
+    let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    let mut scale = f16::from_f32(largest / 127.0);
+    // Rounding to half precision moves a normal scale by 2^-11 of itself, which cannot reach 127.5; only scales below
+    // 2^-14, where halves are evenly spaced, can come out too small.
+    if largest > 127.5 * scale.to_f32() {
+        scale = f16::from_bits(scale.to_bits() + 1);
+    }
+    if !scale.is_finite() {
+        return Err(PackError::ScaleOverflow { row });
+    }
+    group.scales[lane] = scale;
+    let scale = scale.to_f32();
+    for (column, x) in values.iter().enumerate() {
+        let w = if scale == 0.0 {
+            0.0
+        } else {
+            (x / scale).round_ties_even()
+        };
+        group.set(lane, column, w as i8);
+    }
+    Ok(())
+}

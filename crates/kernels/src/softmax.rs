@@ -1,0 +1,41 @@
+//! Softmax over a slice.
+
+use crate::cpu::{Isa, Kernel};
+use crate::isa::{LANES, Simd, exp, store_part};
+
+/// `x[i] = e^(x[i] - max) / sum`. The sum is taken lane by lane (elements j, j + 16, ...), then by halving. An empty slice
+/// stays empty; any NaN makes every result NaN, and so does +inf.
+pub fn softmax(isa: Isa, x: &mut [f32]) {
+    struct Softmax<'a>(&'a mut [f32]);
+
+    impl Kernel for Softmax<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<V: Simd>(self, v: V) {
+            let (blocks, rest) = self.0.as_chunks_mut::<LANES>();
+            let lanes = blocks
+                .iter()
+                .fold(v.splat(f32::NEG_INFINITY), |best, x| v.max(best, v.load(x)));
+            let largest = rest.iter().fold(
+                v.largest(lanes),
+                |best, x| if best > *x { best } else { *x },
+            );
+            let mut total = v.splat(0.0);
+            for x in blocks.iter_mut() {
+                let e = exp(v, v.sub(v.load(x), v.splat(largest)));
+                total = v.add(total, e);
+                v.store(e, x);
+            }
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            lanes[..rest.len()].copy_from_slice(rest);
+            let e = exp(v, v.sub(v.load(&lanes), v.splat(largest)));
+            let factor = v.splat(1.0 / v.sum(v.add(total, e)));
+            store_part(v, v.mul(e, factor), rest);
+            for x in blocks.iter_mut() {
+                v.store(v.mul(v.load(x), factor), x);
+            }
+        }
+    }
+    isa.dispatch(Softmax(x));
+}
