@@ -32,6 +32,33 @@ pub struct Measurement {
     pub rtmr: [Register; 4],
 }
 
+impl Measurement {
+    /// The `[[measurement]]` entry of a policy that expects exactly this.
+    ///
+    /// # Errors
+    /// [`NameError`] where the name is not one that a policy may have.
+    pub fn to_policy_entry(&self, name: &str) -> Result<String, NameError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.: /@+".contains(c);
+        if name.is_empty() || name.len() > 128 || !name.chars().all(plain) {
+            return Err(NameError);
+        }
+        let mut entry = format!("[[measurement]]\nname = \"{name}\"\n");
+        let fields = [("mr_td", &self.mr_td), ("mr_config_id", &self.mr_config_id)];
+        let registers = ["rtmr0", "rtmr1", "rtmr2", "rtmr3"]
+            .into_iter()
+            .zip(&self.rtmr);
+        for (key, value) in fields.into_iter().chain(registers) {
+            entry.push_str(&format!("{key} = \"{}\"\n", hex::encode(value)));
+        }
+        Ok(entry)
+    }
+}
+
+/// A measurement's name that a policy entry cannot have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a measurement's name has 1 to 128 letters, digits, spaces or characters of -_.:/@+")]
+pub struct NameError;
+
 /// What a process was started from.
 ///
 /// Arguments and environment are C strings because a NUL inside one would let two different lists give one digest.
