@@ -1,3 +1,27 @@
 //! Key release: RCAR messages, JWE, signed key grants, deployment credentials; no sockets.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`rcar`] | messages of the Confidential Containers key broker's protocol and the report data they imply |
+//! | [`jwe`] | ECDH-ES+A256KW with A256GCM |
+//! | [`grant`] | a model's data key, signed by its provider |
+//! | [`credential`] | the short-lived statement that a keyset belongs to an issuer's deployment |
+//! | [`issuance`] | messages by which an enclave obtains a credential |
+//! | [`client`] | the enclave's half of the exchange, without input or output |
+//!
+//! The specification is `docs/key-release.md`. Policy and appraisal live in `casemate-attest`; storage,
+//! sessions and the decision log live in `casemate-broker`.
 
 #![forbid(unsafe_code)]
+
+pub mod client;
+pub mod credential;
+mod encoding;
+pub mod error;
+pub mod grant;
+pub mod issuance;
+pub mod jwe;
+pub mod random;
+pub mod rcar;
+
+pub use error::{Malformed, Refused, ReleaseError, Unverified};

@@ -1,0 +1,36 @@
+//! Deterministic CBOR at the edge: one encoding per value, everything else refused.
+
+use minicbor::{Decode, Encode};
+use zeroize::Zeroizing;
+
+use crate::error::{Malformed, bounded};
+
+/// Encodes into a buffer that is wiped when dropped and never grows (growing would leave copies behind).
+pub(crate) fn encode<T: Encode<()>>(value: &T, capacity: usize) -> Zeroizing<Vec<u8>> {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(capacity));
+    minicbor::encode(value, &mut *bytes).expect("writing to memory cannot fail");
+    debug_assert!(bytes.len() <= capacity, "the buffer must not have grown");
+    bytes
+}
+
+/// Decodes and refuses what [`encode`] would not have written: trailing bytes, unknown or repeated
+/// keys, other orders, long forms, indefinite lengths.
+pub(crate) fn decode<T>(what: &'static str, bytes: &[u8], limit: usize) -> Result<T, Malformed>
+where
+    T: Encode<()> + for<'b> Decode<'b, ()>,
+{
+    bounded(what, bytes, limit)?;
+    let value: T = minicbor::decode(bytes).map_err(|_| Malformed::Cbor { what })?;
+    if *encode(&value, limit) != *bytes {
+        return Err(Malformed::NotDeterministic { what });
+    }
+    Ok(value)
+}
+
+/// Names of models and services: 1 to 128 visible ASCII characters.
+pub(crate) fn check_name(what: &'static str, text: &str) -> Result<(), Malformed> {
+    if (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Ok(());
+    }
+    Err(Malformed::Text { what })
+}

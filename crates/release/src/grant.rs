@@ -1,0 +1,463 @@
+//! Key grants: a model's data key, bound to the model's digest and a minimum version, signed by the
+//! provider.
+//!
+//! ```text
+//! envelope = { 0: body bstr, 1: provider's Ed25519 key bstr32, 2: signature bstr64 }
+//! body     = { 0: 1, 1: model digest bstr32, 2: model name tstr, 3: minimum version uint,
+//!              4: data key bstr32 }
+//! ```
+//! Both are deterministic CBOR; the signature covers the domain [`DOMAIN`] and the body's bytes. An
+//! envelope is secret: it travels inside a JWE and rests in files of mode 0600. Anyone can encrypt to a
+//! TEE's public key, so an enclave accepts a grant only under the provider key of its own measured
+//! configuration.
+
+use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use casemate_container::{DataKey, ModelDigest};
+use minicbor::{Decode, Encode};
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::encoding::{check_name, decode, encode};
+use crate::error::{Malformed, Refused, ReleaseError, Unverified};
+
+/// Domain of the provider's signature.
+pub const DOMAIN: &str = "casemate key grant v1";
+/// Most bytes of an envelope.
+pub const MAX_GRANT_BYTES: usize = 1024;
+
+const FORMAT: u32 = 1;
+
+/// What a provider grants.
+pub struct KeyGrant {
+    /// The model that the key opens.
+    pub model_digest: ModelDigest,
+    /// Its name in the manifest, for people.
+    pub model_name: String,
+    /// The lowest version that may be served under this grant.
+    pub minimum_version: u64,
+    /// The key of the sealed file.
+    pub data_key: DataKey,
+}
+
+/// What a grant says apart from the key itself; for listings and policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrantSummary {
+    /// The provider whose signature verified.
+    pub provider: VerifyingKey,
+    /// The model that the key opens.
+    pub model_digest: ModelDigest,
+    /// Its name in the manifest.
+    pub model_name: String,
+    /// The lowest version that may be served.
+    pub minimum_version: u64,
+}
+
+/// A grant whose signature by the expected provider verified.
+pub struct VerifiedGrant {
+    grant: KeyGrant,
+    provider: VerifyingKey,
+}
+
+impl KeyGrant {
+    /// Signs the grant and returns the envelope.
+    ///
+    /// # Errors
+    /// [`Malformed::Text`] when the model's name is not 1 to 128 visible ASCII characters.
+    pub fn sign(&self, provider: &SigningKey) -> Result<Zeroizing<Vec<u8>>, ReleaseError> {
+        check_name("grant.model_name", &self.model_name)?;
+        let body = Body {
+            format: FORMAT,
+            model_digest: *self.model_digest.as_bytes(),
+            model_name: self.model_name.clone(),
+            minimum_version: self.minimum_version,
+            data_key: *self.data_key.expose(),
+        };
+        let body = encode(&body, MAX_GRANT_BYTES);
+        let signature = provider.sign(DOMAIN, &body);
+        let envelope = Envelope {
+            body: body.to_vec(),
+            provider: *provider.verifying_key().as_bytes(),
+            signature: signature.0,
+        };
+        Ok(encode(&envelope, MAX_GRANT_BYTES))
+    }
+}
+
+impl VerifiedGrant {
+    /// Parses an envelope and verifies that `provider` signed it.
+    ///
+    /// # Errors
+    /// [`ReleaseError::Malformed`] for anything but the one encoding of a grant,
+    /// [`Unverified::Grant`] for another signer or changed bytes.
+    pub fn verify(envelope: &[u8], provider: &VerifyingKey) -> Result<Self, ReleaseError> {
+        let envelope: Envelope = decode("grant", envelope, MAX_GRANT_BYTES)?;
+        if envelope.provider != *provider.as_bytes() {
+            return Err(Unverified::Grant.into());
+        }
+        let signature = Signature(envelope.signature);
+        provider
+            .verify(DOMAIN, &envelope.body, &signature)
+            .map_err(|_| Unverified::Grant)?;
+        let body: Body = decode("grant.body", &envelope.body, MAX_GRANT_BYTES)?;
+        if body.format != FORMAT {
+            return Err(Malformed::Unsupported {
+                what: "grant.format",
+                found: body.format.to_string(),
+                expected: "1",
+            }
+            .into());
+        }
+        check_name("grant.model_name", &body.model_name)?;
+        let grant = KeyGrant {
+            model_digest: ModelDigest(body.model_digest),
+            model_name: body.model_name.clone(),
+            minimum_version: body.minimum_version,
+            data_key: DataKey::from_bytes(&body.data_key),
+        };
+        Ok(Self {
+            grant,
+            provider: *provider,
+        })
+    }
+
+    /// The key of the sealed file.
+    pub fn data_key(&self) -> &DataKey {
+        &self.grant.data_key
+    }
+
+    /// The model that the key opens.
+    pub fn model_digest(&self) -> &ModelDigest {
+        &self.grant.model_digest
+    }
+
+    /// Its name in the manifest.
+    pub fn model_name(&self) -> &str {
+        &self.grant.model_name
+    }
+
+    /// The lowest version that may be served.
+    pub fn minimum_version(&self) -> u64 {
+        self.grant.minimum_version
+    }
+
+    /// The provider that signed.
+    pub fn provider(&self) -> &VerifyingKey {
+        &self.provider
+    }
+
+    /// Checks that an unlocked model is the one granted, and new enough.
+    ///
+    /// # Errors
+    /// [`Refused::OtherModel`] or [`Refused::OldVersion`].
+    pub fn check_model(&self, digest: &ModelDigest, version: u64) -> Result<(), ReleaseError> {
+        if digest != self.model_digest() {
+            return Err(Refused::OtherModel {
+                expected: self.model_digest().to_string(),
+                found: digest.to_string(),
+            }
+            .into());
+        }
+        if version < self.minimum_version() {
+            let minimum = self.minimum_version();
+            return Err(Refused::OldVersion {
+                found: version,
+                minimum,
+            }
+            .into());
+        }
+        Ok(())
+    }
+}
+
+/// Reads what a grant says, after verifying the signature under the key that it names itself.
+///
+/// This shows that the file is whole, not whom it comes from: compare `provider` before relying on it.
+///
+/// # Errors
+/// As [`VerifiedGrant::verify`].
+pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
+    let named: Envelope = decode("grant", envelope, MAX_GRANT_BYTES)?;
+    let provider = VerifyingKey::from_bytes(named.provider);
+    let verified = VerifiedGrant::verify(envelope, &provider)?;
+    Ok(GrantSummary {
+        provider,
+        model_digest: *verified.model_digest(),
+        model_name: verified.model_name().to_owned(),
+        minimum_version: verified.minimum_version(),
+    })
+}
+
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct Envelope {
+    #[cbor(n(0), with = "minicbor::bytes")]
+    body: Vec<u8>,
+    #[cbor(n(1), with = "minicbor::bytes")]
+    provider: [u8; 32],
+    #[cbor(n(2), with = "minicbor::bytes")]
+    signature: [u8; 64],
+}
+
+impl Drop for Envelope {
+    fn drop(&mut self) {
+        self.body.zeroize();
+    }
+}
+
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct Body {
+    #[n(0)]
+    format: u32,
+    #[cbor(n(1), with = "minicbor::bytes")]
+    model_digest: [u8; 32],
+    #[n(2)]
+    model_name: String,
+    #[n(3)]
+    minimum_version: u64,
+    #[cbor(n(4), with = "minicbor::bytes")]
+    data_key: [u8; 32],
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.data_key.zeroize();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+
+    const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
+
+    fn provider() -> SigningKey {
+        SigningKey::from_seed(&[0x11; 32])
+    }
+
+    fn grant() -> KeyGrant {
+        KeyGrant {
+            model_digest: ModelDigest([0x22; 32]),
+            model_name: "smollm2".into(),
+            minimum_version: 3,
+            data_key: DataKey::from_bytes(&[0x33; 32]),
+        }
+    }
+
+    fn refusal(envelope: &[u8]) -> ReleaseError {
+        match VerifiedGrant::verify(envelope, &provider().verifying_key()) {
+            Ok(_) => panic!("the grant was accepted"),
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn signs_the_vector_byte_for_byte() {
+        let vectors: Value = serde_json::from_str(VECTORS).unwrap();
+        let envelope = grant().sign(&provider()).unwrap();
+        assert_eq!(hex::encode(&*envelope), vectors["grant"]["envelope"]);
+        assert_eq!(
+            provider().verifying_key().to_string(),
+            vectors["grant"]["provider"]
+        );
+    }
+
+    #[test]
+    fn verifies_under_the_providers_key_only() {
+        let envelope = grant().sign(&provider()).unwrap();
+        let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
+        assert_eq!(verified.data_key().expose(), &[0x33; 32]);
+        assert_eq!(verified.model_digest(), &ModelDigest([0x22; 32]));
+        assert_eq!(
+            (verified.model_name(), verified.minimum_version()),
+            ("smollm2", 3)
+        );
+
+        let other = SigningKey::generate();
+        let error = VerifiedGrant::verify(&envelope, &other.verifying_key()).err();
+        assert_eq!(error, Some(Unverified::Grant.into()));
+        // Signed by somebody else who claims to be the provider.
+        let mut forged: Envelope = minicbor::decode(&grant().sign(&other).unwrap()).unwrap();
+        forged.provider = *provider().verifying_key().as_bytes();
+        assert_eq!(
+            refusal(&encode(&forged, MAX_GRANT_BYTES)),
+            Unverified::Grant.into()
+        );
+    }
+
+    #[test]
+    fn a_signature_for_another_purpose_is_no_grant() {
+        let envelope = grant().sign(&provider()).unwrap();
+        let mut other: Envelope = minicbor::decode(&envelope).unwrap();
+        other.signature = provider().sign("casemate model manifest v1", &other.body).0;
+        assert_eq!(
+            refusal(&encode(&other, MAX_GRANT_BYTES)),
+            Unverified::Grant.into()
+        );
+    }
+
+    #[test]
+    fn every_changed_bit_is_refused() {
+        let envelope = grant().sign(&provider()).unwrap();
+        for index in 0..envelope.len() {
+            for bit in 0..8 {
+                let mut changed = envelope.to_vec();
+                changed[index] ^= 1 << bit;
+                refusal(&changed);
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_other_encodings_of_the_same_grant() {
+        let envelope = grant().sign(&provider()).unwrap();
+        let not_deterministic = ReleaseError::from(Malformed::NotDeterministic { what: "grant" });
+        let mut trailing = envelope.to_vec();
+        trailing.push(0);
+        assert_eq!(refusal(&trailing), not_deterministic);
+
+        let mut unknown = envelope.to_vec();
+        unknown[0] += 1;
+        unknown.extend([0x03, 0x00]);
+        assert_eq!(refusal(&unknown), not_deterministic);
+
+        let mut long = vec![0xb8, 0x03];
+        long.extend(&envelope[1..]);
+        assert_eq!(refusal(&long), not_deterministic);
+
+        let mut indefinite = vec![0xbf];
+        indefinite.extend(&envelope[1..]);
+        indefinite.push(0xff);
+        assert_eq!(refusal(&indefinite), not_deterministic);
+
+        for length in 0..envelope.len() {
+            let truncated = refusal(&envelope[..length]);
+            assert_eq!(
+                truncated,
+                Malformed::Cbor { what: "grant" }.into(),
+                "{length} bytes"
+            );
+        }
+        let oversize = vec![0; MAX_GRANT_BYTES + 1];
+        assert!(matches!(
+            refusal(&oversize),
+            ReleaseError::Malformed(Malformed::TooLarge { what: "grant", .. })
+        ));
+    }
+
+    /// A provider's own signature does not make a body of another shape acceptable.
+    #[test]
+    fn refuses_signed_bodies_of_another_format() {
+        let sign = |body: Vec<u8>| {
+            let signature = provider().sign(DOMAIN, &body).0;
+            let provider = *provider().verifying_key().as_bytes();
+            encode(
+                &Envelope {
+                    body,
+                    provider,
+                    signature,
+                },
+                MAX_GRANT_BYTES,
+            )
+        };
+        let body = |format| Body {
+            format,
+            model_digest: [1; 32],
+            model_name: "m".into(),
+            minimum_version: 0,
+            data_key: [2; 32],
+        };
+        let future = encode(&body(2), MAX_GRANT_BYTES).to_vec();
+        assert!(matches!(
+            refusal(&sign(future)),
+            ReleaseError::Malformed(Malformed::Unsupported {
+                what: "grant.format",
+                ..
+            })
+        ));
+        let mut trailing = encode(&body(1), MAX_GRANT_BYTES).to_vec();
+        trailing.push(0);
+        assert_eq!(
+            refusal(&sign(trailing)),
+            Malformed::NotDeterministic { what: "grant.body" }.into()
+        );
+    }
+
+    #[test]
+    fn names_that_cannot_be_shown_are_not_signed() {
+        for name in ["", "two words", "line\nbreak", &"x".repeat(129)] {
+            let grant = KeyGrant {
+                model_name: name.into(),
+                ..grant()
+            };
+            assert_eq!(
+                grant.sign(&provider()).err(),
+                Some(
+                    Malformed::Text {
+                        what: "grant.model_name"
+                    }
+                    .into()
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn checks_the_model_at_hand() {
+        let envelope = grant().sign(&provider()).unwrap();
+        let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
+        assert_eq!(verified.check_model(&ModelDigest([0x22; 32]), 3), Ok(()));
+        assert_eq!(
+            verified.check_model(&ModelDigest([0x22; 32]), 2),
+            Err(Refused::OldVersion {
+                found: 2,
+                minimum: 3
+            }
+            .into())
+        );
+        assert!(matches!(
+            verified.check_model(&ModelDigest([0x23; 32]), 3),
+            Err(ReleaseError::Refused(Refused::OtherModel { .. }))
+        ));
+    }
+
+    #[test]
+    fn inspection_shows_everything_but_the_key() {
+        let envelope = grant().sign(&provider()).unwrap();
+        let summary = inspect(&envelope).unwrap();
+        assert_eq!(summary.provider, provider().verifying_key());
+        assert_eq!(summary.model_digest, ModelDigest([0x22; 32]));
+        let mut damaged = envelope.to_vec();
+        *damaged.last_mut().unwrap() ^= 1;
+        assert_eq!(inspect(&damaged), Err(Unverified::Grant.into()));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_grant_round_trips(
+            digest: [u8; 32], key: [u8; 32], version: u64, name in "[!-~]{1,128}",
+        ) {
+            let grant = KeyGrant {
+                model_digest: ModelDigest(digest),
+                model_name: name.clone(),
+                minimum_version: version,
+                data_key: DataKey::from_bytes(&key),
+            };
+            let envelope = grant.sign(&provider()).unwrap();
+            let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
+            prop_assert_eq!(verified.model_digest(), &ModelDigest(digest));
+            prop_assert_eq!(verified.data_key().expose(), &key);
+            prop_assert_eq!((verified.model_name(), verified.minimum_version()), (&*name, version));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            prop_assert!(VerifiedGrant::verify(&bytes, &provider().verifying_key()).is_err());
+            prop_assert!(inspect(&bytes).is_err());
+        }
+    }
+}
