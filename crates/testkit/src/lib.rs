@@ -1,3 +1,6 @@
-//! A fake TEE with its own root of trust, hostile samples, tiny models, deployments for tests.
+//! What tests and demonstrations need and no product may link: a fake TEE with its own root of trust, hostile
+//! samples, tiny models, the test data, whole deployments. Nothing in here protects anything.
 
 #![forbid(unsafe_code)]
+
+pub mod fake_tee;
