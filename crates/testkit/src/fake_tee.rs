@@ -3,8 +3,10 @@
 //! of a process ([`peer`]) and the service on a Unix socket ([`server`]). Whoever can read its state directory can
 //! claim anything; a policy that accepts it must say so by naming the root.
 
+pub mod peer;
 mod pki;
 mod quote;
+pub mod server;
 
 pub use pki::{Endorsements, Platform, Revoked};
 pub use quote::{Body, Forgery, Sample};
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use casemate_attest::measure::Measurement;
-use dcap_qvl::QuoteCollateralV3;
+use casemate_attest::{Evidence, ReportData};
 
 /// Endorsements older than this are issued anew.
 const REFRESH_SECONDS: u64 = 3600;
@@ -22,15 +24,6 @@ const REFRESH_SECONDS: u64 = 3600;
 pub struct FakeTee {
     keys: pki::Keys,
     endorsed: Mutex<Option<(u64, pki::Endorsed)>>,
-}
-
-/// A quote and the collateral that endorses it.
-#[derive(Clone)]
-pub struct Quoted {
-    /// Version 4 TDX quote.
-    pub quote: Vec<u8>,
-    /// Everything a verifier needs besides the root.
-    pub collateral: QuoteCollateralV3,
 }
 
 /// Why a fake TEE could not start or sign.
@@ -108,9 +101,9 @@ impl FakeTee {
     pub fn quote(
         &self,
         measurement: &Measurement,
-        report_data: &[u8; 64],
+        report_data: &ReportData,
         now: u64,
-    ) -> Result<Quoted, FakeTeeError> {
+    ) -> Result<Evidence, FakeTeeError> {
         let endorsed = self.endorsed(now)?;
         quote::sign(
             &self.keys,
@@ -120,7 +113,7 @@ impl FakeTee {
     }
 
     /// Quotes whatever the sample says, endorsed however it says: for hostile samples in tests.
-    pub fn quote_with(&self, sample: &Sample, now: u64) -> Result<Quoted, FakeTeeError> {
+    pub fn quote_with(&self, sample: &Sample, now: u64) -> Result<Evidence, FakeTeeError> {
         let endorsed = self
             .keys
             .endorse(&sample.platform, &sample.endorsements, now)?;

@@ -3,4 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod data;
 pub mod fake_tee;
+pub mod gguf;
+pub mod llama2c;
+pub mod models;

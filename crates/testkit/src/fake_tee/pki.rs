@@ -9,7 +9,8 @@ use std::path::Path;
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
-use dcap_qvl::{QuoteCollateralV3, TcbStatus};
+use casemate_attest::Collateral;
+use dcap_qvl::TcbStatus;
 use der::asn1::{ObjectIdentifier, OctetStringRef, UintRef};
 use der::{Any, Decode, Encode, Tag};
 use rcgen::{
@@ -106,7 +107,7 @@ pub(super) struct Endorsed {
     pub(super) platform: Platform,
     /// PCK certificate, platform CA, root; PEM, as a quote carries them.
     pub(super) pck_chain: String,
-    pub(super) collateral: QuoteCollateralV3,
+    pub(super) collateral: Collateral,
 }
 
 /// The keys of one installation and its root certificate.
@@ -280,7 +281,7 @@ impl Keys {
         let tcb_info = tcb_info(platform, endorsements, &dates).to_string();
         let qe_identity = qe_identity(endorsements, &dates).to_string();
         let signing_chain = format!("{signing_pem}{root_pem}");
-        let collateral = QuoteCollateralV3 {
+        let collateral = Collateral {
             pck_crl_issuer_chain: format!("{ca_pem}{root_pem}"),
             root_ca_crl: root_crl.der().to_vec(),
             pck_crl: pck_crl.der().to_vec(),

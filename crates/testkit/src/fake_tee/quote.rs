@@ -7,10 +7,11 @@
 //! ```
 
 use casemate_attest::measure::Measurement;
+use casemate_attest::{Evidence, ReportData, TeeKind};
 use sha2::{Digest, Sha256, Sha384};
 
+use super::FakeTeeError;
 use super::pki::{self, Endorsed, Endorsements, Keys, Platform};
-use super::{FakeTeeError, Quoted};
 
 /// The fields of a TD report body that a quote signs.
 #[derive(Clone, Debug)]
@@ -32,7 +33,7 @@ pub struct Body {
 
 impl Body {
     /// The body that an honest fake TEE signs for a measured process.
-    pub fn new(measurement: &Measurement, report_data: &[u8; 64]) -> Body {
+    pub fn new(measurement: &Measurement, report_data: &ReportData) -> Body {
         let mut tee_tcb_svn = [0; 16];
         tee_tcb_svn[..3].copy_from_slice(&[pki::MODULE_SVN, pki::MODULE_VERSION, 3]);
         Body {
@@ -48,7 +49,7 @@ impl Body {
             mr_owner: [0; 48],
             mr_owner_config: [0; 48],
             rtmr: measurement.rtmr,
-            report_data: *report_data,
+            report_data: *report_data.as_bytes(),
         }
     }
 }
@@ -85,7 +86,7 @@ pub enum Forgery {
 
 impl Sample {
     /// The honest sample for a measured process.
-    pub fn new(measurement: &Measurement, report_data: &[u8; 64]) -> Sample {
+    pub fn new(measurement: &Measurement, report_data: &ReportData) -> Sample {
         Sample {
             body: Body::new(measurement, report_data),
             platform: Platform::default(),
@@ -105,7 +106,7 @@ pub(super) fn sign(
     keys: &Keys,
     endorsed: &Endorsed,
     sample: &Sample,
-) -> Result<Quoted, FakeTeeError> {
+) -> Result<Evidence, FakeTeeError> {
     let mut quote = Vec::with_capacity(8 * 1024);
     quote.extend_from_slice(&4u16.to_le_bytes());
     quote.extend_from_slice(&2u16.to_le_bytes()); // ECDSA-256 with P-256
@@ -158,7 +159,11 @@ pub(super) fn sign(
     authentication.extend_from_slice(&6u16.to_le_bytes());
     write_sized(&mut authentication, &certification);
     write_sized(&mut quote, &authentication);
-    Ok(Quoted { quote, collateral })
+    Ok(Evidence {
+        tee: TeeKind::Tdx,
+        quote,
+        collateral: Some(collateral),
+    })
 }
 
 fn write_sized(out: &mut Vec<u8>, bytes: &[u8]) {
