@@ -6,5 +6,7 @@
 pub mod data;
 pub mod fake_tee;
 pub mod gguf;
+pub mod hostile;
 pub mod llama2c;
 pub mod models;
+pub mod policies;
