@@ -9,6 +9,7 @@
 use std::fmt;
 
 use aws_lc_rs::digest;
+use casemate_attest::ReportData;
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 
@@ -242,7 +243,7 @@ pub fn report_data(
     keyset: &KeysetDigest,
     nonce: &[u8; 32],
     binding: &ChannelBinding,
-) -> [u8; 64] {
+) -> ReportData {
     let purpose = match purpose {
         Purpose::Credential => "credential",
         Purpose::Serving => "serving",
@@ -265,7 +266,7 @@ pub fn report_data(
         .expect("writing to a Vec cannot fail");
     let mut out = [0; 64];
     out.copy_from_slice(digest::digest(&digest::SHA512, &cbor.into_writer()).as_ref());
-    out
+    ReportData::new(out)
 }
 
 #[cfg(test)]
@@ -493,7 +494,7 @@ mod tests {
             &[0x22; 32],
             &ChannelBinding::Key,
         );
-        assert_eq!(hex::encode(data), REPORT_DATA_VECTOR);
+        assert_eq!(data.to_string(), REPORT_DATA_VECTOR);
     }
 
     // printf of the CBOR array by hand, through sha512sum: see docs/channel.md.

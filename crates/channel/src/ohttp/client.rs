@@ -129,7 +129,7 @@ impl PendingAnswer {
         let transport = transport.map(|item| item.map_err(Into::into));
         FrameReader {
             transport: Box::pin(transport),
-            opening: Opening::Nonce(self, Vec::with_capacity(ANSWER_NONCE_BYTES)),
+            opening: Opening::Nonce(Box::new(self), Vec::with_capacity(ANSWER_NONCE_BYTES)),
             plaintext: Vec::new(),
             frames: 0,
         }
@@ -188,7 +188,7 @@ struct FrameReader {
 
 enum Opening {
     /// Collecting the answer's nonce.
-    Nonce(PendingAnswer, Vec<u8>),
+    Nonce(Box<PendingAnswer>, Vec<u8>),
     Chunks(ChunkReader, AnswerCipher),
     /// The last chunk has been authenticated.
     Done,

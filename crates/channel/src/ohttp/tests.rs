@@ -31,7 +31,7 @@ fn pieces(
     sizes: &[usize],
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + Unpin + 'static {
     let mut rest = Bytes::copy_from_slice(bytes);
-    let mut sizes = sizes.to_vec().into_iter().cycle();
+    let mut sizes = sizes.iter().copied().cycle();
     let mut parts = Vec::new();
     while !rest.is_empty() {
         let size = sizes.next().unwrap().min(rest.len());
