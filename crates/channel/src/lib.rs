@@ -4,3 +4,4 @@
 
 pub mod keyset;
 pub mod ohttp;
+pub mod verify;

@@ -103,7 +103,8 @@ impl RequestSealer {
         head[1..7].copy_from_slice(&SUITE);
         let info = [REQUEST_INFO, &head[..7]].concat();
         let (enc, context) =
-            setup_sender::<AesGcm128, HkdfSha256, XWing>(&OpModeS::Base, &key.0, &info).map_err(|_| CryptoFailure)?;
+            setup_sender::<AesGcm128, HkdfSha256, XWing>(&OpModeS::Base, &key.0, &info)
+                .map_err(|_| CryptoFailure)?;
         head[7..].copy_from_slice(&enc.to_bytes());
         Ok((head, RequestSealer(context)))
     }
