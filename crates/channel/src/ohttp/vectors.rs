@@ -168,7 +168,7 @@ struct Vector {
 }
 
 fn vector() -> Vector {
-    let text = include_str!("../../vectors/exchange.txt");
+    let text = include_str!("../../../../docs/vectors/channel.txt");
     let field = |name: &str| {
         let line = text
             .lines()
@@ -184,20 +184,36 @@ fn vector() -> Vector {
     }
 }
 
-/// Prints a fresh recording: `cargo test -p casemate-channel record -- --ignored --nocapture`.
+/// Prints the new recording where `CASEMATE_PRINT_VECTORS` is set, for when the format changes.
 #[test]
-#[ignore = "prints a new recording; run by hand when the format changes"]
-fn record() {
-    let seed = [0x5a; 32];
+fn an_exchange_of_today_has_the_shape_of_the_recorded_one() {
+    let vector = vector();
     let keyring = Keyring::default();
-    let config = keyring.derive(10, &seed);
+    let config = keyring.derive(10, &vector.seed);
     let recipient = Recipient::from_config(&config.encoded).unwrap();
     let (sent, _) = recipient.encapsulate(&request(BODY)).unwrap();
     let received = block_on(keyring.receive(whole(&sent), 1 << 16, 0)).unwrap();
-    println!("seed: {}", hex::encode(seed));
-    println!("key_config: {}", hex::encode(config.encoded));
-    println!("request: {}", hex::encode(&sent));
-    println!("answer: {}", hex::encode(respond(received.responder)));
+    let answer = respond(received.responder);
+    if std::env::var_os("CASEMATE_PRINT_VECTORS").is_some() {
+        println!("seed: {}", hex::encode(vector.seed));
+        println!("key_config: {}", hex::encode(&config.encoded));
+        println!("request: {}", hex::encode(&sent));
+        println!("answer: {}", hex::encode(&answer));
+    }
+    assert_eq!(config.encoded, vector.key_config);
+    assert_eq!(sent.len(), vector.request.len());
+    assert_eq!(sent[..7], vector.request[..7]);
+    assert_ne!(
+        sent[7..],
+        vector.request[7..],
+        "every request has its own secret"
+    );
+    assert_eq!(answer.len(), vector.answer.len());
+    assert_ne!(
+        answer[..16],
+        vector.answer[..16],
+        "every answer has its own nonce"
+    );
 }
 
 #[test]
