@@ -17,21 +17,37 @@
 #![forbid(unsafe_code)]
 
 mod atomic_file;
+pub mod bench;
 mod config;
 mod data_key;
 mod digest;
 mod dtype;
+mod error;
+mod header;
 mod key_file;
+mod keys;
 mod manifest;
+mod model;
+mod open;
 mod progress;
+mod seal;
 pub mod signing;
 mod source;
+mod tree;
+#[cfg(test)]
+mod vectors;
+mod workers;
 
 pub use config::{Family, ModelConfig, RopeLayout, RopeScaling};
 pub use data_key::DataKey;
 pub use digest::{DigestParseError, ModelDigest};
 pub use dtype::{DType, UnknownDType};
+pub use error::{Malformed, NotAuthentic, OpenError, SealError};
+pub use header::Header;
 pub use key_file::KeyFileError;
 pub use manifest::{Access, AssetEntry, Manifest, ManifestError, TensorEntry};
+pub use model::{Model, TensorRef};
+pub use open::{Inspected, SealedFile, Unlocked};
 pub use progress::{Progress, Silent, Stage};
+pub use seal::{SealOptions, Sealed, seal};
 pub use source::{ModelSource, SourceError, SourceTensor};

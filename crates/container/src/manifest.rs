@@ -87,17 +87,17 @@ pub struct AssetEntry {
 #[cbor(map)]
 pub struct Manifest {
     #[n(0)]
-    format: u32,
+    pub(crate) format: u32,
     #[n(1)]
-    name: String,
+    pub(crate) name: String,
     #[n(2)]
-    version: u64,
+    pub(crate) version: u64,
     #[n(3)]
-    config: ModelConfig,
+    pub(crate) config: ModelConfig,
     #[n(4)]
-    tensors: Vec<TensorEntry>,
+    pub(crate) tensors: Vec<TensorEntry>,
     #[n(5)]
-    assets: Vec<AssetEntry>,
+    pub(crate) assets: Vec<AssetEntry>,
 }
 
 /// A manifest is refused.
@@ -183,12 +183,6 @@ pub enum ManifestError {
     /// All entries together exceed 2⁴⁴ bytes.
     #[error("the payload exceeds 2^44 bytes")]
     PayloadTooLarge,
-    /// A tensor that was to be public does not exist.
-    #[error("no tensor matches the public pattern `{pattern}`")]
-    NothingPublic {
-        /// The pattern.
-        pattern: String,
-    },
 }
 
 impl Manifest {
@@ -328,6 +322,25 @@ impl Manifest {
             digest: a.digest,
         });
         tensors.chain(assets)
+    }
+
+    /// Name of the `index`th of [`Self::extents`].
+    pub(crate) fn entry_name(&self, index: usize) -> &str {
+        match index.checked_sub(self.tensors.len()) {
+            None => &self.tensors[index].name,
+            Some(asset) => &self.assets[asset].name,
+        }
+    }
+
+    /// The same with the digests that were computed, in the order of [`Self::extents`].
+    pub(crate) fn with_digests(&self, digests: &[[u8; 32]]) -> Manifest {
+        let mut manifest = self.clone();
+        let tensors = manifest.tensors.iter_mut().map(|t| &mut t.digest);
+        let assets = manifest.assets.iter_mut().map(|a| &mut a.digest);
+        for (place, digest) in tensors.chain(assets).zip(digests) {
+            *place = *digest;
+        }
+        manifest
     }
 
     fn check(&self) -> Result<(), ManifestError> {
