@@ -374,7 +374,7 @@ pub struct ErrorInformation {
     pub detail: String,
     /// Present when evidence or a policy was the reason.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub denial: Option<DenialInformation>,
+    pub denial: Option<Box<DenialInformation>>,
 }
 
 /// A [`Denial`] as a client of the broker reads it.

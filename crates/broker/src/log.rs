@@ -1,0 +1,417 @@
+//! The hash-chained decision log: entries, their encoding, and the check of a whole chain.
+//!
+//! ```text
+//! hash(entry) = SHA-256("casemate decision log entry v1" ‖ 0x00 ‖ deterministic CBOR of the entry)
+//! entry       = { 0: 1, 1: position, 2: hash of the entry before (zeros at position 0), 3: time, 4: action, … }
+//! head        = size ‖ hash of the last entry, signed by the issuer over SIGNATURE_DOMAIN
+//! ```
+//! An edited, removed, inserted or reordered entry breaks the chain; entries cut off at the end break the
+//! signed head. Putting back an older copy of the whole log does not show in the log itself, but against
+//! any credential issued since, because credentials carry size and head: see [`Anchor`].
+//!
+//! Where entries are kept is [`crate::store`]'s business.
+
+use aws_lc_rs::digest::{Context, SHA256};
+use casemate_attest::{Class, Denial};
+use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use minicbor::bytes::ByteArray;
+use minicbor::{Decode, Encode};
+use serde::{Serialize, Serializer};
+
+/// Domain of the issuer's signature over a head.
+pub const SIGNATURE_DOMAIN: &str = "casemate decision log head v1";
+/// Most bytes of one entry.
+pub const MAX_ENTRY_BYTES: usize = 16 * 1024;
+
+const ENTRY_DOMAIN: &[u8] = b"casemate decision log entry v1\0";
+const FORMAT: u32 = 1;
+const MAX_TEXT_CHARS: usize = 512;
+
+/// A SHA-256 value in an entry; hex in JSON.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(transparent)]
+pub struct Digest(#[n(0)] ByteArray<32>);
+
+impl Digest {
+    /// The bytes.
+    pub fn bytes(&self) -> [u8; 32] {
+        *self.0
+    }
+}
+
+impl From<[u8; 32]> for Digest {
+    fn from(bytes: [u8; 32]) -> Self {
+        Self(bytes.into())
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex::encode(*self.0))
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex::encode(*self.0))
+    }
+}
+
+/// What was decided about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cbor(index_only)]
+pub enum Action {
+    /// The log was begun; `content` is the issuer's public key.
+    #[n(0)]
+    Begin,
+    /// A policy came into force; `content` is the SHA-256 of its text.
+    #[n(1)]
+    SetPolicy,
+    /// A resource was stored; `content` is its SHA-256.
+    #[n(2)]
+    PutResource,
+    /// A resource was deleted.
+    #[n(3)]
+    DeleteResource,
+    /// Evidence was appraised.
+    #[n(4)]
+    Attest,
+    /// A resource was asked for.
+    #[n(5)]
+    Release,
+    /// A deployment credential was asked for; `content` is the keyset's digest.
+    #[n(6)]
+    Credential,
+}
+
+/// How it was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cbor(index_only)]
+pub enum Verdict {
+    /// Done at the administrator's request.
+    #[n(0)]
+    Administered,
+    /// Allowed: evidence of a genuine TEE.
+    #[n(1)]
+    Genuine,
+    /// Allowed: evidence under the development root that the policy names. Not a TEE.
+    #[n(2)]
+    Development,
+    /// Denied; `denial` says why.
+    #[n(3)]
+    Denied,
+}
+
+/// A denial as it is logged.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct LoggedDenial {
+    /// `malformed`, `not_genuine` or `refused`.
+    #[n(0)]
+    pub class: String,
+    /// The claim that failed.
+    #[n(1)]
+    pub claim: String,
+    /// What was found.
+    #[n(2)]
+    pub found: String,
+    /// What would have been accepted.
+    #[n(3)]
+    pub expected: String,
+    /// What to do.
+    #[n(4)]
+    pub remedy: String,
+}
+
+impl From<&Denial> for LoggedDenial {
+    fn from(denial: &Denial) -> Self {
+        let class = match denial.class {
+            Class::Malformed => "malformed",
+            Class::NotGenuine => "not_genuine",
+            Class::Refused => "refused",
+        };
+        Self {
+            class: class.into(),
+            claim: cut(denial.claim),
+            found: cut(&denial.found),
+            expected: cut(&denial.expected),
+            remedy: cut(&denial.remedy),
+        }
+    }
+}
+
+/// What a decision says, before it gets its place in the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct Decision {
+    /// What was decided about.
+    #[n(0)]
+    pub action: Action,
+    /// How.
+    #[n(1)]
+    pub verdict: Verdict,
+    /// The policy in force.
+    #[n(2)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy_version: Option<u64>,
+    /// SHA-256 of the session's identifier.
+    #[n(3)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<Digest>,
+    /// Path of the resource, or name of the service.
+    #[n(4)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// SHA-256 of the evidence.
+    #[n(5)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Digest>,
+    /// Name of the measurement in the policy that matched.
+    #[n(6)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub measurement: Option<String>,
+    /// The model whose key it is about.
+    #[n(7)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<Digest>,
+    /// What the action's description says.
+    #[n(8)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
+    /// End of validity of what was issued, seconds since 1970.
+    #[n(9)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<u64>,
+    /// Why it was denied.
+    #[n(10)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub denial: Option<LoggedDenial>,
+}
+
+impl Decision {
+    /// A decision with nothing but what and how.
+    pub fn new(action: Action, verdict: Verdict) -> Self {
+        Self {
+            action,
+            verdict,
+            policy_version: None,
+            session: None,
+            subject: None,
+            evidence: None,
+            measurement: None,
+            model: None,
+            content: None,
+            expires_at: None,
+            denial: None,
+        }
+    }
+}
+
+/// One link of the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct Entry {
+    #[n(0)]
+    #[serde(skip)]
+    format: u32,
+    /// Number of entries before this one.
+    #[n(1)]
+    pub position: u64,
+    /// Hash of the entry before; zeros for the first.
+    #[n(2)]
+    pub previous: Digest,
+    /// Seconds since 1970.
+    #[n(3)]
+    pub time: u64,
+    /// What was decided.
+    #[n(4)]
+    #[serde(flatten)]
+    pub decision: Decision,
+}
+
+impl Entry {
+    /// The next entry after `head`.
+    pub fn after(head: &Head, time: u64, mut decision: Decision) -> Self {
+        for text in [&mut decision.subject, &mut decision.measurement]
+            .into_iter()
+            .flatten()
+        {
+            *text = cut(text);
+        }
+        Self {
+            format: FORMAT,
+            position: head.size,
+            previous: head.hash,
+            time,
+            decision,
+        }
+    }
+
+    /// The one encoding.
+    pub fn encode(&self) -> Vec<u8> {
+        minicbor::to_vec(self).expect("writing to memory cannot fail")
+    }
+
+    /// Parses an encoding; none for anything that [`Entry::encode`] would not have written.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() > MAX_ENTRY_BYTES {
+            return None;
+        }
+        let entry: Entry = minicbor::decode(bytes).ok()?;
+        (entry.format == FORMAT && entry.encode() == bytes).then_some(entry)
+    }
+}
+
+/// Hash of an encoded entry.
+pub fn hash(encoded: &[u8]) -> Digest {
+    let mut context = Context::new(&SHA256);
+    context.update(ENTRY_DOMAIN);
+    context.update(encoded);
+    let mut out = [0; 32];
+    out.copy_from_slice(context.finish().as_ref());
+    out.into()
+}
+
+/// Where a log ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Head {
+    /// Number of entries.
+    pub size: u64,
+    /// Hash of the last one; zeros for an empty log.
+    pub hash: Digest,
+}
+
+impl Head {
+    /// The head of a log without entries.
+    pub fn empty() -> Self {
+        Self {
+            size: 0,
+            hash: [0; 32].into(),
+        }
+    }
+
+    /// Signs the head.
+    pub fn sign(&self, issuer: &SigningKey) -> [u8; 64] {
+        issuer.sign(SIGNATURE_DOMAIN, &self.message()).0
+    }
+
+    /// Whether `issuer` signed this head.
+    pub fn is_signed_by(&self, issuer: &VerifyingKey, signature: &[u8; 64]) -> bool {
+        issuer
+            .verify(SIGNATURE_DOMAIN, &self.message(), &Signature(*signature))
+            .is_ok()
+    }
+
+    fn message(&self) -> [u8; 40] {
+        let mut message = [0; 40];
+        message[..8].copy_from_slice(&self.size.to_be_bytes());
+        message[8..].copy_from_slice(&self.hash.bytes());
+        message
+    }
+}
+
+/// A head that somebody else remembers, for example from a deployment credential.
+pub type Anchor = Head;
+
+/// The first thing that is wrong with a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LogFault {
+    /// The bytes at this position are not an entry.
+    #[error("entry {0} cannot be read")]
+    Unreadable(u64),
+    /// Another position stands in the entry, or one is missing before it.
+    #[error("entry {0} is missing or out of order")]
+    OutOfOrder(u64),
+    /// The entry does not follow from the one before.
+    #[error("entry {0} does not continue the chain: it or the entry before was changed")]
+    BrokenLink(u64),
+    /// The log ends elsewhere than its signed head says.
+    #[error("the log has {found} entries or another last entry, its signed head says {signed}")]
+    OtherHead {
+        /// Number of entries found.
+        found: u64,
+        /// Number of entries in the signed head.
+        signed: u64,
+    },
+    /// The head is not signed by the issuer.
+    #[error("the head is not signed by the issuer")]
+    HeadSignature,
+    /// The log does not contain a head that somebody else remembers.
+    #[error("the log does not contain the anchored head of size {0}")]
+    NotAnchored(u64),
+}
+
+/// Checks a chain entry by entry, without holding it in memory.
+pub struct ChainCheck {
+    head: Head,
+    anchor: Option<Anchor>,
+}
+
+impl ChainCheck {
+    /// Begins before the first entry. With an anchor, the log must contain it.
+    pub fn new(anchor: Option<Anchor>) -> Self {
+        Self {
+            head: Head::empty(),
+            anchor,
+        }
+    }
+
+    /// Takes the next stored row.
+    ///
+    /// # Errors
+    /// The first [`LogFault`].
+    pub fn next(&mut self, position: u64, encoded: &[u8], stored: Digest) -> Result<(), LogFault> {
+        let expected = self.head.size;
+        if position != expected {
+            return Err(LogFault::OutOfOrder(expected));
+        }
+        let entry = Entry::decode(encoded).ok_or(LogFault::Unreadable(position))?;
+        if entry.position != position {
+            return Err(LogFault::OutOfOrder(position));
+        }
+        if entry.previous != self.head.hash || hash(encoded) != stored {
+            return Err(LogFault::BrokenLink(position));
+        }
+        self.head = Head {
+            size: position + 1,
+            hash: stored,
+        };
+        match self.anchor {
+            Some(anchor) if anchor.size == self.head.size && anchor.hash != self.head.hash => {
+                Err(LogFault::NotAnchored(anchor.size))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the check against the signed head.
+    ///
+    /// # Errors
+    /// The first [`LogFault`].
+    pub fn finish(
+        self,
+        signed: &Head,
+        signature: &[u8; 64],
+        issuer: &VerifyingKey,
+    ) -> Result<Head, LogFault> {
+        if !signed.is_signed_by(issuer, signature) {
+            return Err(LogFault::HeadSignature);
+        }
+        if *signed != self.head {
+            return Err(LogFault::OtherHead {
+                found: self.head.size,
+                signed: signed.size,
+            });
+        }
+        match self.anchor {
+            Some(anchor) if anchor.size > self.head.size => Err(LogFault::NotAnchored(anchor.size)),
+            _ => Ok(self.head),
+        }
+    }
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(MAX_TEXT_CHARS).collect()
+}

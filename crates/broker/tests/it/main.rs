@@ -1,0 +1,10 @@
+//! The broker as its guests, its administrator and an attacker meet it.
+//!
+//! Evidence comes from the fake TEE, in Intel's format and through the real appraisal.
+
+mod credentials;
+mod decisions;
+mod http;
+mod log;
+mod program;
+mod support;

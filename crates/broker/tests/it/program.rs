@@ -1,0 +1,454 @@
+//! The program as an operator starts it: files, sockets, signals, exit codes.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use casemate_broker::state::database;
+use casemate_container::signing::SigningKey;
+use casemate_testkit::fake_tee::FakeTee;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{MODEL, NOW, grant, measurement, policy};
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_casemate-broker"));
+    command.env_remove("RUST_LOG");
+    command
+}
+
+fn run<const N: usize>(arguments: [&str; N]) -> Output {
+    program().args(arguments).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn failed(output: &Output, says: &str) {
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(output));
+    assert!(
+        stderr(output).contains(says),
+        "{:?} in {}",
+        says,
+        stderr(output)
+    );
+}
+
+/// A serving broker; killed when dropped.
+struct Serving {
+    child: Child,
+    address: String,
+    socket: PathBuf,
+}
+
+impl Serving {
+    fn start(state: &Path) -> Self {
+        let mut child = program()
+            .args(["serve", "--listen", "127.0.0.1:0", "--state"])
+            .arg(state)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in lines.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let line = receiver
+            .recv_timeout(Duration::from_secs(20))
+            .expect("the broker gets ready");
+        let address = line
+            .strip_prefix("listening on ")
+            .expect("its first line")
+            .to_owned();
+        Self {
+            child,
+            address,
+            socket: state.join("admin.sock"),
+        }
+    }
+
+    fn admin(&self, arguments: &[&str]) -> Output {
+        program()
+            .args(["admin", "--socket"])
+            .arg(&self.socket)
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.admin(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-s", name, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    fn wait(mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "the broker does not end"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Files {
+    directory: TempDir,
+    tee: FakeTee,
+}
+
+impl Files {
+    fn new() -> Self {
+        let files = Self {
+            directory: tempfile::tempdir().unwrap(),
+            tee: FakeTee::ephemeral(NOW).unwrap(),
+        };
+        let output = run(["init", "--state", files.state().to_str().unwrap()]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        files
+    }
+
+    fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> String {
+        let path = self.directory.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn policy(&self, version: u64) -> String {
+        let text = policy(&self.tee, version, &measurement(1), &[MODEL]);
+        self.write("policy.toml", text.as_bytes())
+    }
+
+    fn grant(&self) -> String {
+        self.write("model.grant", &grant(&SigningKey::generate(), 2))
+    }
+}
+
+#[test]
+fn init_prints_the_issuer_and_keeps_secrets_to_the_owner() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let output = run(["init", "--state", state.to_str().unwrap()]);
+    assert!(output.status.success());
+    let issuer = stdout(&output).trim().to_owned();
+    assert_eq!(issuer.len(), 64);
+    assert_eq!(
+        std::fs::read_to_string(state.join("issuer.pub"))
+            .unwrap()
+            .trim(),
+        issuer
+    );
+    assert_eq!(state.metadata().unwrap().mode() & 0o777, 0o700);
+    for file in ["issuer.pem", "token.p8", "storage.key", "broker.sqlite3"] {
+        let mode = state.join(file).metadata().unwrap().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{file}");
+    }
+
+    let pem = std::fs::read(state.join("issuer.pem")).unwrap();
+    failed(
+        &run(["init", "--state", state.to_str().unwrap()]),
+        "never overwritten",
+    );
+    assert_eq!(std::fs::read(state.join("issuer.pem")).unwrap(), pem);
+}
+
+#[test]
+fn an_administrator_sets_lists_and_deletes() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    assert_eq!(serving.socket.metadata().unwrap().mode() & 0o777, 0o600);
+    assert_eq!(serving.json(&["status"])["policy"], Value::Null);
+    failed(&serving.admin(&["policy", "show"]), "no policy is in force");
+
+    let reply = serving.json(&["policy", "set", &files.policy(3)]);
+    assert_eq!(reply["version"], 3);
+    assert_eq!(
+        reply["development_root"],
+        hex::encode(files.tee.root_spki_sha256())
+    );
+    let shown = stdout(&serving.admin(&["policy", "show"]));
+    assert_eq!(
+        shown,
+        std::fs::read_to_string(files.directory.path().join("policy.toml")).unwrap()
+    );
+    failed(
+        &serving.admin(&["policy", "set", &files.policy(2)]),
+        "versions only go up",
+    );
+    let broken = files.write("broken.toml", b"version = 9\nunknown = 1\n");
+    failed(&serving.admin(&["policy", "set", &broken]), "policy");
+    failed(
+        &serving.admin(&["policy", "set", "/nonexistent"]),
+        "/nonexistent",
+    );
+
+    let grant = files.grant();
+    let reply = serving.json(&["resource", "put", "default/model/m", "--grant", &grant]);
+    assert_eq!(reply["model_digest"], MODEL.to_string());
+    assert_eq!(reply["minimum_version"], 2);
+    assert_eq!(reply["service"], "m");
+    let opaque = files.write("opaque", b"bytes");
+    serving.json(&[
+        "resource",
+        "put",
+        "a/b/c",
+        "--opaque",
+        &opaque,
+        "--service",
+        "s",
+    ]);
+    failed(
+        &serving.admin(&["resource", "put", "a/b/d", "--grant", &opaque]),
+        "key grant",
+    );
+    let listed = serving.json(&["resource", "list"]);
+    let paths: Vec<_> = listed["resources"].as_array().unwrap().iter().collect();
+    assert_eq!(paths.len(), 2);
+    assert_eq!(
+        (&paths[0]["path"], &paths[0]["service"]),
+        (&"a/b/c".into(), &"s".into())
+    );
+    assert!(
+        serving
+            .admin(&["resource", "delete", "a/b/c"])
+            .status
+            .success()
+    );
+    failed(
+        &serving.admin(&["resource", "delete", "a/b/c"]),
+        "no resource",
+    );
+    assert_eq!(
+        serving
+            .admin(&["resource", "put", "../etc/x"])
+            .status
+            .code(),
+        Some(2)
+    );
+
+    let log = stdout(&serving.admin(&["log", "show"]));
+    let actions: Vec<Value> = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["action"].take())
+        .collect();
+    assert_eq!(
+        actions,
+        [
+            "begin",
+            "set_policy",
+            "put_resource",
+            "put_resource",
+            "delete_resource"
+        ]
+    );
+    let head = serving.json(&["log", "verify"]);
+    assert_eq!(head["size"], 5);
+    let anchor = format!("5:{}", head["hash"].as_str().unwrap());
+    serving.json(&["log", "verify", "--anchor", &anchor]);
+    let other = format!("5:{}", "00".repeat(32));
+    failed(
+        &serving.admin(&["log", "verify", "--anchor", &other]),
+        "anchored head",
+    );
+}
+
+#[test]
+fn everything_acknowledged_survives_being_killed() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    serving.json(&["policy", "set", &files.policy(7)]);
+    let grant = files.grant();
+    let put = serving.json(&["resource", "put", "default/model/m", "--grant", &grant]);
+    let status = serving.json(&["status"]);
+    serving.signal("KILL");
+    assert_eq!(serving.wait(), None);
+
+    let serving = Serving::start(&files.state());
+    let after = serving.json(&["status"]);
+    for part in ["issuer", "token_key", "policy", "resources", "log"] {
+        assert_eq!(after[part], status[part], "{part}");
+    }
+    assert_eq!(serving.json(&["resource", "list"])["resources"][0], put);
+    serving.json(&["log", "verify"]);
+}
+
+#[test]
+fn a_stopped_broker_leaves_no_socket_and_its_log_can_be_checked_offline() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    serving.json(&["policy", "set", &files.policy(1)]);
+    let socket = serving.socket.clone();
+    serving.signal("TERM");
+    assert_eq!(serving.wait(), Some(0));
+    assert!(!socket.exists());
+
+    let state = files.state();
+    let check = |arguments: &[&str]| {
+        program()
+            .args(["admin", "log", "verify", "--offline"])
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    let output = check(&[state.to_str().unwrap()]);
+    assert!(
+        stdout(&output).starts_with("the log is whole: 2 entries"),
+        "{}",
+        stderr(&output)
+    );
+    let file = database(&state);
+    let file = file.to_str().unwrap();
+    failed(&check(&[file]), "--issuer");
+    let issuer = std::fs::read_to_string(state.join("issuer.pub")).unwrap();
+    assert!(check(&[file, "--issuer", issuer.trim()]).status.success());
+    failed(
+        &check(&[file, "--issuer", &"11".repeat(32)]),
+        "not signed by the issuer",
+    );
+    let connection = rusqlite::Connection::open(file).unwrap();
+    connection
+        .execute("DELETE FROM log WHERE position = 0", [])
+        .unwrap();
+    drop(connection);
+    failed(&check(&[state.to_str().unwrap()]), "entry 0 is missing");
+}
+
+#[test]
+fn a_start_that_cannot_succeed_says_why() {
+    let files = Files::new();
+    let state = files.state();
+    let serve = |state: &Path, listen: &str| {
+        program()
+            .args(["serve", "--listen", listen, "--state"])
+            .arg(state)
+            .output()
+            .unwrap()
+    };
+    let missing = files.directory.path().join("missing");
+    failed(&serve(&missing, "127.0.0.1:0"), "casemate-broker init");
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    failed(
+        &serve(&state, &address),
+        &format!("cannot listen on {address}"),
+    );
+
+    let serving = Serving::start(&state);
+    failed(
+        &serve(&state, "127.0.0.1:0"),
+        "another casemate-broker is serving",
+    );
+    drop(serving);
+
+    let mode = |file: &str, mode: u32| {
+        std::fs::set_permissions(state.join(file), std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for file in ["issuer.pem", "storage.key", "token.p8"] {
+        mode(file, 0o644);
+        failed(&serve(&state, "127.0.0.1:0"), file);
+        mode(file, 0o600);
+    }
+    mode(".", 0o755);
+    failed(&serve(&state, "127.0.0.1:0"), "nobody but its owner");
+    mode(".", 0o700);
+    for file in ["issuer.pem", "storage.key", "token.p8"] {
+        let bytes = std::fs::read(state.join(file)).unwrap();
+        std::fs::write(state.join(file), b"garbage").unwrap();
+        failed(&serve(&state, "127.0.0.1:0"), file);
+        std::fs::remove_file(state.join(file)).unwrap();
+        failed(&serve(&state, "127.0.0.1:0"), file);
+        std::fs::write(state.join(file), bytes).unwrap();
+        mode(file, 0o600);
+    }
+    let bytes = std::fs::read(database(&state)).unwrap();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(format!("{}{suffix}", database(&state).display()));
+    }
+    std::fs::write(
+        database(&state),
+        b"not a database, but long enough to be looked at",
+    )
+    .unwrap();
+    failed(&serve(&state, "127.0.0.1:0"), "database");
+    std::fs::write(database(&state), bytes).unwrap();
+
+    let mut serving = Serving::start(&state);
+    let mut reply = String::new();
+    let mut stream = std::net::TcpStream::connect(&serving.address).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET /livez HTTP/1.0\r\n\r\n").unwrap();
+    stream.read_to_string(&mut reply).unwrap();
+    assert!(reply.starts_with("HTTP/1.0 200"), "{reply}");
+    serving.child.kill().unwrap();
+}
+
+#[test]
+fn a_client_without_a_broker_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("admin.sock");
+    let output = program()
+        .args(["admin", "status", "--socket"])
+        .arg(&socket)
+        .output()
+        .unwrap();
+    failed(&output, "is casemate-broker serving");
+    failed(&run(["admin", "status"]), "--socket PATH is needed");
+}
+
+#[test]
+fn a_socket_left_behind_is_replaced_but_no_other_file() {
+    let files = Files::new();
+    let socket = files.state().join("admin.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    drop(Serving::start(&files.state()));
+    let _ = std::fs::remove_file(&socket);
+    std::fs::write(&socket, b"precious").unwrap();
+    let output = program()
+        .args(["serve", "--listen", "127.0.0.1:0", "--state"])
+        .arg(files.state())
+        .output()
+        .unwrap();
+    failed(&output, "admin.sock");
+    assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
+}
