@@ -1,5 +1,54 @@
-//! casemate: keygen, seal, inspect, check, measure, verify, proxy.
+//! `casemate`: the provider's and the user's command line.
+//!
+//! This file holds the list of commands and nothing else; each command is a file of its own. Exit codes and the shape
+//! of errors are in [`exit`].
 
 #![forbid(unsafe_code)]
 
-fn main() {}
+mod bench;
+mod check;
+mod exit;
+mod inspect;
+mod keygen;
+mod keys;
+mod progress;
+mod seal;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::exit::Failure;
+
+/// Private language models on machines that their owner does not trust.
+///
+/// A provider makes keys (keygen), encrypts a model (seal), looks at it (inspect, check) and grants its key to an
+/// attested enclave. A user verifies that enclave and talks to it through a local proxy.
+#[derive(Parser)]
+#[command(name = "casemate", version, after_help = exit::CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Keygen(keygen::Args),
+    Seal(seal::Args),
+    Inspect(inspect::Args),
+    Check(check::Args),
+    #[command(hide = true)]
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done: Result<(), Failure> = match cli.command {
+        Command::Keygen(args) => keygen::run(&args),
+        Command::Seal(args) => seal::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    exit::report(done)
+}
