@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::collateral::{Collateral, Statements};
 use crate::denial::Denial;
 use crate::evidence::{Evidence, TeeKind};
-use crate::genuine::{self, INTEL_ROOT_SPKI_SHA256, Platform, Vouched};
+use crate::genuine::{self, INTEL_ROOTS, Platform, Vouched};
 use crate::policy::{Policy, TcbAllowance};
 use crate::quote::{Quote, Report, SgxReport, TdReport};
 use crate::reference::Field;
@@ -108,29 +108,31 @@ pub enum TcbStatus {
     Revoked,
 }
 
-/// Every check in its order, so that those not reached can be shown as skipped.
-const CHECKS: [&str; 21] = [
-    "evidence.size",
-    "quote.structure",
-    "collateral.present",
-    "collateral.structure",
-    "root_of_trust",
-    "collateral.validity",
-    genuine::CHECKS[0].0,
-    genuine::CHECKS[1].0,
-    genuine::CHECKS[2].0,
-    genuine::CHECKS[3].0,
-    genuine::CHECKS[4].0,
-    "report_data",
-    "tee",
-    "debug",
-    "td_attributes.reserved",
-    "td_attributes.sept_ve_disable",
-    "td_attributes.migratable",
-    "xfam",
-    "service_td",
-    "tcb.status",
-    "tcb.evaluation_data_number",
+/// Every check in its order and, where it is one kind's alone, that kind: so that checks which were not reached can be
+/// shown as skipped.
+const CHECKS: [(&str, Option<TeeKind>); 22] = [
+    ("evidence.size", None),
+    ("quote.structure", None),
+    ("collateral.present", None),
+    ("collateral.structure", None),
+    ("root_of_trust", None),
+    ("collateral.validity", None),
+    (genuine::CHECKS[0].0, None),
+    (genuine::CHECKS[1].0, None),
+    (genuine::CHECKS[2].0, None),
+    (genuine::CHECKS[3].0, None),
+    (genuine::CHECKS[4].0, None),
+    ("report_data", None),
+    ("tee", None),
+    ("debug", None),
+    ("td_attributes.reserved", Some(TeeKind::Tdx)),
+    ("td_attributes.sept_ve_disable", Some(TeeKind::Tdx)),
+    ("td_attributes.migratable", Some(TeeKind::Tdx)),
+    ("xfam", Some(TeeKind::Tdx)),
+    ("service_td", Some(TeeKind::Tdx)),
+    ("tcb.status", None),
+    ("tcb.evaluation_data_number", None),
+    ("measurement", None),
 ];
 
 /// Decides whether `evidence` comes from a genuine TEE that signed `expected` and that `policy` accepts at `now`.
@@ -145,12 +147,12 @@ pub fn appraise(
     let mut transcript = Transcript::new();
     let outcome = decide(evidence, expected, policy, now, &mut transcript);
     if let Err(denial) = &outcome {
-        for name in CHECKS.into_iter().chain(["measurement"]) {
-            let made = transcript.checks().iter().any(|check| {
-                check.name == name || (name == "measurement" && check.name.starts_with(name))
-            });
-            // Checks that belong to the other kind of TEE are not missing.
-            if !made && !(transcript_is_sgx(&transcript) && is_td_check(name)) {
+        for (name, only) in CHECKS {
+            let mut made = transcript.checks().iter();
+            // A measurement's checks are one per field.
+            let made =
+                made.any(|check| check.name.split('.').next() == Some(name) || check.name == name);
+            if !made && only.is_none_or(|kind| kind == evidence.tee) {
                 transcript.skip(name, "", format!("not reached: {} failed", denial.claim));
             }
         }
@@ -159,17 +161,6 @@ pub fn appraise(
         transcript,
         outcome,
     }
-}
-
-fn transcript_is_sgx(transcript: &Transcript) -> bool {
-    transcript
-        .checks()
-        .iter()
-        .any(|check| check.name == "quote.structure" && check.found.contains("SGX"))
-}
-
-fn is_td_check(name: &str) -> bool {
-    name.starts_with("td_attributes") || name == "xfam" || name == "service_td"
 }
 
 fn decide(
@@ -330,15 +321,22 @@ fn choose_root<'a>(
     let development = policy
         .dangerous_development_root()
         .and_then(|hash| Some((*hash, statements.find_root(hash)?)));
-    let (root, hash, der) = match development {
-        Some((hash, root)) => (RootOfTrust::Development(hash), hash, Some(&root.der[..])),
-        None => (RootOfTrust::Intel, INTEL_ROOT_SPKI_SHA256, None),
+    let (root, certificates, der) = match development {
+        Some((hash, root)) => {
+            let certificates = vec![root.sha256()];
+            (
+                RootOfTrust::Development(hash),
+                certificates,
+                Some(&root.der[..]),
+            )
+        }
+        None => (RootOfTrust::Intel, INTEL_ROOTS.to_vec(), None),
     };
-    if let Some((what, foreign)) = statements.foreign_root(&hash) {
+    if let Some((what, foreign)) = statements.foreign_root(&certificates) {
         return Err(Denial::not_genuine(
             "root_of_trust",
-            format!("{what} ends at the root {}", hex::encode(foreign)),
-            format!("{root}, key {}", hex::encode(hash)),
+            format!("{what} ends at the certificate {}", hex::encode(foreign)),
+            format!("{root}, certificate {}", hex::encode(certificates[0])),
             "do not trust this machine; only for development, name the root in dangerous_development_root",
         ));
     }

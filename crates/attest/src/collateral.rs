@@ -64,14 +64,21 @@ struct Head {
 /// What the collateral says, read but not verified.
 pub(crate) struct Statements {
     windows: Vec<Window>,
-    chains: Vec<(&'static str, Vec<Certified>)>,
+    chains: Vec<Chain>,
+}
+
+/// A chain as Intel orders it: its own certificates from the leaf up, then the root, which may be left out.
+struct Chain {
+    what: &'static str,
+    /// How many certificates stand before the root.
+    own: usize,
+    certificates: Vec<Certified>,
 }
 
 /// One certificate of a chain.
 pub(crate) struct Certified {
     pub(crate) der: Vec<u8>,
-    pub(crate) spki_sha256: [u8; 32],
-    self_issued: bool,
+    spki_sha256: [u8; 32],
 }
 
 struct Window {
@@ -174,19 +181,30 @@ impl Collateral {
             ));
         };
         let mut chains = Vec::new();
-        for (what, pem) in [
+        for (what, pem, own) in [
             (
                 "the TCB info's chain",
                 self.tcb_info_issuer_chain.as_bytes(),
+                1,
             ),
             (
                 "the QE identity's chain",
                 self.qe_identity_issuer_chain.as_bytes(),
+                1,
             ),
-            ("the PCK CRL's chain", self.pck_crl_issuer_chain.as_bytes()),
-            ("the platform's chain", pck_chain),
+            (
+                "the PCK CRL's chain",
+                self.pck_crl_issuer_chain.as_bytes(),
+                1,
+            ),
+            ("the platform's chain", pck_chain, 2),
         ] {
-            chains.push((what, certificates(what, pem, &mut windows)?));
+            let certificates = certificates(what, pem, &mut windows)?;
+            chains.push(Chain {
+                what,
+                own,
+                certificates,
+            });
         }
         Ok(Statements { windows, chains })
     }
@@ -224,18 +242,31 @@ impl Statements {
 
     /// The certificate in the TCB info's chain whose key has this hash.
     pub(crate) fn find_root(&self, spki_sha256: &[u8; 32]) -> Option<&Certified> {
-        let (_, chain) = self.chains.first()?;
+        let chain = self.chains.first()?;
         chain
+            .certificates
             .iter()
             .find(|certificate| &certificate.spki_sha256 == spki_sha256)
     }
 
-    /// A chain that carries its own root, and that root is not the one with this hash.
-    pub(crate) fn foreign_root(&self, spki_sha256: &[u8; 32]) -> Option<(&'static str, [u8; 32])> {
-        self.chains.iter().find_map(|(what, chain)| {
-            let root = chain.iter().find(|certificate| certificate.self_issued)?;
-            (&root.spki_sha256 != spki_sha256).then_some((*what, root.spki_sha256))
+    /// A chain that ends at another certificate than one of these, and that certificate's hash. Where a chain leaves
+    /// its root out, the signatures decide.
+    ///
+    /// No signature says that the root in a quote's chain is the one that counts, so it must be it to the byte, and
+    /// nothing may come after a chain's own certificates but it.
+    pub(crate) fn foreign_root(&self, roots: &[[u8; 32]]) -> Option<(&'static str, [u8; 32])> {
+        self.chains.iter().find_map(|chain| {
+            let rest = chain.certificates.iter().skip(chain.own);
+            let mut hashes = rest.map(Certified::sha256);
+            let foreign = hashes.find(|hash| !roots.contains(hash))?;
+            Some((chain.what, foreign))
         })
+    }
+}
+
+impl Certified {
+    pub(crate) fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(&self.der).into()
     }
 }
 
@@ -269,18 +300,27 @@ fn crl_window(what: &'static str, der: &[u8]) -> Result<Window, Denial> {
     })
 }
 
+/// Reads a chain. Only white space between its lines and zero bytes at its end may vary: no signature covers the text
+/// of a chain, and two quotes that differ should not both be good.
 fn certificates(
     what: &'static str,
-    pem: &[u8],
+    text: &[u8],
     windows: &mut Vec<Window>,
 ) -> Result<Vec<Certified>, Denial> {
-    let blocks = pem::parse_many(pem).map_err(|error| unreadable(what, error))?;
+    let blocks = pem::parse_many(text).map_err(|error| unreadable(what, error))?;
     if blocks.is_empty() || blocks.len() > MAX_CERTIFICATES {
         let count = blocks.len();
-        return Err(unreadable(
-            what,
-            format!("{count} certificates, not 1 to {MAX_CERTIFICATES}"),
-        ));
+        let error = format!("{count} certificates, not 1 to {MAX_CERTIFICATES}");
+        return Err(unreadable(what, error));
+    }
+    let canonical: String = blocks.iter().map(pem::encode).collect();
+    let zeros = text.iter().rev().take_while(|&&byte| byte == 0).count();
+    let visible = |text: &[u8]| -> Vec<u8> {
+        let visible = text.iter().filter(|byte| !byte.is_ascii_whitespace());
+        visible.copied().collect()
+    };
+    if visible(&text[..text.len() - zeros]) != visible(canonical.as_bytes()) {
+        return Err(unreadable(what, "bytes that are no part of a certificate"));
     }
     let mut chain = Vec::with_capacity(blocks.len());
     for block in blocks {
@@ -294,12 +334,7 @@ fn certificates(
         });
         let spki = tbs.subject_public_key_info.to_der();
         let spki_sha256 = Sha256::digest(spki.map_err(|error| unreadable(what, error))?).into();
-        let self_issued = tbs.issuer == tbs.subject;
-        chain.push(Certified {
-            der,
-            spki_sha256,
-            self_issued,
-        });
+        chain.push(Certified { der, spki_sha256 });
     }
     Ok(chain)
 }
