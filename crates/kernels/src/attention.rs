@@ -629,8 +629,8 @@ fn panel<V: Simd, E: Stored, const M: usize, const N: usize>(
     let a = a.map(|a| &a[..depth]);
     let b = &b[first * width..(first + depth) * width];
     let mut sums = start;
-    for (k, row) in b.chunks_exact(width).enumerate() {
-        let row = &row[column..column + N];
+    for k in 0..depth {
+        let row = &b[k * width + column..][..N];
         let row: [V::F; N] = std::array::from_fn(|n| E::load(v, &row[n]));
         for m in 0..M {
             let x = v.splat(a[m][k]);

@@ -26,6 +26,8 @@ const TILES: usize = 8;
 /// Most activation rows that one pass over a tile takes.
 const ROWS_WIDE: usize = 12;
 const ROWS_NARROW: usize = 6;
+/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at each 4 KiB page.
+const AHEAD: usize = 4096;
 
 /// An f32 weight matrix of `rows` (outputs) by `columns` (inputs), packed for [`gemm_f32`].
 pub struct F32Matrix {
@@ -47,15 +49,26 @@ impl F32Matrix {
         columns: usize,
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Result<F32Matrix, PackError> {
+        F32Matrix::from_rows_in(&mut Region::default(), team, rows, columns, fill)
+    }
+
+    /// As [`F32Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    ///
+    /// # Errors
+    /// As [`F32Matrix::from_rows`].
+    pub fn from_rows_in(
+        arena: &mut Region,
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<F32Matrix, PackError> {
         if rows == 0 || columns == 0 {
             return Err(PackError::Empty { rows, columns });
         }
-        let bytes = rows
-            .div_ceil(TILE)
-            .checked_mul(columns)
-            .and_then(|count| count.checked_mul(TILE * size_of::<f32>()))
-            .ok_or(PackError::TooLarge { rows, columns })?;
-        let mut region = Region::zeroed(bytes, Purpose::Weights)?;
+        F32Matrix::packed_bytes(rows, columns).ok_or(PackError::TooLarge { rows, columns })?;
+        let bytes = rows.div_ceil(TILE) * columns * TILE * size_of::<f32>();
+        let mut region = arena.take_or_reserve(bytes, Purpose::Weights)?;
         let scratch = || zeroize::Zeroizing::new(vec![0f32; columns]);
         team.for_each_chunk_mut_with(
             region.as_f32_mut(),
@@ -80,6 +93,18 @@ impl F32Matrix {
             rows,
             columns,
         })
+    }
+
+    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit the address space.
+    pub fn packed_bytes(rows: usize, columns: usize) -> Option<usize> {
+        if rows == 0 || columns == 0 {
+            return None;
+        }
+        let bytes = rows
+            .div_ceil(TILE)
+            .checked_mul(columns)?
+            .checked_mul(TILE * size_of::<f32>())?;
+        bytes.checked_next_multiple_of(crate::mem::PAGE)
     }
 
     /// Outputs.
@@ -284,6 +309,10 @@ fn product<V: Simd, const M: usize, const N: usize>(
 ) -> [[V::F; N]; M] {
     let mut sums = [[v.splat(0.0); N]; M];
     for (x, w) in panel.iter().zip(w) {
+        let ahead = std::ptr::from_ref(w).cast::<u8>().wrapping_add(AHEAD);
+        for n in 0..N {
+            v.prefetch(ahead.wrapping_add(64 * (half + n)));
+        }
         let w: [V::F; N] = std::array::from_fn(|n| v.load(&w.as_chunks::<LANES>().0[half + n]));
         for i in 0..M {
             let x = v.splat(x[i]);

@@ -18,6 +18,7 @@ pub mod gemm;
 mod isa;
 pub mod mem;
 pub mod norm;
+pub mod peak;
 pub mod q8;
 pub mod rope;
 pub mod softmax;

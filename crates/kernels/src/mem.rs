@@ -10,6 +10,9 @@ use std::ptr::NonNull;
 /// Size of a transparent huge page on the platforms we serve; regions of at least this size start on such a boundary.
 pub const HUGE_PAGE: usize = 2 << 20;
 
+/// Size of a page.
+pub const PAGE: usize = 4096;
+
 /// What a region is for; decides which protections are asked of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -106,8 +109,8 @@ impl Region {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         let want_huge = purpose != Purpose::Keys && len >= HUGE_PAGE;
-        let page = page_size();
-        let mapped = len.next_multiple_of(page);
+        check_page_size()?;
+        let mapped = len.next_multiple_of(PAGE);
         let start = if want_huge {
             map_aligned(mapped, HUGE_PAGE)?
         } else {
@@ -129,6 +132,46 @@ impl Region {
             mapped,
             report,
         })
+    }
+
+    /// Splits the first `len` bytes off as a region of their own, with everything this one was granted, or returns `None`
+    /// if there are not so many. Parts are whole pages: this region shrinks by `len` rounded up to [`PAGE`].
+    ///
+    /// One large region taken to pieces is how small matrices share huge pages.
+    pub fn take(&mut self, len: usize) -> Option<Region> {
+        let mapped = len.checked_next_multiple_of(PAGE)?;
+        if len > self.len || mapped > self.mapped {
+            return None;
+        }
+        let report = MemReport {
+            bytes: len,
+            ..self.report
+        };
+        if mapped == 0 {
+            return Some(Region {
+                report,
+                ..Region::default()
+            });
+        }
+        let part = Region {
+            start: self.start,
+            len,
+            mapped,
+            report,
+        };
+        // The rest begins where the part ends. From here on each unmaps its own pages and nothing else.
+        // SAFETY: `mapped <= self.mapped`, so the sum stays inside the mapping or just past its end.
+        self.start = unsafe { self.start.add(mapped) };
+        self.mapped -= mapped;
+        self.len = self.len.saturating_sub(mapped);
+        self.report.bytes = self.len;
+        Some(part)
+    }
+
+    /// [Takes](Region::take) `len` bytes, or reserves new ones if this region has not so many left.
+    pub(crate) fn take_or_reserve(&mut self, len: usize, purpose: Purpose) -> io::Result<Region> {
+        self.take(len)
+            .map_or_else(|| Region::zeroed(len, purpose), Ok)
     }
 
     /// What the kernel granted.
@@ -202,13 +245,12 @@ impl Region {
         if range.is_empty() {
             return 0;
         }
-        let page = page_size();
-        let first = range.start.next_multiple_of(page);
+        let first = range.start.next_multiple_of(PAGE);
         // The last page belongs to the region as a whole, so a range that reaches the end takes it along.
         let last = if range.end == self.len {
             self.mapped
         } else {
-            range.end / page * page
+            range.end / PAGE * PAGE
         };
         if first >= last {
             self[range].fill(0);
@@ -236,12 +278,11 @@ impl Region {
     /// writing zeros to them would make the kernel find memory for them first.
     fn wipe(&mut self, range: Range<usize>) {
         const WINDOW: usize = 4096;
-        let page = page_size();
         let mut resident = [0u8; WINDOW];
         let mut at = range.start;
         while at < range.end {
-            let bytes = (range.end - at).min(WINDOW * page);
-            let pages = bytes.div_ceil(page);
+            let bytes = (range.end - at).min(WINDOW * PAGE);
+            let pages = bytes.div_ceil(PAGE);
             resident[..pages].fill(1);
             // SAFETY: the window lies inside the mapping; the vector has a byte for each of its pages. When the call fails
             // all pages count as resident.
@@ -258,12 +299,30 @@ impl Region {
             {
                 // SAFETY: page `i` of the window is inside the mapping (`range.end <= mapped`, a multiple of the page
                 // size) and exclusively ours.
-                unsafe { self.start.as_ptr().add(at + i * page).write_bytes(0, page) };
+                unsafe { self.start.as_ptr().add(at + i * PAGE).write_bytes(0, PAGE) };
             }
             at += bytes;
         }
         // The pointer escapes into this and into the system call that follows, so the stores above cannot be dropped.
         std::hint::black_box(self.start.as_ptr());
+    }
+}
+
+impl Default for Region {
+    /// An empty region, which maps nothing.
+    fn default() -> Region {
+        let report = MemReport {
+            bytes: 0,
+            huge_pages: false,
+            dump_excluded: false,
+            locked: false,
+        };
+        Region {
+            start: NonNull::dangling(),
+            len: 0,
+            mapped: 0,
+            report,
+        }
     }
 }
 
@@ -293,13 +352,15 @@ impl DerefMut for Region {
     }
 }
 
-fn page_size() -> usize {
+/// Regions are cut at [`PAGE`]; a system with other pages (none that has a TEE on x86) is refused.
+fn check_page_size() -> io::Result<()> {
     // SAFETY: sysconf takes no pointers; _SC_PAGESIZE always exists.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size)
-        .ok()
-        .filter(|s| s.is_power_of_two())
-        .expect("the system has a page size")
+    if size == PAGE as libc::c_long {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 fn map(len: usize) -> io::Result<NonNull<u8>> {
@@ -344,8 +405,7 @@ mod tests {
     use super::*;
 
     fn resident_bytes(region: &Region) -> usize {
-        let page = page_size();
-        let mut pages = vec![0u8; region.mapped / page];
+        let mut pages = vec![0u8; region.mapped / PAGE];
         // SAFETY: the region's whole mapping, with one byte per page.
         let rc = unsafe {
             libc::mincore(
@@ -355,7 +415,7 @@ mod tests {
             )
         };
         assert_eq!(rc, 0);
-        pages.iter().filter(|p| **p & 1 == 1).count() * page
+        pages.iter().filter(|p| **p & 1 == 1).count() * PAGE
     }
 
     #[test]
@@ -451,6 +511,38 @@ mod tests {
             "every Linux since 3.4 accepts MADV_DONTDUMP"
         );
         assert!(!r.report().huge_pages);
+    }
+
+    #[test]
+    fn parts_are_independent_regions() {
+        let mut arena = Region::zeroed(3 * PAGE + 100, Purpose::State).unwrap();
+        arena.fill(5);
+        let mut a = arena.take(10).unwrap();
+        let b = arena.take(PAGE + 1).unwrap();
+        assert_eq!((a.len(), b.len(), arena.len()), (10, PAGE + 1, 100));
+        assert_eq!((a.mapped, b.mapped, arena.mapped), (PAGE, 2 * PAGE, PAGE));
+        assert_eq!(
+            a.report(),
+            MemReport {
+                bytes: 10,
+                ..b.report()
+            }
+        );
+        a.fill(7);
+        assert!(b.iter().chain(arena.iter()).all(|x| *x == 5));
+        drop(a);
+        assert!(
+            b.iter().chain(arena.iter()).all(|x| *x == 5),
+            "dropping a part unmaps its own pages only"
+        );
+        assert!(arena.take(101).is_none());
+        let rest = arena.take(100).unwrap();
+        assert_eq!((rest.len(), arena.len(), arena.mapped), (100, 0, 0));
+        drop(arena);
+        drop(b);
+        assert_eq!(rest[99], 5);
+        assert!(Region::default().take(1).is_none());
+        assert_eq!(Region::default().take(0).unwrap().len(), 0);
     }
 
     #[test]

@@ -109,6 +109,12 @@ unsafe impl Simd for Avx2 {
         }
     }
 
+    #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+
     registers! {
         fn splat(x: f32) -> F {{ let x = _mm256_set1_ps(x); F(x, x) }}
         fn add(a: F, b: F) -> F { F(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }

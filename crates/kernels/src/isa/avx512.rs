@@ -81,6 +81,12 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(w.as_ptr().cast()) }
     }
 
+    #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+
     registers! {
         fn splat(x: f32) -> __m512 { _mm512_set1_ps(x) }
         fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }

@@ -30,6 +30,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Whether there are registers for two vectors a row in a register-blocked product.
     const WIDE: bool;
 
+    /// Asks for a cache line ahead of its use. Any address is allowed, also one past the end of everything.
+    fn prefetch(self, line: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
     fn store(self, x: Self::F, to: &mut [f32; LANES]);

@@ -44,6 +44,8 @@ unsafe impl Simd for Scalar {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn prefetch(self, _line: *const u8) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         [x; LANES]
     }

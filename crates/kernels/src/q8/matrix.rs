@@ -19,7 +19,10 @@ use std::sync::PoisonError;
 use half::f16;
 use zeroize::Zeroizing;
 
+use super::rows::{largest_magnitude, load_group, round};
 use super::{GROUP, TILE};
+use crate::cpu::Kernel;
+use crate::isa::Simd;
 use crate::mem::{Element, MemReport, Purpose, Region};
 use crate::team::Team;
 
@@ -37,13 +40,9 @@ const _: () = assert!(size_of::<PackedGroup>() == 1088);
 unsafe impl Element for PackedGroup {}
 
 impl PackedGroup {
+    /// Line and byte of a weight.
     fn quant(row: usize, column: usize) -> (usize, usize) {
         (column / 4 * 2 + row / 16, row % 16 * 4 + column % 4)
-    }
-
-    fn set(&mut self, row: usize, column: usize, w: i8) {
-        let (line, byte) = PackedGroup::quant(row, column);
-        self.quants[line][byte] = w as u8 ^ 0x80;
     }
 
     fn weight(&self, row: usize, column: usize) -> i8 {
@@ -127,18 +126,36 @@ impl Q8Matrix {
         columns: usize,
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Result<Q8Matrix, PackError> {
+        Q8Matrix::from_rows_in(&mut Region::default(), team, rows, columns, fill)
+    }
+
+    /// As [`Q8Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    ///
+    /// # Errors
+    /// As [`Q8Matrix::from_rows`].
+    pub fn from_rows_in(
+        arena: &mut Region,
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<Q8Matrix, PackError> {
         let scratch = || Zeroizing::new(vec![0f32; columns]);
+        let isa = team.isa();
         Q8Matrix::pack(
+            arena,
             team,
             rows,
             columns,
             scratch,
             |scratch, row, lane, groups| {
                 fill(row, scratch);
-                for (group, values) in groups.iter_mut().zip(scratch.chunks(GROUP)) {
-                    quantise_group(values, row, lane, group)?;
-                }
-                Ok(())
+                isa.dispatch(PackRow {
+                    values: scratch,
+                    row,
+                    lane,
+                    groups,
+                })
             },
         )
     }
@@ -154,12 +171,27 @@ impl Q8Matrix {
         columns: usize,
         row: impl Fn(usize) -> &'a [u8] + Sync,
     ) -> Result<Q8Matrix, PackError> {
+        Q8Matrix::from_q8_0_in(&mut Region::default(), team, rows, columns, row)
+    }
+
+    /// As [`Q8Matrix::from_q8_0`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    ///
+    /// # Errors
+    /// As [`Q8Matrix::from_q8_0`].
+    pub fn from_q8_0_in<'a>(
+        arena: &mut Region,
+        team: &Team,
+        rows: usize,
+        columns: usize,
+        row: impl Fn(usize) -> &'a [u8] + Sync,
+    ) -> Result<Q8Matrix, PackError> {
         const BLOCK: usize = 2 + GROUP;
         if !columns.is_multiple_of(GROUP) {
             return Err(PackError::PartialBlock { columns });
         }
         let expected = columns / GROUP * BLOCK;
         Q8Matrix::pack(
+            arena,
             team,
             rows,
             columns,
@@ -179,8 +211,9 @@ impl Q8Matrix {
                         return Err(PackError::NotFinite { row: i });
                     }
                     group.scales[lane] = scale;
-                    for (column, w) in block[2..].iter().enumerate() {
-                        group.set(lane, column, *w as i8);
+                    for (step, four) in block[2..].as_chunks::<4>().0.iter().enumerate() {
+                        let (line, byte) = PackedGroup::quant(lane, 4 * step);
+                        group.quants[line][byte..byte + 4].copy_from_slice(&four.map(|w| w ^ 0x80));
                     }
                 }
                 Ok(())
@@ -188,7 +221,19 @@ impl Q8Matrix {
         )
     }
 
+    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit the address space.
+    pub fn packed_bytes(rows: usize, columns: usize) -> Option<usize> {
+        if rows == 0 || columns == 0 {
+            return None;
+        }
+        let groups = rows.div_ceil(TILE).checked_mul(columns.div_ceil(GROUP))?;
+        groups
+            .checked_mul(size_of::<PackedGroup>())?
+            .checked_next_multiple_of(crate::mem::PAGE)
+    }
+
     fn pack<S>(
+        arena: &mut Region,
         team: &Team,
         rows: usize,
         columns: usize,
@@ -198,13 +243,10 @@ impl Q8Matrix {
         if rows == 0 || columns == 0 {
             return Err(PackError::Empty { rows, columns });
         }
+        Q8Matrix::packed_bytes(rows, columns).ok_or(PackError::TooLarge { rows, columns })?;
         let groups = columns.div_ceil(GROUP);
-        let bytes = rows
-            .div_ceil(TILE)
-            .checked_mul(groups)
-            .and_then(|count| count.checked_mul(size_of::<PackedGroup>()))
-            .ok_or(PackError::TooLarge { rows, columns })?;
-        let mut region = Region::zeroed(bytes, Purpose::Weights)?;
+        let bytes = rows.div_ceil(TILE) * groups * size_of::<PackedGroup>();
+        let mut region = arena.take_or_reserve(bytes, Purpose::Weights)?;
         let first_error: Mutex<Option<(usize, PackError)>> = Mutex::new(None);
         team.for_each_chunk_mut_with(
             region.view_mut::<PackedGroup>(),
@@ -293,34 +335,50 @@ impl Q8Matrix {
     }
 }
 
-fn quantise_group(
-    values: &[f32],
+/// Quantises one row into its lane of a tile.
+struct PackRow<'a> {
+    values: &'a [f32],
     row: usize,
     lane: usize,
-    group: &mut PackedGroup,
-) -> Result<(), PackError> {
-    if !values.iter().all(|x| x.is_finite()) {
-        return Err(PackError::NotFinite { row });
+    groups: &'a mut [PackedGroup],
+}
+
+impl Kernel for PackRow<'_> {
+    type Output = Result<(), PackError>;
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) -> Result<(), PackError> {
+        for (values, group) in self.values.chunks(GROUP).zip(self.groups.iter_mut()) {
+            let (low, high) = load_group(v, values);
+            let largest = largest_magnitude(v, low, high);
+            if !largest.is_finite() {
+                return Err(PackError::NotFinite { row: self.row });
+            }
+            let mut scale = f16::from_f32(largest / 127.0);
+            // Rounding to half precision moves a normal scale by 2^-11 of itself, which cannot reach 127.5; only scales
+            // below 2^-14, where halves are evenly spaced, can come out too small.
+            if largest > 127.5 * scale.to_f32() {
+                scale = f16::from_bits(scale.to_bits() + 1);
+            }
+            if !scale.is_finite() {
+                return Err(PackError::ScaleOverflow { row: self.row });
+            }
+            group.scales[self.lane] = scale;
+            if largest == 0.0 {
+                continue; // the quants are zeros already
+            }
+            let (divisor, top) = (v.splat(scale.to_f32()), v.splat(127.0));
+            let quants = round(
+                v,
+                v.min(v.div(low, divisor), top),
+                v.min(v.div(high, divisor), top),
+            );
+            for (step, four) in quants.as_chunks::<4>().0.iter().enumerate() {
+                let (line, byte) = PackedGroup::quant(self.lane, 4 * step);
+                group.quants[line][byte..byte + 4]
+                    .copy_from_slice(&four.map(|w| w as i8 as u8 ^ 0x80));
+            }
+        }
+        Ok(())
     }
-    let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-    let mut scale = f16::from_f32(largest / 127.0);
-    // Rounding to half precision moves a normal scale by 2^-11 of itself, which cannot reach 127.5; only scales below
-    // 2^-14, where halves are evenly spaced, can come out too small.
-    if largest > 127.5 * scale.to_f32() {
-        scale = f16::from_bits(scale.to_bits() + 1);
-    }
-    if !scale.is_finite() {
-        return Err(PackError::ScaleOverflow { row });
-    }
-    group.scales[lane] = scale;
-    let scale = scale.to_f32();
-    for (column, x) in values.iter().enumerate() {
-        let w = if scale == 0.0 {
-            0.0
-        } else {
-            (x / scale).round_ties_even()
-        };
-        group.set(lane, column, w as i8);
-    }
-    Ok(())
 }

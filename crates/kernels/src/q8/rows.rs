@@ -117,11 +117,7 @@ fn quantise_row(isa: Isa, x: &[f32], groups: &mut [RowGroup]) {
         #[inline(always)]
         fn run<V: Simd>(self, v: V) {
             for (x, group) in self.0.chunks(GROUP).zip(self.1.iter_mut()) {
-                let (low, high) = match x.as_chunks::<LANES>() {
-                    ([low, high], []) => (v.load(low), v.load(high)),
-                    ([low], rest) => (v.load(low), load_part(v, rest)),
-                    (_, rest) => (load_part(v, rest), v.splat(0.0)),
-                };
+                let (low, high) = load_group(v, x);
                 *group = quantise_group(v, low, high);
             }
         }
@@ -131,17 +127,7 @@ fn quantise_row(isa: Isa, x: &[f32], groups: &mut [RowGroup]) {
 
 #[inline(always)]
 fn quantise_group<V: Simd>(v: V, low: V::F, high: V::F) -> RowGroup {
-    // Magnitudes compared as integers order NaN above infinity above every number.
-    let magnitude = v.splat_i(0x7FFF_FFFF);
-    let mut lanes = [0i32; LANES];
-    v.store_i(
-        v.max_i(
-            v.and_i(v.bits(low), magnitude),
-            v.and_i(v.bits(high), magnitude),
-        ),
-        &mut lanes,
-    );
-    let largest = f32::from_bits(lanes.iter().fold(0, |a, b| a.max(*b)) as u32);
+    let largest = largest_magnitude(v, low, high);
     if !largest.is_finite() {
         return RowGroup {
             quants: [0; GROUP / 4],
@@ -154,23 +140,50 @@ fn quantise_group<V: Simd>(v: V, low: V::F, high: V::F) -> RowGroup {
     }
     let scale = largest / 127.0;
     let inverse = v.splat(1.0 / scale);
-    let mut quants = [[0i32; LANES]; 2];
-    v.store_i(v.round(v.mul(low, inverse)), &mut quants[0]);
-    v.store_i(v.round(v.mul(high, inverse)), &mut quants[1]);
+    // |x / scale| <= 127 up to rounding, so every quant fits an i8 and none is -128.
+    let quants = round(v, v.mul(low, inverse), v.mul(high, inverse));
+    let sum: i32 = quants.iter().sum();
     let mut group = RowGroup {
         scale,
+        offset: -128 * sum,
         ..RowGroup::default()
     };
-    let mut sum = 0;
-    for (word, four) in group
-        .quants
-        .iter_mut()
-        .zip(quants.as_flattened().as_chunks::<4>().0)
-    {
-        // |x / scale| <= 127 up to rounding, so every quant fits an i8 and none is -128.
+    for (word, four) in group.quants.iter_mut().zip(quants.as_chunks::<4>().0) {
         *word = i32::from_le_bytes(four.map(|q| q as i8 as u8));
-        sum += four[0] + four[1] + four[2] + four[3];
     }
-    group.offset = -128 * sum;
     group
+}
+
+/// Largest magnitude of a group. Compared as integers, NaN comes above infinity and infinity above every number.
+#[inline(always)]
+pub(super) fn largest_magnitude<V: Simd>(v: V, low: V::F, high: V::F) -> f32 {
+    let magnitude = v.splat_i(0x7FFF_FFFF);
+    let mut lanes = [0i32; LANES];
+    v.store_i(
+        v.max_i(
+            v.and_i(v.bits(low), magnitude),
+            v.and_i(v.bits(high), magnitude),
+        ),
+        &mut lanes,
+    );
+    f32::from_bits(lanes.iter().fold(0, |a, b| a.max(*b)) as u32)
+}
+
+#[inline(always)]
+pub(super) fn round<V: Simd>(v: V, low: V::F, high: V::F) -> [i32; GROUP] {
+    let mut quants = [0i32; GROUP];
+    let (first, second) = quants.split_at_mut(LANES);
+    v.store_i(v.round(low), first.try_into().expect("half a group"));
+    v.store_i(v.round(high), second.try_into().expect("half a group"));
+    quants
+}
+
+/// The two vectors of a group, zeros after its end.
+#[inline(always)]
+pub(super) fn load_group<V: Simd>(v: V, x: &[f32]) -> (V::F, V::F) {
+    match x.as_chunks::<LANES>() {
+        ([low, high], []) => (v.load(low), v.load(high)),
+        ([low], rest) => (v.load(low), load_part(v, rest)),
+        (_, rest) => (load_part(v, rest), v.splat(0.0)),
+    }
 }

@@ -1,0 +1,109 @@
+//! How fast this machine computes from registers: the limit that products are measured against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::cpu::Kernel;
+use crate::isa::{LANES, Simd};
+use crate::team::Team;
+
+/// 10^9 operations a second of the whole team in f32 multiply-adds (two operations each) that touch no memory.
+pub fn measure_f32(team: &Team) -> f64 {
+    measure(team, 2 * LANES, |rounds| Chains {
+        rounds,
+        int8: false,
+    })
+}
+
+/// 10^9 operations a second of the whole team in int8 multiply-adds (two operations each) that touch no memory.
+pub fn measure_int8(team: &Team) -> f64 {
+    measure(team, 2 * 4 * LANES, |rounds| Chains { rounds, int8: true })
+}
+
+fn measure(team: &Team, operations: usize, kernel: impl Fn(usize) -> Chains + Sync) -> f64 {
+    const ROUNDS: usize = 100_000;
+    let isa = team.isa();
+    let mut times: Vec<_> = (0..9)
+        .map(|_| {
+            let start = Instant::now();
+            let chains = std::sync::atomic::AtomicUsize::new(0);
+            team.run(|_, _| {
+                let used = isa.dispatch(black_box(kernel(ROUNDS)));
+                chains.fetch_add(used, std::sync::atomic::Ordering::Relaxed);
+            });
+            (start.elapsed(), chains.into_inner())
+        })
+        .collect();
+    times.sort();
+    let (time, chains) = times[times.len() / 2];
+    (chains * ROUNDS * operations) as f64 / time.as_secs_f64() / 1e9
+}
+
+/// Independent chains of one operation, as many as registers hold; returns how many.
+struct Chains {
+    rounds: usize,
+    int8: bool,
+}
+
+impl Kernel for Chains {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) -> usize {
+        match (self.int8, V::WIDE) {
+            (false, true) => multiply_add::<V, 12>(v, self.rounds),
+            (false, false) => multiply_add::<V, 5>(v, self.rounds),
+            (true, true) => dots::<V, 12>(v, self.rounds),
+            (true, false) => dots::<V, 4>(v, self.rounds),
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply_add<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
+    let (a, b) = (v.splat(black_box(0.5)), v.splat(black_box(1.0)));
+    let mut sums = [b; N];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = v.fma(*sum, a, b);
+        }
+    }
+    black_box(sums.map(|sum| v.sum(sum)));
+    N
+}
+
+#[inline(always)]
+fn dots<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
+    let w = v.weights(&black_box([129; 64]));
+    let mut a = [0x0101_0101; N];
+    let mut sums = [v.dot_start(0); N];
+    for _ in 0..rounds {
+        // Otherwise the part of `dot4` that does not depend on the sum is shared by all chains or leaves the loop.
+        a = if V::WIDE {
+            [black_box(a[0]); N]
+        } else {
+            black_box(a)
+        };
+        for (sum, a) in sums.iter_mut().zip(a) {
+            *sum = v.dot4(*sum, w, a);
+        }
+    }
+    black_box(sums.map(|sum| v.sum(v.widen(sum))));
+    N
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+
+    #[test]
+    fn peaks_are_believable() {
+        for isa in Isa::available() {
+            let team = Team::with_isa(1, isa).unwrap();
+            // A chain that was optimised away would be orders of magnitude beyond any core.
+            assert!((0.001..2_000.0).contains(&measure_f32(&team)), "{isa}");
+            assert!((0.001..8_000.0).contains(&measure_int8(&team)), "{isa}");
+        }
+    }
+}
