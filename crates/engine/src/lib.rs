@@ -1,3 +1,38 @@
-//! Tokenizer, model, KV cache, sampler, scheduler.
+//! From prompt to streamed tokens on the CPU: tokenizer, chat template, model, KV cache, sampler
+//! and scheduler.
+//!
+//! [`Engine::load`] takes a model that `casemate-container` has verified, [`Engine::submit`] a
+//! [`Request`] and a sink for its [`Event`]s. Requests are computed together and never influence
+//! each other's tokens: the kernels give the same bits whatever else is in the batch and however
+//! many threads compute it.
+//!
+//! What is not here: files, sockets, OpenAI's API (the enclave's), how keys reach the machine, and
+//! whether a product is computed here or by somebody else: linear layers go through
+//! [`linear::LinearLayer`].
 
 #![forbid(unsafe_code)]
+
+pub mod chat;
+mod dequant;
+mod engine;
+mod error;
+mod kv;
+pub mod linear;
+mod model;
+mod request;
+mod rope;
+pub mod sampler;
+mod scheduler;
+mod stop;
+mod tokenizer;
+mod weights;
+
+pub use chat::{ChatError, ChatMessage, ChatTemplate};
+pub use engine::{Engine, EngineOptions, Stats};
+pub use error::{LoadError, RequestError, SubmitError};
+pub use request::{
+    Event, FinishReason, MAXIMUM_STOP_BYTES, MAXIMUM_STOPS, Request, RequestId, Sink,
+};
+pub use sampler::{InvalidSampling, Sampling};
+pub use tokenizer::{StreamDecoder, Tokenizer, TokenizerError};
+pub use weights::Compute;

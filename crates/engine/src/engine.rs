@@ -1,0 +1,341 @@
+//! The engine as its callers see it: load a verified model, submit requests, read counters. The
+//! work is done by the scheduler's thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+
+use casemate_container::{ModelConfig, ModelDigest, Progress};
+use casemate_kernels::team::Team;
+
+use crate::chat::ChatTemplate;
+use crate::error::{LoadError, SubmitError};
+use crate::kv::KvCache;
+use crate::model::Model;
+use crate::request::{Limits, Request, RequestId, Sequence, Sink};
+use crate::scheduler::{Command, Evaluation, Mailbox, PROMPT_ROWS, Scheduler};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{self, Compute};
+
+/// How to run a model.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// The arithmetic of the linear layers.
+    pub compute: Compute,
+    /// Threads of the team, the scheduler's own among them.
+    pub threads: usize,
+    /// Longest context served, in tokens; the model's own limit where that is smaller.
+    pub max_context: usize,
+    /// Most requests computed together.
+    pub max_batch: usize,
+    /// Most requests that wait for a place.
+    pub max_waiting: usize,
+    /// Memory for keys and values, in bytes. `None`: enough for `max_batch` full contexts, but at
+    /// most 1 GiB or one full context, whichever is more.
+    pub kv_bytes: Option<u64>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            compute: Compute::Int8,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            max_context: 4096,
+            max_batch: 8,
+            max_waiting: 256,
+            kv_bytes: None,
+        }
+    }
+}
+
+/// A loaded model that answers requests. Dropping it cancels what is unfinished and waits for its
+/// threads.
+pub struct Engine {
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+    next_id: AtomicU64,
+    tokenizer: Tokenizer,
+    chat: Option<ChatTemplate>,
+    config: ModelConfig,
+    digest: ModelDigest,
+    end_tokens: Vec<u32>,
+    compute: Compute,
+    context: usize,
+    kv_bytes: u64,
+    weight_bytes: u64,
+}
+
+/// Counters since the engine was loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Requests being computed.
+    pub running: usize,
+    /// Requests accepted but not started.
+    pub waiting: usize,
+    /// Requests started.
+    pub requests: u64,
+    /// Requests that ended in an error.
+    pub failed: u64,
+    /// Prompt tokens computed.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub completion_tokens: u64,
+    /// Bytes of KV cache set aside for running requests.
+    pub kv_bytes_used: u64,
+    /// Bytes of KV cache in all.
+    pub kv_bytes: u64,
+}
+
+impl Engine {
+    /// Converts a model's weights for this machine and starts the threads. The model is consumed:
+    /// each tensor's source memory is released as soon as it is converted.
+    ///
+    /// # Errors
+    /// [`LoadError`]: the model contradicts itself, the options do not fit it, or the machine
+    /// refused memory or threads.
+    pub fn load(
+        model: casemate_container::Model,
+        options: &EngineOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self, LoadError> {
+        let config = model.manifest().config().clone();
+        let digest = model.digest();
+        let context = check_options(options, &config)?;
+        weights::check_config(&config)?;
+
+        let json = model
+            .asset("tokenizer.json")
+            .ok_or(LoadError::MissingAsset {
+                name: "tokenizer.json",
+            })?;
+        let tokenizer =
+            Tokenizer::from_json(json, config.vocab, config.bos.filter(|_| config.add_bos))?;
+        let name = |id: Option<u32>| id.and_then(|id| tokenizer.token_name(id));
+        let chat = model
+            .asset("chat_template.jinja")
+            .map(|source| {
+                ChatTemplate::new(source, name(config.bos), name(config.eos.first().copied()))
+            })
+            .transpose()?;
+
+        let kv = KvCache::new(
+            &config,
+            options.compute,
+            context,
+            options.max_batch,
+            options.kv_bytes,
+        )?;
+        let kv_bytes = kv.bytes();
+        let team = Team::new(options.threads)?;
+        let weights = weights::load(model, &config, options.compute, &team, progress)?;
+        let weight_bytes = weights.bytes();
+        let model = Model::new(
+            weights,
+            &config,
+            context,
+            PROMPT_ROWS + options.max_batch,
+            options.max_batch,
+            team,
+        )?;
+
+        let mailbox = Arc::new(Mailbox::new(options.max_waiting));
+        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), options.max_batch);
+        let thread = std::thread::Builder::new()
+            .name("casemate-engine".into())
+            .spawn(move || scheduler.serve())?;
+        Ok(Self {
+            mailbox,
+            thread: Some(thread),
+            next_id: AtomicU64::new(1),
+            tokenizer,
+            chat,
+            end_tokens: config.eos.clone(),
+            config,
+            digest,
+            compute: options.compute,
+            context,
+            kv_bytes,
+            weight_bytes,
+        })
+    }
+
+    /// The model's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The model's chat template, if it has one.
+    #[must_use]
+    pub fn chat(&self) -> Option<&ChatTemplate> {
+        self.chat.as_ref()
+    }
+
+    /// The model's architecture.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Identity of the model, from its verified container.
+    #[must_use]
+    pub fn digest(&self) -> ModelDigest {
+        self.digest
+    }
+
+    /// Tokens that prompt and answer may have together.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Name of the arithmetic for keysets and receipts: `f32` or `int8-g32`.
+    #[must_use]
+    pub fn compute_name(&self) -> &'static str {
+        self.compute.name()
+    }
+
+    /// Bytes of converted weights, embedding table included.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Starts a request as soon as there is room. `sink` is called on the engine's thread for every
+    /// event and must not block; a slow sink slows every request down.
+    ///
+    /// # Errors
+    /// [`SubmitError`]: nothing was started and the sink will not be called.
+    pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId, SubmitError> {
+        let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let limits = Limits {
+            context: self.context,
+            vocab: self.config.vocab,
+            end_tokens: &self.end_tokens,
+        };
+        let sequence = Sequence::new(id, request, &limits, &self.tokenizer, sink)?;
+        self.mailbox.post(Command::Run(Box::new(sequence)))?;
+        Ok(id)
+    }
+
+    /// Ends a request at the next step, also one that waits or still reads its prompt. Its sink
+    /// hears `Cancelled`, unless it was over already.
+    pub fn cancel(&self, id: RequestId) {
+        // Refused only by a stopping engine, which cancels everything anyway.
+        let _ = self.mailbox.post(Command::Cancel(id));
+    }
+
+    /// Computes the logits after each position of `tokens` and calls `row(position, logits)` in
+    /// order. For measurements: it waits for running requests and delays those that come later.
+    ///
+    /// # Errors
+    /// [`SubmitError`], for an empty text, one longer than the context, or an unknown token;
+    /// [`SubmitError::Stopped`] also if the computation failed.
+    pub fn evaluate(
+        &self,
+        tokens: &[u32],
+        mut row: impl FnMut(usize, &[f32]),
+    ) -> Result<(), SubmitError> {
+        if tokens.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if tokens.len() > self.context {
+            return Err(SubmitError::PromptTooLong {
+                prompt: tokens.len(),
+                context: self.context,
+            });
+        }
+        if let Some(&id) = tokens.iter().find(|&&id| id >= self.config.vocab) {
+            return Err(SubmitError::UnknownToken {
+                id,
+                vocab: self.config.vocab,
+            });
+        }
+        let (sender, rows) = sync_channel(8);
+        self.mailbox.post(Command::Evaluate(Evaluation {
+            tokens: tokens.to_vec(),
+            rows: sender,
+        }))?;
+        let mut position = 0;
+        while let Ok(logits) = rows.recv() {
+            row(position, &logits);
+            position += 1;
+        }
+        if position == tokens.len() {
+            Ok(())
+        } else {
+            Err(SubmitError::Stopped)
+        }
+    }
+
+    /// Counters at this moment.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let c = &self.mailbox.counters;
+        Stats {
+            running: c.running.load(Ordering::Relaxed),
+            waiting: c.waiting.load(Ordering::Relaxed),
+            requests: c.requests.load(Ordering::Relaxed),
+            failed: c.failed.load(Ordering::Relaxed),
+            prompt_tokens: c.prompt_tokens.load(Ordering::Relaxed),
+            completion_tokens: c.completion_tokens.load(Ordering::Relaxed),
+            kv_bytes_used: c.kv_bytes_used.load(Ordering::Relaxed),
+            kv_bytes: self.kv_bytes,
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.mailbox.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the scheduler itself has been printed; there is nobody left to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The context to serve.
+fn check_options(options: &EngineOptions, config: &ModelConfig) -> Result<usize, LoadError> {
+    let within = |option, value: usize, low: usize, high: usize, rule| {
+        if (low..=high).contains(&value) {
+            Ok(value)
+        } else {
+            Err(LoadError::Option {
+                option,
+                value: value as u64,
+                rule,
+            })
+        }
+    };
+    within(
+        "threads",
+        options.threads,
+        1,
+        casemate_kernels::team::MAX_THREADS,
+        "it must be from 1 to 1024",
+    )?;
+    within(
+        "max_batch",
+        options.max_batch,
+        1,
+        1024,
+        "it must be from 1 to 1024",
+    )?;
+    within(
+        "max_waiting",
+        options.max_waiting,
+        1,
+        1 << 20,
+        "it must be from 1 to 1048576",
+    )?;
+    within(
+        "max_context",
+        options.max_context.min(config.context as usize),
+        2,
+        usize::MAX,
+        "it must be at least 2",
+    )
+}

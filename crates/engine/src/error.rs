@@ -1,0 +1,166 @@
+//! What can go wrong, sorted by who is at fault: the model (at load), the caller (at submission),
+//! or this machine.
+
+use std::io;
+
+use casemate_container::DType;
+
+use crate::chat::ChatError;
+use crate::sampler::InvalidSampling;
+use crate::tokenizer::TokenizerError;
+
+/// Why a model was not loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The configuration contradicts itself or exceeds what the engine supports.
+    #[error("the model's configuration is not usable: {field} is {value}, but {rule}")]
+    Config {
+        /// The field at fault.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it would have to fulfil.
+        rule: &'static str,
+    },
+    /// A tensor that the configuration implies is absent.
+    #[error("the model has no tensor {name}")]
+    MissingTensor {
+        /// Its canonical name.
+        name: String,
+    },
+    /// A tensor that the configuration does not imply: using the model without it could give wrong
+    /// answers.
+    #[error("the model has a tensor {name}, which its configuration does not explain")]
+    UnknownTensor {
+        /// Its name.
+        name: String,
+    },
+    /// A tensor's shape is not what the configuration implies.
+    #[error("tensor {name} has shape {found:?}, but the configuration implies {expected:?}")]
+    Shape {
+        /// Its name.
+        name: String,
+        /// In the manifest.
+        found: Vec<u64>,
+        /// From the configuration.
+        expected: Vec<u64>,
+    },
+    /// A tensor's length does not match its shape and encoding, or its rows are not whole blocks.
+    #[error("tensor {name} of shape {shape:?} in {dtype:?} cannot have {bytes} bytes")]
+    Size {
+        /// Its name.
+        name: String,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// Its encoding.
+        dtype: DType,
+        /// Found.
+        bytes: u64,
+    },
+    /// A tensor holds a NaN or an infinity.
+    #[error("tensor {name} holds a value that is not finite")]
+    NonFinite {
+        /// Its name.
+        name: String,
+    },
+    /// An asset that the engine needs is absent.
+    #[error("the model has no asset {name}")]
+    MissingAsset {
+        /// Its name.
+        name: &'static str,
+    },
+    /// The tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The chat template cannot be used.
+    #[error(transparent)]
+    ChatTemplate(#[from] ChatError),
+    /// An engine option is out of range.
+    #[error("engine option {option} is {value}, but {rule}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        value: u64,
+        /// What it would have to fulfil.
+        rule: &'static str,
+    },
+    /// The memory set aside for keys and values is less than one full context needs.
+    #[error(
+        "one context of {context} tokens needs {needed} bytes of KV cache, but {given} are allowed"
+    )]
+    KvBudget {
+        /// Tokens.
+        context: usize,
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        given: u64,
+    },
+    /// The machine refused memory or threads.
+    #[error("the machine refused memory or threads: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Why a request was not accepted. Nothing was computed for it.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// The prompt has no tokens.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// The prompt leaves no room for an answer.
+    #[error(
+        "the prompt has {prompt} tokens, but the context holds {context}, one of them for the answer"
+    )]
+    PromptTooLong {
+        /// Tokens in the prompt.
+        prompt: usize,
+        /// Tokens in the context.
+        context: usize,
+    },
+    /// The prompt names a token that the model does not have.
+    #[error("the prompt has token id {id}, but the vocabulary has {vocab} entries")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// The vocabulary.
+        vocab: u32,
+    },
+    /// No token may be generated.
+    #[error("at least one token must be asked for")]
+    NothingToGenerate,
+    /// A sampling parameter is out of range.
+    #[error(transparent)]
+    Sampling(#[from] InvalidSampling),
+    /// Too many stop strings, or one that is empty or too long.
+    #[error("at most {count} stop strings of 1 to {bytes} bytes each are possible")]
+    Stops {
+        /// Strings.
+        count: usize,
+        /// Bytes in each.
+        bytes: usize,
+    },
+    /// As many requests wait as may wait.
+    #[error("{waiting} requests are already waiting")]
+    Busy {
+        /// Requests.
+        waiting: usize,
+    },
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    Stopped,
+}
+
+/// Why an accepted request ended without its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The model's arithmetic gave values that are not finite.
+    #[error("the model computed values that are not finite")]
+    NonFinite,
+    /// A fault in the engine; other requests go on.
+    #[error("internal error")]
+    Internal,
+}

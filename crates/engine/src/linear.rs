@@ -1,0 +1,92 @@
+//! Linear layers behind one trait, so that what computes a product can be replaced without the
+//! model knowing. Here: products by this machine's kernels, in f32 and in int8.
+//!
+//! A layer is a *group* of weight matrices that share their input (Q, K and V; gate and up),
+//! stacked by rows. One call quantises the input once; a replacement that hides inputs needs one
+//! mask per row of a group for the same reason.
+
+use std::sync::Arc;
+
+use casemate_kernels::gemm::{F32Matrix, gemm_f32};
+use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
+use casemate_kernels::team::Team;
+
+/// `y = x · Wᵀ` for some weights W. Biases are added by the model.
+///
+/// A row of `y` must depend on nothing but the same row of `x`: not on the other rows, their
+/// number, or the size of the team. The engine's promise that a request's tokens do not depend on
+/// its neighbours rests on it.
+pub trait LinearLayer: Send + Sync {
+    /// Elements of an input row.
+    fn inputs(&self) -> usize;
+
+    /// Elements of an output row.
+    fn outputs(&self) -> usize;
+
+    /// Computes `x.len() / inputs()` rows.
+    ///
+    /// # Panics
+    /// If `x` or `y` is not that many rows.
+    fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]);
+
+    /// Bytes of weights that one call reads.
+    fn bytes(&self) -> u64;
+}
+
+/// Working memory that all layers of a model share.
+pub struct LinearScratch {
+    rows: Q8Rows,
+}
+
+impl LinearScratch {
+    /// Room for `rows` input rows of at most `inputs` elements.
+    #[must_use]
+    pub fn new(rows: usize, inputs: usize) -> Self {
+        Self {
+            rows: Q8Rows::with_capacity(rows, inputs),
+        }
+    }
+}
+
+/// Weights and products in f32.
+pub(crate) struct F32Linear(pub(crate) Arc<F32Matrix>);
+
+impl LinearLayer for F32Linear {
+    fn inputs(&self) -> usize {
+        self.0.columns()
+    }
+
+    fn outputs(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn forward(&self, team: &Team, _: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        gemm_f32(team, x, &self.0, y);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes() as u64
+    }
+}
+
+/// Weights and activations in int8, one scale a group of 32.
+pub(crate) struct Q8Linear(pub(crate) Arc<Q8Matrix>);
+
+impl LinearLayer for Q8Linear {
+    fn inputs(&self) -> usize {
+        self.0.columns()
+    }
+
+    fn outputs(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        scratch.rows.quantise(team, x, self.0.columns());
+        matmul_q8(team, &scratch.rows, &self.0, y);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes() as u64
+    }
+}
