@@ -1,5 +1,58 @@
-//! casemate-enclave: the only program that sees keys, private weights and prompts in clear.
+//! The program around [`casemate_enclave`]: arguments, logging, signals.
 
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use casemate_enclave::config::MeasuredConfig;
+use casemate_enclave::startup;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// Serves a sealed model from inside a TEE.
+///
+/// Attests to the key broker, receives the model key, opens the model and recomputes every digest, publishes a keyset
+/// with evidence, and answers encrypted requests. Everything that matters is in the configuration file, whose bytes are
+/// part of the measurement.
+#[derive(Parser)]
+#[command(name = "casemate-enclave", version)]
+struct Arguments {
+    /// The configuration file (TOML)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Which events are logged: error, warn, info, debug or trace. Contents of requests never are
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: tracing::Level,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // Only this program's own events: libraries may log what they carry. The environment has no say.
+    let filter = EnvFilter::new(format!("off,casemate_enclave={}", arguments.log));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = MeasuredConfig::read(&arguments.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(startup::run(config));
+    // Answers that are still being generated have had their time; their threads need not be waited for.
+    runtime.shutdown_background();
+    result
+}

@@ -1,0 +1,69 @@
+//! `POST /v1/completions`.
+
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::response::Response;
+use serde::Deserialize;
+
+use super::Api;
+use super::answer::Shape;
+use super::error::ApiError;
+use super::generation::Job;
+use super::parameters::Fields;
+
+const OWN_FIELDS: &[&str] = &["prompt", "max_tokens"];
+/// OpenAI's default of `max_tokens` at this endpoint.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+/// Most prompts of one request.
+const MAX_PROMPTS: usize = 16;
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, ApiError> {
+    let mut fields = Fields::parse(&body, OWN_FIELDS)?;
+    api.check_model(&fields.common.model)?;
+    let prompt: Prompt = fields
+        .take("prompt")?
+        .ok_or_else(|| ApiError::missing("prompt"))?;
+    let encode = |text: &String| {
+        let encoded = api.engine().tokenizer().encode(text, true);
+        encoded.map_err(|error| ApiError::value("prompt", error))
+    };
+    let prompts = match &prompt {
+        Prompt::Text(text) => vec![encode(text)?],
+        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
+        Prompt::Tokens(tokens) => vec![tokens.clone()],
+        Prompt::TokenLists(lists) => lists.clone(),
+    };
+    if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+        return Err(ApiError::value(
+            "prompt",
+            format!("1 to {MAX_PROMPTS} prompts"),
+        ));
+    }
+    let max_tokens = match fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS) {
+        0 => return Err(ApiError::value("max_tokens", "must be at least 1")),
+        tokens => tokens,
+    };
+    let streaming = fields.common.streaming()?;
+    let job = Job {
+        prompts,
+        choices: fields.common.choices()?,
+        max_tokens: Some(max_tokens),
+        sampling: fields.common.sampling()?,
+        stop: fields.common.stops()?,
+    };
+    let answer = api.answer(Shape::Text);
+    let generation = api.generate(job)?;
+    match streaming {
+        Some(include_usage) => Ok(generation.stream(answer, include_usage)),
+        None => generation.collect(answer).await,
+    }
+}

@@ -1,0 +1,193 @@
+//! Runs the engine for one API request: several choices at once, collected or streamed, cancelled when nobody reads.
+
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+
+use axum::body::{Body, Bytes};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use casemate_engine::{Event, FinishReason, Request, Sampling};
+use futures::stream;
+use tokio::sync::mpsc;
+
+use super::Api;
+use super::answer::{Answer, Choice, Delta, Usage};
+use super::error::ApiError;
+
+/// What one API request asks of the engine.
+pub(super) struct Job {
+    /// Token ids of each prompt; every prompt gets `choices` answers.
+    pub(super) prompts: Vec<Vec<u32>>,
+    pub(super) choices: u32,
+    /// Most tokens per answer; `None` is bounded by the context alone.
+    pub(super) max_tokens: Option<u32>,
+    pub(super) sampling: Sampling,
+    pub(super) stop: Vec<String>,
+}
+
+/// Answers in the making. Dropping it cancels all of them at their next token.
+pub(super) struct Generation {
+    events: mpsc::UnboundedReceiver<(u32, Event)>,
+    running: u32,
+    usage: Usage,
+}
+
+impl Api {
+    /// Hands every answer of `job` to the engine.
+    pub(super) fn generate(&self, job: Job) -> Result<Generation, ApiError> {
+        let (sender, events) = mpsc::unbounded_channel();
+        let mut usage = Usage::default();
+        let mut index = 0;
+        for prompt in job.prompts {
+            usage.prompt_tokens += prompt.len() as u64;
+            for choice in 0..job.choices {
+                let sampling = Sampling {
+                    // Each choice is its own draw, and the whole request repeats for one seed.
+                    seed: job.sampling.seed.wrapping_add(u64::from(choice)),
+                    ..job.sampling.clone()
+                };
+                let request = Request {
+                    prompt: prompt.clone(),
+                    // The engine bounds it by the context.
+                    max_tokens: job.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
+                    sampling,
+                    stop: job.stop.clone(),
+                    ..Request::default()
+                };
+                let sender = sender.clone();
+                let sink = move |event| match sender.send((index, event)) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                };
+                self.engine().submit(request, Box::new(sink))?;
+                index += 1;
+            }
+        }
+        Ok(Generation {
+            events,
+            running: index,
+            usage,
+        })
+    }
+}
+
+impl Generation {
+    /// Waits for every answer and returns them whole.
+    pub(super) async fn collect(mut self, answer: Answer) -> Result<Response, ApiError> {
+        let mut choices: Vec<Choice> = (0..self.running).map(|_| Choice::default()).collect();
+        while self.running > 0 {
+            let Some((index, event)) = self.events.recv().await else {
+                return Err(ApiError::internal("the engine stopped"));
+            };
+            let choice = &mut choices[index as usize];
+            match event {
+                Event::Token { text, .. } => choice.text.push_str(&text),
+                Event::Finished {
+                    reason,
+                    completion_tokens,
+                    ..
+                } => {
+                    choice.finish = Some(finish_reason(&reason)?);
+                    self.usage.completion_tokens += completion_tokens as u64;
+                    self.running -= 1;
+                }
+            }
+        }
+        Ok(axum::Json(answer.whole(&choices, &self.usage)).into_response())
+    }
+
+    /// Sends each piece of text as a server-sent event as soon as the engine has it.
+    pub(super) fn stream(self, answer: Answer, include_usage: bool) -> Response {
+        let opening = (0..self.running)
+            .filter_map(|index| answer.opening(index))
+            .map(|value| event_bytes(&value.to_string()))
+            .collect::<Vec<_>>()
+            .concat();
+        let state = Streaming {
+            generation: self,
+            answer,
+            include_usage,
+            ended: false,
+        };
+        let body = stream::unfold((state, Some(opening)), |(mut state, opening)| async move {
+            let bytes = match opening {
+                Some(opening) if !opening.is_empty() => opening,
+                _ => state.next().await?,
+            };
+            Some((Ok::<_, Infallible>(Bytes::from(bytes)), (state, None)))
+        });
+        let headers = [
+            (header::CONTENT_TYPE, "text/event-stream"),
+            (header::CACHE_CONTROL, "no-cache"),
+        ];
+        (headers, Body::from_stream(body)).into_response()
+    }
+}
+
+struct Streaming {
+    generation: Generation,
+    answer: Answer,
+    include_usage: bool,
+    ended: bool,
+}
+
+impl Streaming {
+    /// The next bytes of the event stream, or `None` after the last.
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        if self.ended {
+            return None;
+        }
+        while self.generation.running > 0 {
+            let Some((index, event)) = self.generation.events.recv().await else {
+                return Some(self.fail(&ApiError::internal("the engine stopped")));
+            };
+            match event {
+                Event::Token { text, .. } if text.is_empty() => {}
+                Event::Token { text, .. } => {
+                    let delta = self.answer.delta(index, Delta::Text(&text));
+                    return Some(event_bytes(&delta.to_string()));
+                }
+                Event::Finished {
+                    reason,
+                    completion_tokens,
+                    ..
+                } => {
+                    self.generation.running -= 1;
+                    self.generation.usage.completion_tokens += completion_tokens as u64;
+                    match finish_reason(&reason) {
+                        Ok(reason) => {
+                            let delta = self.answer.delta(index, Delta::Finished(reason));
+                            return Some(event_bytes(&delta.to_string()));
+                        }
+                        Err(error) => return Some(self.fail(&error)),
+                    }
+                }
+            }
+        }
+        self.ended = true;
+        let mut bytes = Vec::new();
+        if self.include_usage {
+            bytes = event_bytes(&self.answer.usage(&self.generation.usage).to_string());
+        }
+        bytes.extend(event_bytes("[DONE]"));
+        Some(bytes)
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<u8> {
+        self.ended = true;
+        event_bytes(&error.to_event_json())
+    }
+}
+
+fn event_bytes(data: &str) -> Vec<u8> {
+    format!("data: {data}\n\n").into_bytes()
+}
+
+fn finish_reason(reason: &FinishReason) -> Result<&'static str, ApiError> {
+    match reason {
+        FinishReason::Stop => Ok("stop"),
+        FinishReason::Length => Ok("length"),
+        FinishReason::Cancelled => Err(ApiError::internal("the request was cancelled")),
+        FinishReason::Error(_) => Err(ApiError::internal("the engine could not finish the answer")),
+    }
+}

@@ -1,0 +1,151 @@
+//! The OpenAI-compatible API, reachable only through the attested channel.
+//!
+//! Holds request parsing, the mapping to engine requests, and answers (whole or streamed). Knows nothing of
+//! attestation, encryption or sockets: [`router`] is an ordinary HTTP service that the gateway calls with decrypted
+//! requests. Fields that are not supported are refused by name, never ignored.
+
+mod answer;
+mod chat;
+mod completions;
+mod error;
+mod generation;
+mod parameters;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use casemate_engine::Engine;
+use serde::Serialize;
+
+use answer::{Answer, Shape};
+
+pub use error::ApiError;
+
+/// Largest request body that is parsed, in bytes.
+pub const MAX_REQUEST_BYTES: usize = 4 << 20;
+
+/// What the handlers need: the engine and how the served model presents itself.
+#[derive(Clone)]
+pub struct Api {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    engine: Engine,
+    model: String,
+    fingerprint: String,
+    loaded_at: u64,
+    clock: fn() -> u64,
+}
+
+impl Api {
+    /// An API serving `engine` under the name `model`; `fingerprint` is what answers carry as
+    /// `system_fingerprint`, `clock` gives seconds since the Unix epoch.
+    pub fn new(engine: Engine, model: String, fingerprint: String, clock: fn() -> u64) -> Self {
+        let loaded_at = clock();
+        Self {
+            inner: Arc::new(Inner {
+                engine,
+                model,
+                fingerprint,
+                loaded_at,
+                clock,
+            }),
+        }
+    }
+
+    /// The engine behind the API.
+    pub fn engine(&self) -> &Engine {
+        &self.inner.engine
+    }
+
+    fn now(&self) -> u64 {
+        (self.inner.clock)()
+    }
+
+    fn date(&self) -> time::OffsetDateTime {
+        let seconds = i64::try_from(self.now()).unwrap_or_default();
+        time::OffsetDateTime::from_unix_timestamp(seconds)
+            .unwrap_or(time::OffsetDateTime::UNIX_EPOCH)
+    }
+
+    fn answer(&self, shape: Shape) -> Answer {
+        let prefix = match shape {
+            Shape::Chat => "chatcmpl",
+            Shape::Text => "cmpl",
+        };
+        let mut id = [0; 16];
+        aws_lc_rs::rand::fill(&mut id).expect("the operating system gives randomness");
+        Answer {
+            shape,
+            id: format!("{prefix}-{}", hex::encode(id)),
+            created: self.now(),
+            model: self.inner.model.clone(),
+            fingerprint: self.inner.fingerprint.clone(),
+        }
+    }
+
+    fn check_model(&self, requested: &str) -> Result<(), ApiError> {
+        if requested == self.inner.model {
+            return Ok(());
+        }
+        Err(ApiError::model_not_found(requested, &self.inner.model))
+    }
+}
+
+/// The routes of the API.
+pub fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/models", get(list_models))
+        .route("/v1/models/{model}", get(get_model))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .fallback(|| async { ApiError::unknown_url().into_response() })
+        .method_not_allowed_fallback(|| async { ApiError::method_not_allowed().into_response() })
+        .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
+        .with_state(api)
+}
+
+#[derive(Serialize)]
+struct ModelObject {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+}
+
+#[derive(Serialize)]
+struct ModelList {
+    object: &'static str,
+    data: Vec<ModelObject>,
+}
+
+impl Api {
+    fn model_object(&self) -> ModelObject {
+        ModelObject {
+            id: self.inner.model.clone(),
+            object: "model",
+            created: self.inner.loaded_at,
+            owned_by: "casemate",
+        }
+    }
+}
+
+async fn list_models(State(api): State<Api>) -> Response {
+    axum::Json(ModelList {
+        object: "list",
+        data: vec![api.model_object()],
+    })
+    .into_response()
+}
+
+async fn get_model(
+    State(api): State<Api>,
+    axum::extract::Path(model): axum::extract::Path<String>,
+) -> Result<Response, ApiError> {
+    api.check_model(&model)?;
+    Ok(axum::Json(api.model_object()).into_response())
+}

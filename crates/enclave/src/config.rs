@@ -1,0 +1,245 @@
+//! The enclave's configuration file. Its bytes are measured (MRCONFIGID), so whoever appraises the enclave has
+//! appraised every value here, above all the two public keys.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use casemate_container::signing::VerifyingKey;
+use casemate_engine::Compute;
+use serde::Deserialize;
+use thiserror::Error;
+
+/// Largest configuration file that is read, in bytes.
+const MAX_BYTES: u64 = 64 << 10;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is larger than any configuration.
+    #[error("the configuration is larger than {MAX_BYTES} bytes")]
+    TooLarge,
+    /// Not TOML of the documented shape; the parser's message names line and field.
+    #[error("the configuration is not valid: {0}")]
+    Malformed(String),
+}
+
+/// A parsed configuration together with the exact bytes it was parsed from.
+pub struct MeasuredConfig {
+    /// The values.
+    pub config: Config,
+    /// The bytes whose SHA-384 the evidence must carry as MRCONFIGID.
+    pub bytes: Vec<u8>,
+}
+
+/// Everything that is configured; unknown keys are refused.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What users see.
+    pub service: Service,
+    /// The sealed model and how to run it.
+    pub model: Model,
+    /// Who releases the key.
+    pub broker: Broker,
+    /// Where evidence comes from.
+    pub tee: Tee,
+}
+
+/// `[service]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Name that the credential must carry and that users ask for as `model`.
+    pub name: String,
+    /// Address to listen on; port 0 takes a free one.
+    pub listen: SocketAddr,
+}
+
+/// `[model]`
+#[derive(Deserialize, Clone)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The sealed container.
+    pub path: PathBuf,
+    /// Arithmetic of the linear layers: `"int8"` (default) or `"f32"`.
+    #[serde(default = "default_compute")]
+    pub compute: ComputeName,
+    /// Compute threads; absent or 0 takes one per core.
+    #[serde(default)]
+    pub threads: usize,
+    /// Longest prompt plus answer, in tokens; bounded by the model's own context.
+    #[serde(default = "default_context")]
+    pub max_context: usize,
+    /// Answers generated at the same time; more wait.
+    #[serde(default = "default_batch")]
+    pub max_batch: usize,
+}
+
+/// Names of [`Compute`] in the file.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeName {
+    /// Single precision.
+    F32,
+    /// 8-bit integers with a scale per 32 values.
+    Int8,
+}
+
+impl From<ComputeName> for Compute {
+    fn from(name: ComputeName) -> Self {
+        match name {
+            ComputeName::F32 => Compute::F32,
+            ComputeName::Int8 => Compute::Int8,
+        }
+    }
+}
+
+fn default_compute() -> ComputeName {
+    ComputeName::Int8
+}
+
+fn default_context() -> usize {
+    2048
+}
+
+fn default_batch() -> usize {
+    8
+}
+
+/// `[broker]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Broker {
+    /// Base address of the key broker. Whoever answers there proves itself by the two keys below.
+    pub url: String,
+    /// Ed25519 key that signs deployment credentials.
+    #[serde(with = "key")]
+    pub issuer: VerifyingKey,
+    /// Ed25519 key of the model's provider: signs the model and the key grant.
+    #[serde(with = "key")]
+    pub provider: VerifyingKey,
+    /// Resource that holds the key grant, `repository/type/tag`.
+    pub resource: String,
+}
+
+mod key {
+    use super::VerifyingKey;
+    use serde::{Deserialize, Deserializer, de::Error};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<VerifyingKey, D::Error> {
+        let text = String::deserialize(d)?;
+        text.parse()
+            .map_err(|_| D::Error::custom("an Ed25519 public key is 64 hex digits"))
+    }
+}
+
+/// `[tee]`
+#[derive(Deserialize)]
+#[serde(tag = "backend", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Tee {
+    /// The kernel's interface inside a TDX guest.
+    ConfigfsTsm {
+        /// Collateral for the evidence, as the provisioning service gives it.
+        collateral: PathBuf,
+    },
+    /// A quoting service on a Unix socket; in development, the fake TEE.
+    QuotingService {
+        /// The socket.
+        socket: PathBuf,
+    },
+}
+
+impl MeasuredConfig {
+    /// Reads the file once; the bytes that are parsed are the bytes that are compared with the evidence.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let io = |source| ConfigError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path).map_err(io)?;
+        file.take(MAX_BYTES + 1)
+            .read_to_end(&mut bytes)
+            .map_err(io)?;
+        Self::parse(bytes)
+    }
+
+    /// Parses configuration bytes.
+    pub fn parse(bytes: Vec<u8>) -> Result<Self, ConfigError> {
+        if bytes.len() as u64 > MAX_BYTES {
+            return Err(ConfigError::TooLarge);
+        }
+        let text = std::str::from_utf8(&bytes)
+            .map_err(|_| ConfigError::Malformed("it is not UTF-8".into()))?;
+        let config = toml::from_str(text).map_err(|e| ConfigError::Malformed(e.to_string()))?;
+        Ok(Self { config, bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+
+    fn text() -> String {
+        format!(
+            "[service]\nname = \"m\"\nlisten = \"127.0.0.1:0\"\n[model]\npath = \"m.casemate\"\n[broker]\nurl = \
+             \"http://127.0.0.1:1\"\nissuer = \"{KEY}\"\nprovider = \"{KEY}\"\nresource = \"default/model/m\"\n[tee]\n\
+             backend = \"quoting-service\"\nsocket = \"/run/s\"\n"
+        )
+    }
+
+    fn refused(text: String) -> String {
+        match MeasuredConfig::parse(text.into_bytes()) {
+            Err(ConfigError::Malformed(message)) => message,
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("accepted"),
+        }
+    }
+
+    #[test]
+    fn reads_a_complete_file_with_defaults() {
+        let measured = MeasuredConfig::parse(text().into_bytes()).unwrap();
+        assert_eq!(measured.config.service.name, "m");
+        assert!(matches!(measured.config.model.compute, ComputeName::Int8));
+        assert_eq!(measured.config.broker.issuer.to_string(), KEY);
+        assert_eq!(measured.bytes, text().into_bytes());
+    }
+
+    #[test]
+    fn refuses_unknown_keys_by_name() {
+        let message = refused(text().replace("[model]", "[model]\ndebug = true"));
+        assert!(message.contains("debug"), "{message}");
+    }
+
+    #[test]
+    fn refuses_a_key_that_is_no_key() {
+        let message = refused(text().replace(KEY, "d75a"));
+        assert!(message.contains("64 hex digits"), "{message}");
+    }
+
+    #[test]
+    fn refuses_an_unknown_backend() {
+        let message = refused(text().replace("quoting-service", "none"));
+        assert!(message.contains("none"), "{message}");
+    }
+
+    #[test]
+    fn refuses_oversize_files() {
+        let text = format!("{}#{}", text(), "x".repeat(MAX_BYTES as usize));
+        assert!(matches!(
+            MeasuredConfig::parse(text.into_bytes()),
+            Err(ConfigError::TooLarge)
+        ));
+    }
+}

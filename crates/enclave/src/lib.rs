@@ -1,0 +1,26 @@
+//! `casemate-enclave`: the only program that sees keys, private weights and prompts in clear.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`config`] | the measured configuration |
+//! | [`startup`] | the order in which an enclave comes to serve |
+//! | [`provision`] | conversations with the key broker |
+//! | [`serving`] | keyset, credential and evidence, and their renewal |
+//! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
+//! | [`api`] | the OpenAI-compatible API behind that door |
+//! | [`hardening`], [`metrics`] | what the system granted, and counters |
+//!
+//! Sealing and importing models, judging evidence and talking to users' programs happen elsewhere; the library form
+//! exists for tests.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod config;
+pub mod gateway;
+pub mod hardening;
+pub mod metrics;
+pub mod provision;
+pub mod server;
+pub mod serving;
+pub mod startup;

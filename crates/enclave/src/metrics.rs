@@ -1,0 +1,155 @@
+//! Counters for operators. Nothing here depends on what a prompt or an answer says; there are no labels per request.
+
+use std::fmt::Write;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use casemate_engine::Stats;
+
+/// What the enclave counts besides the engine's own figures.
+#[derive(Default)]
+pub struct Metrics {
+    accepted: AtomicU64,
+    refused: AtomicU64,
+    attestations: AtomicU64,
+    key_release: OnceLock<Duration>,
+    model_load: OnceLock<Duration>,
+}
+
+impl Metrics {
+    /// An encapsulated request was opened.
+    pub fn accepted(&self) {
+        self.accepted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An encapsulated request was refused before it was opened.
+    pub fn refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Evidence was given to a user.
+    pub fn attested(&self) {
+        self.attestations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How long obtaining the key took, at start.
+    pub fn key_released(&self, took: Duration) {
+        let _ = self.key_release.set(took);
+    }
+
+    /// How long opening, checking and packing the model took, at start.
+    pub fn model_loaded(&self, took: Duration) {
+        let _ = self.model_load.set(took);
+    }
+
+    /// The Prometheus text format.
+    pub fn render(&self, engine: Option<&Stats>) -> String {
+        let mut out = String::new();
+        let mut metric = |name: &str, kind: &str, help: &str, value: f64| {
+            let _ = write!(
+                out,
+                "# HELP casemate_{name} {help}\n# TYPE casemate_{name} {kind}\ncasemate_{name} {value}\n"
+            );
+        };
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64;
+        metric(
+            "requests_total",
+            "counter",
+            "Encapsulated requests that were opened.",
+            count(&self.accepted),
+        );
+        metric(
+            "requests_refused_total",
+            "counter",
+            "Encapsulated requests that were refused unopened.",
+            count(&self.refused),
+        );
+        metric(
+            "attestations_total",
+            "counter",
+            "Evidence given to users.",
+            count(&self.attestations),
+        );
+        for (name, help, value) in [
+            (
+                "key_release_seconds",
+                "Time to attest and receive the key.",
+                &self.key_release,
+            ),
+            (
+                "model_load_seconds",
+                "Time to open, check and pack the model.",
+                &self.model_load,
+            ),
+        ] {
+            if let Some(took) = value.get() {
+                metric(name, "gauge", help, took.as_secs_f64());
+            }
+        }
+        if let Some(stats) = engine {
+            metric(
+                "requests_running",
+                "gauge",
+                "Answers being generated.",
+                stats.running as f64,
+            );
+            metric(
+                "requests_waiting",
+                "gauge",
+                "Answers waiting for a slot.",
+                stats.waiting as f64,
+            );
+            metric(
+                "prompt_tokens_total",
+                "counter",
+                "Prompt tokens processed.",
+                stats.prompt_tokens as f64,
+            );
+            metric(
+                "completion_tokens_total",
+                "counter",
+                "Tokens generated.",
+                stats.completion_tokens as f64,
+            );
+            metric(
+                "kv_bytes_used",
+                "gauge",
+                "KV cache in use.",
+                stats.kv_bytes_used as f64,
+            );
+            metric(
+                "kv_bytes_total",
+                "gauge",
+                "KV cache reserved.",
+                stats.kv_bytes as f64,
+            );
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_appear_in_the_text_format() {
+        let metrics = Metrics::default();
+        metrics.accepted();
+        metrics.accepted();
+        metrics.refused();
+        metrics.key_released(Duration::from_millis(250));
+        let text = metrics.render(None);
+        assert!(text.contains("\ncasemate_requests_total 2\n"), "{text}");
+        assert!(
+            text.contains("\ncasemate_requests_refused_total 1\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("\ncasemate_key_release_seconds 0.25\n"),
+            "{text}"
+        );
+        assert!(!text.contains("model_load_seconds"), "{text}");
+    }
+}

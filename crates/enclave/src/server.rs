@@ -1,0 +1,178 @@
+//! The routes anybody may call: evidence, the encrypted gateway, health and metrics. Prompts are never accepted here in
+//! clear.
+
+use std::sync::{Arc, OnceLock};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{RawQuery, State};
+use axum::http::{Request, Response, StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use casemate_channel::ohttp::GATEWAY_PATH;
+
+use crate::api::Api;
+use crate::gateway::Gateway;
+use crate::metrics::Metrics;
+use crate::serving::Serving;
+
+/// The enclave as its routes see it; what is loaded later is empty until then.
+pub struct Shared {
+    /// Set once model, keyset and credential are there.
+    pub ready: OnceLock<Ready>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Seconds since the Unix epoch.
+    pub clock: fn() -> u64,
+}
+
+/// What exists once the enclave can serve.
+pub struct Ready {
+    /// The identity shown to users.
+    pub serving: Arc<Serving>,
+    /// Opens requests.
+    pub gateway: Gateway,
+    /// The API, for its engine's figures.
+    pub api: Api,
+}
+
+/// The outer routes.
+pub fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/v1/attestation", get(attestation))
+        .route(GATEWAY_PATH, post(gateway))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/healthz", get(ready))
+        .route("/metrics", get(metrics))
+        .fallback(fallback)
+        .with_state(shared)
+}
+
+async fn fallback(request: Request<Body>) -> Response<Body> {
+    if request.uri().path().starts_with("/v1/") {
+        let text = "prompts are accepted only through the encrypted channel: point your client at `casemate proxy`, \
+                    which verifies this service first\n";
+        return (StatusCode::FORBIDDEN, text).into_response();
+    }
+    (StatusCode::NOT_FOUND, "not found\n").into_response()
+}
+
+async fn ready(State(shared): State<Arc<Shared>>) -> (StatusCode, &'static str) {
+    match shared.ready.get() {
+        Some(ready) if ready.serving.is_valid((shared.clock)()) => (StatusCode::OK, "ready\n"),
+        Some(_) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the credential has expired\n",
+        ),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+    }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    let stats = shared.ready.get().map(|ready| ready.api.engine().stats());
+    let text = shared.metrics.render(stats.as_ref());
+    (
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
+        text,
+    )
+}
+
+async fn attestation(
+    State(shared): State<Arc<Shared>>,
+    RawQuery(query): RawQuery,
+) -> Response<Body> {
+    let Some(nonce) = query.as_deref().and_then(parse_nonce) else {
+        let text = "give exactly one parameter: nonce, 64 hexadecimal digits\n";
+        return (StatusCode::BAD_REQUEST, text).into_response();
+    };
+    let Some(ready) = shared.ready.get() else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response();
+    };
+    match ready.serving.attest(nonce).await {
+        Ok(response) => {
+            shared.metrics.attested();
+            let headers = [
+                (header::CONTENT_TYPE, "application/json"),
+                (header::CACHE_CONTROL, "no-store"),
+            ];
+            (headers, response.to_json()).into_response()
+        }
+        Err(error) => {
+            tracing::error!(%error, "no evidence for a user");
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "no evidence can be made at the moment\n",
+            )
+                .into_response()
+        }
+    }
+}
+
+fn parse_nonce(query: &str) -> Option<[u8; 32]> {
+    let mut nonce = [0; 32];
+    hex::decode_to_slice(query.strip_prefix("nonce=")?, &mut nonce).ok()?;
+    Some(nonce)
+}
+
+async fn gateway(State(shared): State<Arc<Shared>>, request: Request<Body>) -> Response<Body> {
+    match shared.ready.get() {
+        Some(ready) => ready.gateway.clone().handle(request).await,
+        None => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::to_bytes;
+    use tower::ServiceExt;
+
+    async fn get(path: &str) -> (StatusCode, String) {
+        let shared = Shared {
+            ready: OnceLock::new(),
+            metrics: Arc::default(),
+            clock: || 0,
+        };
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = router(Arc::new(shared)).oneshot(request).await.unwrap();
+        let status = response.status();
+        let body = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn prompts_in_clear_are_turned_away_with_directions() {
+        let (status, text) = get("/v1/chat/completions").await;
+        assert_eq!(status, StatusCode::FORBIDDEN);
+        assert!(text.contains("casemate proxy"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn is_alive_but_not_ready_before_the_model_is_loaded() {
+        assert_eq!(get("/livez").await.0, StatusCode::OK);
+        assert_eq!(get("/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+        let nonce = "00".repeat(32);
+        let (status, _) = get(&format!("/v1/attestation?nonce={nonce}")).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[tokio::test]
+    async fn a_nonce_has_one_form() {
+        let nonce = "00".repeat(32);
+        for query in [
+            "",
+            "?",
+            "?nonce=",
+            "?nonce=00",
+            &format!("?nonce={nonce}&x=1"),
+            &format!("?nonce={nonce}00"),
+        ] {
+            let (status, _) = get(&format!("/v1/attestation{query}")).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{query}");
+        }
+    }
+}

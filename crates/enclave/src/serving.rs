@@ -1,0 +1,207 @@
+//! Who this enclave is to its users: the keyset in force, its credential, and evidence over them on demand.
+
+use std::sync::{Arc, RwLock};
+
+use casemate_attest::ReportData;
+use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
+use casemate_channel::ohttp::Keyring;
+use casemate_channel::verify::AttestationResponse;
+use casemate_container::ModelDigest;
+use casemate_container::signing::SigningKey;
+use thiserror::Error;
+use tokio::sync::Semaphore;
+
+use crate::provision::{ProvisionError, Provisioner, Session};
+
+/// Validity of a keyset. It is replaced after half of it, so requests under its predecessor still succeed.
+const KEYSET_SECONDS: u64 = 3600;
+/// A credential with less than this left is renewed.
+const CREDENTIAL_MARGIN_SECONDS: u64 = 300;
+/// Quotes made at the same time for users; more wait.
+const CONCURRENT_QUOTES: usize = 4;
+
+/// Facts about the loaded model that the keyset states.
+pub struct Served {
+    /// Digest of the canonical manifest, recomputed from the bytes in use.
+    pub digest: ModelDigest,
+    /// Name in the manifest.
+    pub name: String,
+    /// Version in the manifest.
+    pub version: u64,
+    /// Arithmetic of the linear layers, such as `int8-g32`.
+    pub compute: &'static str,
+}
+
+/// Why the identity could not be made or renewed.
+#[derive(Debug, Error)]
+pub enum ServingError {
+    /// The broker or the TEE did not provide.
+    #[error(transparent)]
+    Provision(#[from] ProvisionError),
+    /// A key could not be made or a keyset not be encoded.
+    #[error("cannot make a keyset: {0}")]
+    Keyset(String),
+    /// The broker released another model's key than the one loaded.
+    #[error("the broker released a key for another model, or for a newer version only")]
+    ModelChanged,
+}
+
+/// A published keyset with the credential for it.
+struct Identity {
+    keyset: Vec<u8>,
+    keyset_expires: u64,
+    keyset_renew_at: u64,
+    credential: Vec<u8>,
+    credential_expires: u64,
+    // Signs receipts under the key that the keyset names; erased with the keyset.
+    _receipt_key: SigningKey,
+}
+
+/// The enclave's identity, renewed in the background.
+pub struct Serving {
+    /// Private halves of the published HPKE keys.
+    pub keyring: Keyring,
+    provisioner: Provisioner,
+    served: Served,
+    current: RwLock<Arc<Identity>>,
+    quotes: Semaphore,
+}
+
+impl Serving {
+    /// Makes the first keyset and obtains its credential in `session`.
+    pub async fn start(
+        provisioner: Provisioner,
+        session: &Session,
+        served: Served,
+        now: u64,
+    ) -> Result<Self, ServingError> {
+        let keyring = Keyring::default();
+        let identity = new_identity(&keyring, &provisioner, session, &served, now).await?;
+        Ok(Self {
+            keyring,
+            provisioner,
+            served,
+            current: RwLock::new(Arc::new(identity)),
+            quotes: Semaphore::new(CONCURRENT_QUOTES),
+        })
+    }
+
+    /// Evidence over the current keyset and the verifier's nonce.
+    pub async fn attest(&self, nonce: [u8; 32]) -> Result<AttestationResponse, ServingError> {
+        let _permit = self
+            .quotes
+            .acquire()
+            .await
+            .expect("the semaphore is never closed");
+        let identity = self.identity();
+        let digest = KeysetDigest::of(&identity.keyset);
+        let binding = report_data(
+            Purpose::Serving,
+            Role::Service,
+            &digest,
+            &nonce,
+            &ChannelBinding::Key,
+        );
+        let evidence = self.provisioner.evidence(ReportData::from(binding)).await?;
+        Ok(AttestationResponse {
+            evidence,
+            keyset: identity.keyset.clone(),
+            credential: identity.credential.clone(),
+        })
+    }
+
+    /// Whether keyset and credential hold at `now`.
+    pub fn is_valid(&self, now: u64) -> bool {
+        let identity = self.identity();
+        now < identity.keyset_expires && now < identity.credential_expires
+    }
+
+    /// Renews what is due at `now`; returns whether anything was. Attests anew for it, so the broker's current policy
+    /// decides, and a withdrawn permission ends the service when the last credential expires.
+    pub async fn renew(&self, now: u64) -> Result<bool, ServingError> {
+        self.keyring.erase_expired(now);
+        let identity = self.identity();
+        let keyset_due = now >= identity.keyset_renew_at || self.keyring.wants_rotation();
+        let credential_due = now + CREDENTIAL_MARGIN_SECONDS >= identity.credential_expires;
+        if !keyset_due && !credential_due {
+            return Ok(false);
+        }
+        let session = self.provisioner.obtain_key().await?;
+        session
+            .grant
+            .check_model(&self.served.digest, self.served.version)
+            .map_err(|_| ServingError::ModelChanged)?;
+        // A fresh credential needs a keyset that outlives it, so both are renewed together.
+        let renewed = new_identity(
+            &self.keyring,
+            &self.provisioner,
+            &session,
+            &self.served,
+            now,
+        )
+        .await?;
+        *self
+            .current
+            .write()
+            .unwrap_or_else(|poison| poison.into_inner()) = Arc::new(renewed);
+        Ok(true)
+    }
+
+    fn identity(&self) -> Arc<Identity> {
+        Arc::clone(
+            &self
+                .current
+                .read()
+                .unwrap_or_else(|poison| poison.into_inner()),
+        )
+    }
+}
+
+async fn new_identity(
+    keyring: &Keyring,
+    provisioner: &Provisioner,
+    session: &Session,
+    served: &Served,
+    now: u64,
+) -> Result<Identity, ServingError> {
+    let expires_at = now + KEYSET_SECONDS;
+    let config = keyring
+        .generate(expires_at)
+        .map_err(|error| ServingError::Keyset(error.to_string()))?;
+    let receipt_key = SigningKey::generate();
+    let keyset = Keyset {
+        ohttp_config: config.encoded,
+        receipt_key: *receipt_key.verifying_key().as_bytes(),
+        tls_key_digest: None,
+        model_name: served.name.clone(),
+        model_digest: served.digest.0,
+        model_version: served.version,
+        adapter_digests: Vec::new(),
+        compute: served.compute.to_owned(),
+        policy_version: session.policy_version,
+        not_before: now,
+        expires_at,
+    };
+    let keyset = keyset
+        .encode()
+        .map_err(|error| ServingError::Keyset(error.to_string()))?;
+    let (credential, verified) = match provisioner
+        .obtain_credential(session, keyset.clone(), now)
+        .await
+    {
+        Ok(obtained) => obtained,
+        Err(error) => {
+            // Nobody will ever learn of this key.
+            keyring.erase(config.id);
+            return Err(error.into());
+        }
+    };
+    Ok(Identity {
+        keyset,
+        keyset_expires: expires_at,
+        keyset_renew_at: now + KEYSET_SECONDS / 2,
+        credential,
+        credential_expires: verified.claims().expires_at,
+        _receipt_key: receipt_key,
+    })
+}

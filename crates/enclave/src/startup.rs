@@ -1,0 +1,236 @@
+//! The order in which an enclave comes to serve, and how it stops.
+//!
+//! ```text
+//! listen ─► TEE ─► harden ─► attest, receive key ─► open model, recompute digests ─► pack for the engine
+//!        ─► keyset ─► attest again, receive credential ─► ready
+//! ```
+//! The address is taken first, so that a port in use ends the start before a key is released.
+
+use std::io::Write;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use casemate_attest::measure::FileDigest;
+use casemate_container::{SealedFile, Silent};
+use casemate_engine::{Engine, EngineOptions};
+use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::api::{self, Api};
+use crate::config::{MeasuredConfig, Tee};
+use crate::gateway::Gateway;
+use crate::hardening;
+use crate::metrics::Metrics;
+use crate::provision::{Provisioner, Session};
+use crate::server::{self, Ready, Shared};
+use crate::serving::{Served, Serving};
+
+/// How long a quoting service may take to answer.
+const QUOTE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often renewal is considered.
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
+/// How long running answers may take to finish after a request to stop.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// Seconds since the Unix epoch by the system's clock.
+pub fn system_clock() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// Runs the enclave until it is told to stop.
+pub async fn run(measured: MeasuredConfig) -> Result<()> {
+    let address = measured.config.service.listen;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
+    let bound = listener.local_addr()?;
+
+    let quoter = connect_tee(&measured.config.tee)?;
+    info!("{}", hardening::apply());
+
+    let metrics = Arc::new(Metrics::default());
+    let shared = Arc::new(Shared {
+        ready: OnceLock::new(),
+        metrics: Arc::clone(&metrics),
+        clock: system_clock,
+    });
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut server = tokio::spawn(
+        axum::serve(listener, server::router(Arc::clone(&shared)))
+            .with_graceful_shutdown(wait_for(stopped))
+            .into_future(),
+    );
+    println!("listening on {bound}");
+    std::io::stdout().flush()?;
+
+    let ready = tokio::select! {
+        ready = prepare(measured, quoter, metrics) => ready?,
+        _ = termination() => return Ok(()),
+    };
+    let serving = Arc::clone(&ready.serving);
+    let _ = shared.ready.set(ready);
+    info!("ready");
+    let renewal = tokio::spawn(renew(serving));
+
+    termination().await;
+    info!(
+        "stopping: running answers may finish for {} s",
+        GRACE.as_secs()
+    );
+    renewal.abort();
+    let _ = stop.send(true);
+    if tokio::time::timeout(GRACE, &mut server).await.is_err() {
+        warn!("answers were still running and are cut off");
+    }
+    Ok(())
+}
+
+fn connect_tee(tee: &Tee) -> Result<Arc<dyn QuoteProvider>> {
+    let quoter: Arc<dyn QuoteProvider> = match tee {
+        Tee::ConfigfsTsm { collateral } => Arc::new(ConfigfsTsm::new(Some(collateral.clone()))),
+        Tee::QuotingService { socket } => Arc::new(
+            QuotingService::connect(socket, QUOTE_TIMEOUT).with_context(|| {
+                format!("cannot reach the quoting service {}", socket.display())
+            })?,
+        ),
+    };
+    info!(source = quoter.name(), "evidence source");
+    Ok(quoter)
+}
+
+async fn prepare(
+    measured: MeasuredConfig,
+    quoter: Arc<dyn QuoteProvider>,
+    metrics: Arc<Metrics>,
+) -> Result<Ready> {
+    let MeasuredConfig { config, bytes } = measured;
+    let provisioner = Provisioner::new(&config, FileDigest::of(&bytes), quoter)?;
+
+    let started = Instant::now();
+    let session = provisioner.obtain_key().await?;
+    metrics.key_released(started.elapsed());
+    info!(
+        model = %session.grant.model_digest(),
+        minimum_version = session.grant.minimum_version(),
+        "key received, and the provider's signature on it holds"
+    );
+
+    let started = Instant::now();
+    let model = config.model.clone();
+    let (served, engine, session) =
+        tokio::task::spawn_blocking(move || open_and_pack(&model, session))
+            .await
+            .context("loading the model was interrupted")??;
+    metrics.model_loaded(started.elapsed());
+
+    let digest = served.digest.to_string();
+    let serving = Arc::new(Serving::start(provisioner, &session, served, system_clock()).await?);
+    info!("credential received, and the issuer's signature on it holds");
+
+    let fingerprint = format!("fp_{}", &digest[..12]);
+    let api = Api::new(engine, config.service.name, fingerprint, system_clock);
+    let gateway = Gateway {
+        serving: Arc::clone(&serving),
+        api: api::router(api.clone()),
+        metrics,
+        clock: system_clock,
+    };
+    Ok(Ready {
+        serving,
+        gateway,
+        api,
+    })
+}
+
+/// Opens the container with the granted key, compares the model with the grant, and packs it for computing.
+fn open_and_pack(
+    config: &crate::config::Model,
+    session: Session,
+) -> Result<(Served, Engine, Session)> {
+    let threads = match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    let context = || format!("cannot open the model {}", config.path.display());
+    let file = SealedFile::open(&config.path).with_context(context)?;
+    let unlocked = file
+        .unlock(session.grant.data_key(), session.grant.provider())
+        .with_context(context)?;
+    let manifest = unlocked.manifest();
+    session
+        .grant
+        .check_model(&unlocked.digest(), manifest.version())?;
+    let (name, version) = (manifest.name().to_owned(), manifest.version());
+
+    let started = Instant::now();
+    let model = unlocked.load(threads, &Silent).with_context(context)?;
+    let memory = model.memory();
+    info!(
+        huge_pages = memory.huge_pages,
+        excluded_from_dumps = memory.dump_excluded,
+        locked = memory.locked,
+        "memory of the opened model"
+    );
+    info!(
+        model = %model.digest(),
+        name,
+        version,
+        seconds = started.elapsed().as_secs_f64(),
+        "model opened, every digest recomputed"
+    );
+    let digest = model.digest();
+    let options = EngineOptions {
+        compute: config.compute.into(),
+        threads,
+        max_context: config.max_context,
+        max_batch: config.max_batch,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::load(model, &options, &Silent)?;
+    info!(
+        compute = engine.compute_name(),
+        threads,
+        context = engine.context(),
+        weight_bytes = engine.weight_bytes(),
+        kv_bytes = engine.stats().kv_bytes,
+        "engine ready"
+    );
+    let served = Served {
+        digest,
+        name,
+        version,
+        compute: engine.compute_name(),
+    };
+    Ok((served, engine, session))
+}
+
+/// Renews keyset and credential while they are still valid. Failing is not fatal at once: until the credential expires
+/// the service stays what it was, and after that users refuse it.
+async fn renew(serving: Arc<Serving>) {
+    loop {
+        tokio::time::sleep(RENEWAL_INTERVAL).await;
+        match serving.renew(system_clock()).await {
+            Ok(true) => info!("keyset and credential renewed"),
+            Ok(false) => {}
+            Err(error) => error!(%error, "keyset and credential could not be renewed"),
+        }
+    }
+}
+
+async fn wait_for(mut flag: tokio::sync::watch::Receiver<bool>) {
+    let _ = flag.wait_for(|stop| *stop).await;
+}
+
+async fn termination() {
+    let mut terminate = signal(SignalKind::terminate()).expect("signals can be watched");
+    let mut interrupt = signal(SignalKind::interrupt()).expect("signals can be watched");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

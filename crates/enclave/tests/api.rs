@@ -1,0 +1,415 @@
+//! The OpenAI-compatible API over a tiny real model, without the channel around it.
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode};
+use casemate_container::signing::SigningKey;
+use casemate_container::{DataKey, Model, SealOptions, SealedFile, Silent, seal};
+use casemate_enclave::api::{Api, router};
+use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_testkit::models::Tiny;
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+const NOW: u64 = 1_790_000_000;
+
+fn tiny_model() -> Model {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tiny.casemate");
+    let (data_key, signing_key) = (DataKey::generate(), SigningKey::generate());
+    let options = SealOptions {
+        version: 1,
+        ..SealOptions::default()
+    };
+    seal(
+        &Tiny::default().build(),
+        &options,
+        &data_key,
+        &signing_key,
+        &path,
+        &Silent,
+    )
+    .unwrap();
+    let file = SealedFile::open(&path).unwrap();
+    file.unlock(&data_key, &signing_key.verifying_key())
+        .unwrap()
+        .load(1, &Silent)
+        .unwrap()
+}
+
+fn api() -> Api {
+    let options = EngineOptions {
+        compute: Compute::F32,
+        threads: 1,
+        max_context: 256,
+        max_batch: 4,
+        max_waiting: 4,
+        kv_bytes: None,
+    };
+    let engine = Engine::load(tiny_model(), &options, &Silent).unwrap();
+    Api::new(engine, "tiny".into(), "fp_0".into(), || NOW)
+}
+
+async fn send(
+    router: &Router,
+    method: &str,
+    path: &str,
+    body: impl Into<Body>,
+) -> (StatusCode, Value) {
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .body(body.into())
+        .unwrap();
+    let response = router.clone().oneshot(request).await.unwrap();
+    let status = response.status();
+    let bytes = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+    (
+        status,
+        serde_json::from_slice(&bytes).unwrap_or(Value::Null),
+    )
+}
+
+async fn post(router: &Router, path: &str, body: &Value) -> (StatusCode, Value) {
+    send(router, "POST", path, body.to_string()).await
+}
+
+fn chat(extra: &Value) -> Value {
+    let mut body = json!({
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    });
+    for (key, value) in extra.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    body
+}
+
+async fn refused(router: &Router, body: &Value) -> (String, String) {
+    let (status, answer) = post(router, "/v1/chat/completions", body).await;
+    assert!(status.is_client_error(), "{status} {answer}");
+    let error = &answer["error"];
+    assert_eq!(error["type"], "invalid_request_error", "{answer}");
+    let text = |name: &str| error[name].as_str().unwrap_or("").to_owned();
+    (text("param"), text("code"))
+}
+
+#[tokio::test]
+async fn lists_and_names_the_one_model() {
+    let router = router(api());
+    let (status, list) = send(&router, "GET", "/v1/models", Body::empty()).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(list["data"][0]["id"], "tiny");
+    assert_eq!(list["data"][0]["created"], NOW);
+    let (status, model) = send(&router, "GET", "/v1/models/tiny", Body::empty()).await;
+    assert_eq!(
+        (status, &model["object"]),
+        (StatusCode::OK, &json!("model"))
+    );
+    let (status, error) = send(&router, "GET", "/v1/models/other", Body::empty()).await;
+    assert_eq!(
+        (status, &error["error"]["code"]),
+        (StatusCode::NOT_FOUND, &json!("model_not_found"))
+    );
+}
+
+#[tokio::test]
+async fn answers_whole_and_streamed_with_the_same_text() {
+    let router = router(api());
+    let (status, whole) = post(&router, "/v1/chat/completions", &chat(&json!({}))).await;
+    assert_eq!(status, StatusCode::OK, "{whole}");
+    let text = whole["choices"][0]["message"]["content"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let usage = &whole["usage"];
+    assert_eq!(usage["completion_tokens"], 8, "{whole}");
+    assert_eq!(
+        usage["total_tokens"].as_u64().unwrap(),
+        usage["prompt_tokens"].as_u64().unwrap() + 8
+    );
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+    assert_eq!(whole["created"], NOW);
+
+    let body = chat(&json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let request = Request::post("/v1/chat/completions")
+        .body(Body::from(body.to_string()))
+        .unwrap();
+    let response = router.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let bytes = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+    let stream = String::from_utf8(bytes.to_vec()).unwrap();
+    let events: Vec<&str> = stream
+        .split_terminator("\n\n")
+        .map(|e| e.strip_prefix("data: ").unwrap())
+        .collect();
+    assert_eq!(*events.last().unwrap(), "[DONE]");
+    let objects: Vec<Value> = events[..events.len() - 1]
+        .iter()
+        .map(|e| serde_json::from_str(e).unwrap())
+        .collect();
+    assert_eq!(objects[0]["choices"][0]["delta"]["role"], "assistant");
+    let streamed: String = objects
+        .iter()
+        .filter_map(|o| o["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(streamed, text);
+    let last = &objects[objects.len() - 1];
+    assert_eq!((&last["usage"], &last["choices"]), (usage, &json!([])));
+    assert_eq!(
+        objects[objects.len() - 2]["choices"][0]["finish_reason"],
+        "length"
+    );
+}
+
+#[tokio::test]
+async fn several_choices_are_separate_draws_that_one_seed_repeats() {
+    let router = router(api());
+    let body = chat(&json!({"n": 3, "temperature": 1, "seed": 11}));
+    let (_, first) = post(&router, "/v1/chat/completions", &body).await;
+    let (_, second) = post(&router, "/v1/chat/completions", &body).await;
+    let texts = |answer: &Value| -> Vec<String> {
+        let choices = answer["choices"].as_array().unwrap();
+        choices
+            .iter()
+            .map(|c| c["message"]["content"].to_string())
+            .collect()
+    };
+    assert_eq!(texts(&first).len(), 3);
+    assert_eq!(texts(&first), texts(&second));
+    assert_ne!(texts(&first)[0], texts(&first)[1]);
+    assert_eq!(first["usage"]["completion_tokens"], 24);
+    let other = chat(&json!({"n": 3, "temperature": 1, "seed": 12345}));
+    let (_, other) = post(&router, "/v1/chat/completions", &other).await;
+    assert_ne!(texts(&first), texts(&other));
+}
+
+#[tokio::test]
+async fn completes_text_token_lists_and_several_prompts() {
+    let router = router(api());
+    let body = |prompt: Value| json!({"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0});
+    let (status, text) = post(&router, "/v1/completions", &body(json!("ab"))).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+    assert_eq!(text["object"], "text_completion");
+    let (_, both) = post(&router, "/v1/completions", &body(json!(["ab", "cd"]))).await;
+    assert_eq!(both["choices"].as_array().unwrap().len(), 2);
+    assert_eq!(both["choices"][0]["text"], text["choices"][0]["text"]);
+    let (status, tokens) = post(&router, "/v1/completions", &body(json!([5, 6, 7]))).await;
+    assert_eq!(status, StatusCode::OK, "{tokens}");
+    assert_eq!(tokens["usage"]["prompt_tokens"], 3);
+    let (status, _) = post(
+        &router,
+        "/v1/completions",
+        &body(json!([4_000_000_000_u32])),
+    )
+    .await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let (status, _) = post(&router, "/v1/completions", &body(json!([]))).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn text_ends_before_a_stop_string() {
+    let router = router(api());
+    let (_, whole) = post(&router, "/v1/chat/completions", &chat(&json!({}))).await;
+    let text = whole["choices"][0]["message"]["content"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let stop: String = text.chars().skip(2).take(2).collect();
+    let (_, cut) = post(
+        &router,
+        "/v1/chat/completions",
+        &chat(&json!({"stop": stop})),
+    )
+    .await;
+    assert_eq!(
+        cut["choices"][0]["message"]["content"].as_str().unwrap(),
+        &text[..text.find(&stop).unwrap()]
+    );
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+}
+
+#[tokio::test]
+async fn refuses_by_name_what_it_does_not_support() {
+    let router = router(api());
+    for (field, value) in [
+        ("logit_bias", json!({"1": 5})),
+        ("logprobs", json!(true)),
+        ("top_logprobs", json!(3)),
+        ("tools", json!([{"type": "function"}])),
+        ("response_format", json!({"type": "json_object"})),
+        ("user", json!("me")),
+        ("store", json!(true)),
+        ("functions", json!([{}])),
+    ] {
+        let mut body = chat(&json!({}));
+        body[field] = value;
+        assert_eq!(
+            refused(&router, &body).await,
+            (field.into(), "unsupported_parameter".into())
+        );
+    }
+    let body = chat(&json!({"frobnicate": 1}));
+    assert_eq!(
+        refused(&router, &body).await,
+        ("frobnicate".into(), "unknown_parameter".into())
+    );
+}
+
+#[tokio::test]
+async fn accepts_values_that_ask_for_nothing() {
+    let router = router(api());
+    let body = chat(&json!({
+        "logprobs": false, "tools": [], "logit_bias": {}, "user": null, "store": false,
+        "response_format": {"type": "text"}, "top_logprobs": 0, "tool_choice": "none",
+    }));
+    let (status, answer) = post(&router, "/v1/chat/completions", &body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+}
+
+#[tokio::test]
+async fn values_have_ranges_and_types_and_errors_name_the_field() {
+    let router = router(api());
+    for (field, value) in [
+        ("temperature", json!(2.5)),
+        ("temperature", json!("hot")),
+        ("top_p", json!(-0.1)),
+        ("n", json!(0)),
+        ("n", json!(9)),
+        ("max_tokens", json!(0)),
+        ("max_tokens", json!(-1)),
+        ("stop", json!(["a", "b", "c", "d", "e"])),
+        ("stop", json!("")),
+        ("stream_options", json!({"include_usage": true})),
+        ("messages", json!([])),
+        ("messages[0]", json!([{"role": "tool", "content": "x"}])),
+        (
+            "messages[0]",
+            json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+        ),
+        (
+            "messages[0]",
+            json!([{"role": "user", "content": "x", "name": "n"}]),
+        ),
+    ] {
+        let mut body = chat(&json!({}));
+        let key = field.split('[').next().unwrap();
+        body[key] = value.clone();
+        let found = refused(&router, &body).await;
+        assert_eq!(
+            found,
+            (field.into(), "invalid_value".into()),
+            "{field} {value}"
+        );
+    }
+    let mut body = chat(&json!({}));
+    body.as_object_mut().unwrap().remove("model");
+    let missing = ("model".to_owned(), "missing_required_parameter".to_owned());
+    assert_eq!(refused(&router, &body).await, missing);
+}
+
+#[tokio::test]
+async fn bodies_that_are_not_one_json_object_are_refused() {
+    let router = router(api());
+    for body in [
+        "",
+        "null",
+        "[]",
+        "{",
+        "{\"model\":\"tiny\"} x",
+        "\u{0}",
+        "{\"model\":\"tiny\",\"model\":\"tiny\",\"messages\":[]}",
+    ] {
+        let (status, answer) = send(&router, "POST", "/v1/chat/completions", body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+        assert_eq!(answer["error"]["code"], "invalid_json", "{body}");
+    }
+    let (status, answer) = send(
+        &router,
+        "POST",
+        "/v1/chat/completions",
+        vec![b'"', 0xff, b'"'],
+    )
+    .await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::BAD_REQUEST, &json!("invalid_json"))
+    );
+    let deep = "[".repeat(100_000);
+    let (status, _) = send(&router, "POST", "/v1/chat/completions", deep).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn a_prompt_beyond_the_context_is_refused_with_the_numbers() {
+    let router = router(api());
+    let body = chat(&json!({"messages": [{"role": "user", "content": "x ".repeat(600)}]}));
+    let (status, answer) = post(&router, "/v1/chat/completions", &body).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(answer["error"]["code"], "context_length_exceeded");
+    assert!(
+        answer["error"]["message"].as_str().unwrap().contains("256"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn errors_never_repeat_the_prompt() {
+    let router = router(api());
+    let canary = "canary-7f3a";
+    for body in [
+        chat(&json!({"messages": [{"role": "user", "content": {"secret": canary}}]})),
+        chat(&json!({"messages": canary})),
+        chat(&json!({"stop": {"x": canary}})),
+        json!({"model": "tiny", "messages": [{"role": "user", "content": canary}], "n": canary}),
+    ] {
+        let (status, answer) = post(&router, "/v1/chat/completions", &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert!(!answer.to_string().contains(canary), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_slot() {
+    let api = api();
+    let router = router(api.clone());
+    let body = chat(&json!({"stream": true, "max_tokens": 100_000, "n": 4}));
+    let request = Request::post("/v1/chat/completions")
+        .body(Body::from(body.to_string()))
+        .unwrap();
+    let response = router.clone().oneshot(request).await.unwrap();
+    let mut stream = response.into_body().into_data_stream();
+    for _ in 0..3 {
+        stream.next().await.unwrap().unwrap();
+    }
+    drop(stream);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while api.engine().stats().running > 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "abandoned answers still run"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    // Far fewer than the 4 × ~240 tokens that the context had room for.
+    assert!(api.engine().stats().completion_tokens < 900);
+}
+
+#[tokio::test]
+async fn unknown_urls_and_methods_have_openai_errors() {
+    let router = router(api());
+    let (status, answer) = send(&router, "GET", "/v1/embeddings", Body::empty()).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::NOT_FOUND, &json!("unknown_url"))
+    );
+    let (status, answer) = send(&router, "GET", "/v1/chat/completions", Body::empty()).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::METHOD_NOT_ALLOWED, &json!("method_not_allowed"))
+    );
+}
