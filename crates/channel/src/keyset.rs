@@ -168,7 +168,7 @@ impl Keyset {
             (1..=MAX_OHTTP_CONFIG).contains(&self.ohttp_config.len()),
             "ohttp_config",
         )?;
-        rule(is_printable(&self.model_name), "model_name")?;
+        rule(is_model_name(&self.model_name), "model_name")?;
         rule(is_printable(&self.compute), "compute")?;
         rule(
             self.adapter_digests.len() <= MAX_ADAPTERS,
@@ -184,6 +184,11 @@ impl Keyset {
             "expires_at",
         )
     }
+}
+
+/// A manifest's rule for the name of its model, which may have spaces and letters of any script.
+fn is_model_name(text: &str) -> bool {
+    (1..=MAX_TEXT).contains(&text.len()) && !text.contains(char::is_control)
 }
 
 fn is_printable(text: &str) -> bool {
@@ -309,6 +314,15 @@ mod tests {
         ]
         .concat();
         assert_eq!(hex::encode(small.encode().unwrap()), expected);
+    }
+
+    #[test]
+    fn accepts_every_model_name_that_a_manifest_may_have() {
+        let keyset = Keyset {
+            model_name: "Modèle 135M Instruct".into(),
+            ..keyset()
+        };
+        assert_eq!(Keyset::decode(&keyset.encode().unwrap()).unwrap(), keyset);
     }
 
     #[test]

@@ -27,7 +27,15 @@ where
     Ok(value)
 }
 
-/// Names of models and services: 1 to 128 visible ASCII characters.
+/// Names of models, by the manifest's rule: 1 to 128 bytes of UTF-8 without control characters.
+pub(crate) fn check_model_name(what: &'static str, text: &str) -> Result<(), Malformed> {
+    if (1..=128).contains(&text.len()) && !text.contains(char::is_control) {
+        return Ok(());
+    }
+    Err(Malformed::Text { what })
+}
+
+/// Names of services: 1 to 128 visible ASCII characters.
 pub(crate) fn check_name(what: &'static str, text: &str) -> Result<(), Malformed> {
     if (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
         return Ok(());
