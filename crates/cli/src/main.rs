@@ -8,6 +8,7 @@
 mod bench;
 mod check;
 mod exit;
+mod grant;
 mod inspect;
 mod keygen;
 mod keys;
@@ -37,6 +38,7 @@ enum Command {
     Seal(seal::Args),
     Inspect(inspect::Args),
     Check(check::Args),
+    Grant(grant::Args),
     #[command(hide = true)]
     Bench(bench::Args),
 }
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Seal(args) => seal::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Grant(args) => grant::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)

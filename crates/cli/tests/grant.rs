@@ -1,0 +1,155 @@
+//! `casemate grant` as a provider runs it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use casemate_container::signing::SigningKey;
+use casemate_container::{DataKey, ModelDigest, SealOptions, Silent, seal};
+use casemate_release::grant::VerifiedGrant;
+use casemate_testkit::models::Tiny;
+use serde_json::Value;
+use tempfile::TempDir;
+
+struct Files {
+    directory: TempDir,
+    data_key: DataKey,
+    signing_key: SigningKey,
+    digest: ModelDigest,
+}
+
+impl Files {
+    /// A model of version 4, sealed, with its keys.
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (data_key, signing_key) = (DataKey::generate(), SigningKey::generate());
+        data_key
+            .write_file(&directory.path().join("data.pem"), false)
+            .unwrap();
+        signing_key
+            .write_file(&directory.path().join("sign.pem"), false)
+            .unwrap();
+        let options = SealOptions {
+            name: Some("Tiny 1M Instruct".into()),
+            version: 4,
+            ..Default::default()
+        };
+        let out = directory.path().join("tiny.casemate");
+        let model = Tiny::default().build();
+        let sealed = seal(&model, &options, &data_key, &signing_key, &out, &Silent).unwrap();
+        Self {
+            directory,
+            data_key,
+            signing_key,
+            digest: sealed.digest,
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn grant(&self, data_key: &Path, signing_key: &Path, more: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_casemate"))
+            .arg("grant")
+            .arg("--data-key")
+            .arg(data_key)
+            .arg("--signing-key")
+            .arg(signing_key)
+            .arg("--model")
+            .arg(self.at("tiny.casemate"))
+            .arg("--out")
+            .arg(self.at("tiny.grant"))
+            .args(more)
+            .output()
+            .unwrap()
+    }
+
+    fn honest(&self, more: &[&str]) -> Output {
+        self.grant(&self.at("data.pem"), &self.at("sign.pem"), more)
+    }
+
+    fn verified(&self) -> VerifiedGrant {
+        let bytes = std::fs::read(self.at("tiny.grant")).unwrap();
+        VerifiedGrant::verify(&bytes, &self.signing_key.verifying_key()).unwrap()
+    }
+}
+
+#[test]
+fn a_grant_opens_the_model_it_names_and_is_its_owners() {
+    let files = Files::new();
+    let output = files.honest(&["--json"]);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["model_digest"], files.digest.to_string());
+    assert_eq!(json["minimum_version"], 4);
+    let grant = files.verified();
+    assert!(grant.data_key().matches(&files.data_key));
+    assert_eq!(grant.model_digest(), &files.digest);
+    assert_eq!(
+        (grant.model_name(), grant.minimum_version()),
+        ("Tiny 1M Instruct", 4)
+    );
+    assert_eq!(
+        files.at("tiny.grant").metadata().unwrap().mode() & 0o777,
+        0o600
+    );
+    assert!(
+        files
+            .honest(&["--minimum-version", "2", "--force"])
+            .status
+            .success()
+    );
+    assert_eq!(files.verified().minimum_version(), 2);
+    let names = std::fs::read_dir(files.directory.path()).unwrap().count();
+    assert_eq!(names, 4, "nothing is left behind");
+}
+
+#[test]
+fn an_existing_grant_is_replaced_only_by_force() {
+    let files = Files::new();
+    std::fs::write(files.at("tiny.grant"), b"precious").unwrap();
+    assert_eq!(files.honest(&[]).status.code(), Some(40));
+    assert_eq!(std::fs::read(files.at("tiny.grant")).unwrap(), b"precious");
+}
+
+#[test]
+fn keys_that_do_not_belong_to_the_model_grant_nothing() {
+    let files = Files::new();
+    DataKey::generate()
+        .write_file(&files.at("other-data.pem"), false)
+        .unwrap();
+    SigningKey::generate()
+        .write_file(&files.at("other-sign.pem"), false)
+        .unwrap();
+    let wrong = [
+        (files.at("other-data.pem"), files.at("sign.pem"), 20),
+        (files.at("data.pem"), files.at("other-sign.pem"), 20),
+        (files.at("sign.pem"), files.at("sign.pem"), 10),
+        (files.at("missing.pem"), files.at("sign.pem"), 40),
+    ];
+    for (data_key, signing_key, code) in wrong {
+        let output = files.grant(&data_key, &signing_key, &[]);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(!files.at("tiny.grant").exists());
+    }
+}
+
+#[test]
+fn a_minimum_above_the_models_own_version_is_wrong_usage() {
+    let files = Files::new();
+    assert_eq!(
+        files.honest(&["--minimum-version", "5"]).status.code(),
+        Some(2)
+    );
+    assert!(!files.at("tiny.grant").exists());
+}
