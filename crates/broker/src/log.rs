@@ -415,3 +415,163 @@ impl ChainCheck {
 fn cut(text: &str) -> String {
     text.chars().take(MAX_TEXT_CHARS).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+
+    const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
+    const TIME: u64 = 1_780_000_000;
+
+    fn issuer() -> SigningKey {
+        SigningKey::from_seed(&[0x44; 32])
+    }
+
+    fn decisions() -> [Decision; 3] {
+        let mut begin = Decision::new(Action::Begin, Verdict::Administered);
+        begin.content = Some((*issuer().verifying_key().as_bytes()).into());
+        let mut release = Decision::new(Action::Release, Verdict::Development);
+        release.policy_version = Some(7);
+        release.session = Some([0x61; 32].into());
+        release.subject = Some("default/model/smollm2".into());
+        release.evidence = Some([0x51; 32].into());
+        release.measurement = Some("casemate-enclave".into());
+        release.model = Some([0x22; 32].into());
+        let mut denied = Decision::new(Action::Credential, Verdict::Denied);
+        denied.policy_version = Some(7);
+        denied.subject = Some("smollm2".into());
+        let denial = Denial::refused(
+            "keyset.model_version",
+            "2",
+            "at least 3",
+            "serve a newer one",
+        );
+        denied.denial = Some(LoggedDenial::from(&denial));
+        [begin, release, denied]
+    }
+
+    fn chain() -> (Vec<Vec<u8>>, Head) {
+        let mut head = Head::empty();
+        let mut entries = Vec::new();
+        for (decision, time) in decisions().into_iter().zip(TIME..) {
+            let encoded = Entry::after(&head, time, decision).encode();
+            head = Head {
+                size: head.size + 1,
+                hash: hash(&encoded),
+            };
+            entries.push(encoded);
+        }
+        (entries, head)
+    }
+
+    #[test]
+    fn the_chain_is_the_vectors() {
+        let vectors: Value = serde_json::from_str(VECTORS).unwrap();
+        let (entries, head) = chain();
+        let written: Vec<Value> = entries
+            .iter()
+            .map(|entry| {
+                serde_json::json!({
+                    "entry": hex::encode(entry),
+                    "hash": hex::encode(hash(entry).bytes()),
+                })
+            })
+            .collect();
+        assert_eq!(Value::from(written), vectors["log"]["entries"]);
+        assert_eq!(
+            hex::encode(head.sign(&issuer())),
+            vectors["log"]["head_signature"]
+        );
+    }
+
+    #[test]
+    fn a_chain_checks_under_its_issuer_only() {
+        let (entries, head) = chain();
+        let check = || {
+            let mut check = ChainCheck::new(None);
+            for (entry, position) in entries.iter().zip(0..) {
+                check.next(position, entry, hash(entry)).unwrap();
+            }
+            check
+        };
+        let signature = head.sign(&issuer());
+        assert_eq!(
+            check().finish(&head, &signature, &issuer().verifying_key()),
+            Ok(head)
+        );
+        let other = SigningKey::generate().verifying_key();
+        assert_eq!(
+            check().finish(&head, &signature, &other),
+            Err(LogFault::HeadSignature)
+        );
+        // The signature covers the size as well as the hash.
+        let longer = Head { size: 4, ..head };
+        let issuer = issuer().verifying_key();
+        assert_eq!(
+            check().finish(&longer, &signature, &issuer),
+            Err(LogFault::HeadSignature)
+        );
+    }
+
+    #[test]
+    fn other_encodings_of_an_entry_are_unreadable() {
+        let (entries, _) = chain();
+        let entry = &entries[0];
+        assert!(Entry::decode(entry).is_some());
+        let mut trailing = entry.clone();
+        trailing.push(0);
+        assert_eq!(Entry::decode(&trailing), None);
+        let mut long = vec![0xb8, 0x05];
+        long.extend(&entry[1..]);
+        assert_eq!(Entry::decode(&long), None);
+        let mut future = entry.clone();
+        assert_eq!(future[1..3], [0, 1]);
+        future[2] = 2;
+        assert_eq!(Entry::decode(&future), None);
+        for length in 0..entry.len() {
+            assert_eq!(Entry::decode(&entry[..length]), None);
+        }
+    }
+
+    #[test]
+    fn what_strangers_write_is_cut() {
+        let mut decision = Decision::new(Action::Attest, Verdict::Denied);
+        decision.subject = Some("ü".repeat(100_000));
+        let long = "x".repeat(100_000);
+        let denial = Denial::malformed("quote.structure", &long, &long, &long);
+        decision.denial = Some(LoggedDenial::from(&denial));
+        let encoded = Entry::after(&Head::empty(), TIME, decision).encode();
+        assert!(encoded.len() < MAX_ENTRY_BYTES, "{} bytes", encoded.len());
+        assert!(Entry::decode(&encoded).is_some());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_entry_round_trips(
+            size: u64, previous: [u8; 32], time: u64, subject in ".{0,600}", policy: Option<u64>,
+            session: Option<[u8; 32]>, expires_at: Option<u64>, content: Option<[u8; 32]>,
+        ) {
+            let decision = Decision {
+                policy_version: policy,
+                session: session.map(Digest::from),
+                subject: Some(subject),
+                content: content.map(Digest::from),
+                expires_at,
+                ..Decision::new(Action::Attest, Verdict::Genuine)
+            };
+            let head = Head { size, hash: previous.into() };
+            let entry = Entry::after(&head, time, decision);
+            prop_assert_eq!(Entry::decode(&entry.encode()), Some(entry));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = Entry::decode(&bytes);
+        }
+    }
+}
