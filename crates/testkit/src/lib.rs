@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod data;
+pub mod deployment;
 pub mod fake_tee;
 pub mod gguf;
 pub mod hostile;

@@ -1,11 +1,11 @@
 //! `casemate-fake-tee` as people start it.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use casemate_attest::ReportData;
 use casemate_tee::{QuoteProvider, QuotingService};
@@ -119,15 +119,30 @@ fn refuses_keys_that_others_can_read_and_a_root_of_another_key() {
     );
     drop(Running::start(&state, &socket));
     let run = || {
-        let output = Command::new(env!("CARGO_BIN_EXE_casemate-fake-tee"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_casemate-fake-tee"))
             .arg("--state")
             .arg(&state)
             .arg("--socket")
             .arg(&socket)
-            .output()
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
             .unwrap();
-        assert!(!output.status.success());
-        String::from_utf8(output.stderr).unwrap()
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                None => {
+                    child.kill().unwrap();
+                    panic!("it serves with a damaged installation");
+                }
+            }
+        };
+        assert!(!status.success());
+        let mut words = String::new();
+        child.stderr.unwrap().read_to_string(&mut words).unwrap();
+        words
     };
     let key = state.join("root.key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();

@@ -1,0 +1,738 @@
+//! A whole deployment on loopback, made of the real programs: fake TEE, broker, enclave, proxy. Tests use it to have
+//! something to talk to, the demonstration to narrate; so it goes step by step, and each step returns what it learned.
+//!
+//! ```text
+//! start_fake_tee ─► start_broker ─► keygen ─► seal ─► configure_enclave ─► measure_enclave ─► write_policies
+//!   ─► admit_model ─► start_enclave ─► start_proxy ─► verify
+//! ```
+//! The broker comes before the enclave's configuration, because that names the broker's address and key, and the
+//! configuration comes before the policies, because they name its measurement. A step that lacks an earlier one
+//! says which. Programs end when the deployment is dropped; what they wrote stays in `work_dir/logs`.
+
+mod http;
+mod program;
+
+pub use http::{HttpReply, http_get};
+pub use program::{Launch, Program};
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long a server may take to say where it listens.
+const START: Duration = Duration::from_secs(60);
+/// How long an enclave may take to open its model; tests of unoptimised programs on busy machines need most of it.
+const READY: Duration = Duration::from_secs(600);
+
+/// Why a deployment did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum DeploymentError {
+    /// A file or program could not be used.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A program ended with failure, or a server ended at all.
+    #[error("{program} ended with {status}; the end of its log:\n{log}")]
+    Ended {
+        /// Which.
+        program: &'static str,
+        /// How.
+        status: ExitStatus,
+        /// The end of what it wrote.
+        log: String,
+    },
+    /// A server closed its output without saying where it listens.
+    #[error("{program} does not say where it listens")]
+    Silent {
+        /// Which.
+        program: &'static str,
+    },
+    /// A program did not get there in time.
+    #[error("{program}: no {what} in time; the end of its log:\n{log}")]
+    TimedOut {
+        /// Which.
+        program: &'static str,
+        /// What was waited for.
+        what: &'static str,
+        /// The end of what it wrote.
+        log: String,
+    },
+    /// A program printed something else than agreed.
+    #[error("{program} printed no {what}: {printed}")]
+    Unexpected {
+        /// Which.
+        program: &'static str,
+        /// What was looked for.
+        what: &'static str,
+        /// What it printed.
+        printed: String,
+    },
+    /// A step was called before another that it needs.
+    #[error("this step comes after {0}")]
+    TooEarly(&'static str),
+}
+
+/// A deployment in a directory of its own.
+pub struct Deployment {
+    programs: PathBuf,
+    work: PathBuf,
+    shown: bool,
+    fake_tee: Option<FakeTeeFacts>,
+    broker: Option<BrokerFacts>,
+    keys: Option<KeyFacts>,
+    sealed: Option<SealFacts>,
+    config: Option<PathBuf>,
+    measurement: Option<MeasurementFacts>,
+    policies: Option<PolicyFacts>,
+    enclave: Option<EnclaveFacts>,
+    /// In the order in which they were started; ended in the opposite one.
+    running: Vec<(Role, Program)>,
+}
+
+/// The programs that stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `casemate-fake-tee`.
+    FakeTee,
+    /// `casemate-broker serve`.
+    Broker,
+    /// `casemate-enclave`.
+    Enclave,
+    /// `casemate proxy`.
+    Proxy,
+}
+
+/// A running fake TEE.
+#[derive(Clone, Debug)]
+pub struct FakeTeeFacts {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// SHA-256 of its root's public key, hexadecimal.
+    pub root_spki: String,
+}
+
+/// A running broker.
+#[derive(Clone, Debug)]
+pub struct BrokerFacts {
+    /// Its base address.
+    pub url: String,
+    /// The issuer's public key, hexadecimal.
+    pub issuer: String,
+    /// Its administration socket.
+    pub admin_socket: PathBuf,
+}
+
+/// The provider's keys.
+#[derive(Clone, Debug)]
+pub struct KeyFacts {
+    /// The provider's public key, hexadecimal.
+    pub provider: String,
+    /// File of the signing key.
+    pub signing_key: PathBuf,
+    /// File of the data key.
+    pub data_key: PathBuf,
+}
+
+/// A sealed model.
+#[derive(Clone, Debug)]
+pub struct SealFacts {
+    /// The sealed file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// The model digest, hexadecimal.
+    pub digest: String,
+    /// The model's name and that of the service.
+    pub name: String,
+    /// The model's version.
+    pub version: u64,
+    /// How long sealing took, without starting the program.
+    pub took: Duration,
+}
+
+/// What the enclave will be measured as.
+#[derive(Clone, Debug)]
+pub struct MeasurementFacts {
+    /// The `[[measurement]]` entry for policies.
+    pub toml: String,
+    /// Its fields.
+    pub fields: Value,
+}
+
+/// The policies of both sides.
+#[derive(Clone, Debug)]
+pub struct PolicyFacts {
+    /// For the broker: what may receive the key.
+    pub broker: PathBuf,
+    /// For the user: also whose service, under which name.
+    pub user: PathBuf,
+}
+
+/// A serving enclave.
+#[derive(Clone, Debug)]
+pub struct EnclaveFacts {
+    /// Its base address.
+    pub url: String,
+    /// From start to ready: attesting, key release, opening, packing, credential.
+    pub took: Duration,
+}
+
+/// A running proxy.
+#[derive(Clone, Debug)]
+pub struct ProxyFacts {
+    /// Its base address, for OpenAI clients with `/v1` behind.
+    pub url: String,
+    /// From start to listening: verification included.
+    pub took: Duration,
+}
+
+/// How the enclave runs the model.
+#[derive(Clone, Debug)]
+pub struct EnclaveSettings {
+    /// `"int8"` or `"f32"`.
+    pub compute: &'static str,
+    /// Compute threads; 0 is one per core.
+    pub threads: usize,
+    /// Longest prompt plus answer, in tokens.
+    pub max_context: usize,
+    /// Answers at the same time.
+    pub max_batch: usize,
+}
+
+impl Default for EnclaveSettings {
+    fn default() -> EnclaveSettings {
+        EnclaveSettings {
+            compute: "int8",
+            threads: 0,
+            max_context: 2048,
+            max_batch: 8,
+        }
+    }
+}
+
+impl Deployment {
+    /// Prepares a deployment of the programs in `programs`, keeping everything under `work`, which is made.
+    pub fn new(programs: &Path, work: &Path) -> Result<Deployment, DeploymentError> {
+        let logs = work.join("logs");
+        fs::create_dir_all(&logs).map_err(|source| DeploymentError::Io { path: logs, source })?;
+        // Absolute, because the enclave's arguments are measured and must mean the same everywhere.
+        let absolute = |path: &Path| {
+            fs::canonicalize(path).map_err(|source| DeploymentError::Io {
+                path: path.to_path_buf(),
+                source,
+            })
+        };
+        Ok(Deployment {
+            programs: absolute(programs)?,
+            work: absolute(work)?,
+            shown: false,
+            fake_tee: None,
+            broker: None,
+            keys: None,
+            sealed: None,
+            config: None,
+            measurement: None,
+            policies: None,
+            enclave: None,
+            running: Vec::new(),
+        })
+    }
+
+    /// Where cargo put the programs beside the running test or example.
+    pub fn programs_of_this_build() -> Result<PathBuf, DeploymentError> {
+        let own = std::env::current_exe().map_err(|source| DeploymentError::Io {
+            path: PathBuf::new(),
+            source,
+        })?;
+        // target/<profile>/deps/<test>, or target/<profile>/<program>.
+        let directory = own.parent().unwrap_or(&own);
+        let is_deps = directory
+            .file_name()
+            .is_some_and(|name| name == "deps" || name == "examples");
+        Ok(if is_deps {
+            directory.parent().unwrap_or(directory)
+        } else {
+            directory
+        }
+        .to_path_buf())
+    }
+
+    /// Lets commands show their progress on our standard error.
+    pub fn show_progress(&mut self, shown: bool) {
+        self.shown = shown;
+    }
+
+    /// Everything in order, for who wants the result only: proxy and enclave running over the model in `model`.
+    pub fn start_all(
+        &mut self,
+        model: &Path,
+        name: &str,
+        settings: &EnclaveSettings,
+    ) -> Result<ProxyFacts, DeploymentError> {
+        self.start_fake_tee()?;
+        self.start_broker()?;
+        self.keygen()?;
+        self.seal(model, name, 1)?;
+        self.configure_enclave(settings)?;
+        self.measure_enclave()?;
+        self.write_policies()?;
+        self.admit_model()?;
+        self.start_enclave()?;
+        self.start_proxy()
+    }
+
+    /// Starts the fake TEE.
+    pub fn start_fake_tee(&mut self) -> Result<FakeTeeFacts, DeploymentError> {
+        let state = self.work.join("fake-tee");
+        let launch = self
+            .launch("casemate-fake-tee", "casemate-fake-tee")
+            .option("--state", &state)
+            .option("--socket", self.work.join("fake-tee.sock"));
+        let program = launch.serve(&self.logs(), START)?;
+        let facts = FakeTeeFacts {
+            socket: PathBuf::from(program.address()),
+            root_spki: read(&state.join("root_spki_sha256"))?.trim().to_owned(),
+        };
+        self.running.push((Role::FakeTee, program));
+        Ok(self.fake_tee.insert(facts).clone())
+    }
+
+    /// Makes a broker's state and starts it on a free port.
+    pub fn start_broker(&mut self) -> Result<BrokerFacts, DeploymentError> {
+        let state = self.work.join("broker");
+        let admin_socket = self.work.join("broker-admin.sock");
+        let init = self
+            .launch("casemate-broker-init", "casemate-broker")
+            .arg("init");
+        let printed = self.run(init.option("--state", &state))?;
+        let issuer = printed.trim().to_owned();
+        if hex::decode(&issuer).map(|key| key.len()) != Ok(32) {
+            let (program, what) = ("casemate-broker init", "public key");
+            return Err(DeploymentError::Unexpected {
+                program,
+                what,
+                printed,
+            });
+        }
+        let launch = self
+            .launch("casemate-broker", "casemate-broker")
+            .arg("serve")
+            .option("--state", &state)
+            .option("--listen", "127.0.0.1:0")
+            .option("--admin-socket", &admin_socket);
+        let program = launch.serve(&self.logs(), START)?;
+        let facts = BrokerFacts {
+            url: format!("http://{}", program.address()),
+            issuer,
+            admin_socket,
+        };
+        self.running.push((Role::Broker, program));
+        Ok(self.broker.insert(facts).clone())
+    }
+
+    /// Makes the provider's keys.
+    pub fn keygen(&mut self) -> Result<KeyFacts, DeploymentError> {
+        let directory = self.work.join("keys/");
+        let launch = self.launch("casemate-keygen", "casemate").arg("keygen");
+        let made = self.run_json(launch.option("--out", &directory))?;
+        let facts = KeyFacts {
+            provider: text(&made, "casemate keygen", "provider")?,
+            signing_key: text(&made, "casemate keygen", "signing_key")?.into(),
+            data_key: text(&made, "casemate keygen", "data_key")?.into(),
+        };
+        Ok(self.keys.insert(facts).clone())
+    }
+
+    /// Seals a GGUF file or a Hugging Face directory.
+    pub fn seal(
+        &mut self,
+        model: &Path,
+        name: &str,
+        version: u64,
+    ) -> Result<SealFacts, DeploymentError> {
+        let keys = self.keys()?;
+        let path = self.work.join(format!("{name}-{version}.casemate"));
+        let launch = self
+            .launch("casemate-seal", "casemate")
+            .arg("seal")
+            .arg(model)
+            .option("--name", name)
+            .option("--version", version.to_string())
+            .option("--data-key", &keys.data_key)
+            .option("--signing-key", &keys.signing_key)
+            .option("--out", &path);
+        let sealed = self.run_json(launch)?;
+        let program = "casemate seal";
+        let seconds = sealed["seconds"]
+            .as_f64()
+            .and_then(|s| Duration::try_from_secs_f64(s).ok());
+        let facts = SealFacts {
+            digest: text(&sealed, program, "model_digest")?,
+            bytes: sealed["bytes"]
+                .as_u64()
+                .ok_or_else(|| unexpected(program, "bytes", &sealed))?,
+            took: seconds.ok_or_else(|| unexpected(program, "seconds", &sealed))?,
+            name: name.to_owned(),
+            version,
+            path,
+        };
+        Ok(self.sealed.insert(facts).clone())
+    }
+
+    /// Writes the enclave's configuration.
+    pub fn configure_enclave(
+        &mut self,
+        settings: &EnclaveSettings,
+    ) -> Result<PathBuf, DeploymentError> {
+        let (tee, broker, keys, sealed) = (
+            self.fake_tee()?,
+            self.broker()?,
+            self.keys()?,
+            self.sealed()?,
+        );
+        let text = format!(
+            "[service]\nname = {name}\nlisten = \"127.0.0.1:0\"\n\n\
+             [model]\npath = {model}\ncompute = \"{compute}\"\nthreads = {threads}\n\
+             max_context = {max_context}\nmax_batch = {max_batch}\n\n\
+             [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
+             resource = {resource}\n\n\
+             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n",
+            name = quoted(&sealed.name),
+            model = quoted(&sealed.path.display().to_string()),
+            compute = settings.compute,
+            threads = settings.threads,
+            max_context = settings.max_context,
+            max_batch = settings.max_batch,
+            url = broker.url,
+            issuer = broker.issuer,
+            provider = keys.provider,
+            resource = quoted(&resource(&sealed.name)),
+            socket = quoted(&tee.socket.display().to_string()),
+        );
+        let path = self.work.join("enclave.toml");
+        write(&path, &text)?;
+        Ok(self.config.insert(path).clone())
+    }
+
+    /// Computes, before it is started, what the enclave will be measured as.
+    pub fn measure_enclave(&mut self) -> Result<MeasurementFacts, DeploymentError> {
+        let enclave = self.enclave_launch()?;
+        let config = self.config()?;
+        let measure = || {
+            let mut launch = self
+                .launch("casemate-measure", "casemate")
+                .arg("measure")
+                .option("--name", "casemate-enclave")
+                .option("--executable", &enclave.executable)
+                .option("--config", config);
+            launch.arguments.push("--".into());
+            launch.arguments.extend(enclave.arguments.iter().cloned());
+            launch
+        };
+        let toml = self.run(measure())?;
+        let mut in_json = measure();
+        in_json.arguments.insert(1, "--json".into());
+        let fields = parse("casemate measure", &self.run(in_json)?)?;
+        Ok(self
+            .measurement
+            .insert(MeasurementFacts { toml, fields })
+            .clone())
+    }
+
+    /// Writes the broker's and the user's policy.
+    pub fn write_policies(&mut self) -> Result<PolicyFacts, DeploymentError> {
+        let (tee, broker, sealed) = (self.fake_tee()?, self.broker()?, self.sealed()?);
+        let measurement = self
+            .measurement
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("measure_enclave"))?;
+        let common = format!(
+            "version = 1\ntee = [\"tdx\"]\n\
+             # The fake TEE of this machine. Remove this line, and only real TEEs are accepted.\n\
+             dangerous_development_root = \"{root}\"\n\n\
+             [tcb]\nminimum_evaluation_data_number = 17\n\n\
+             {measurement}\n\n\
+             [model]\ndigests = [\"{digest}\"]\nminimum_version = {version}\n",
+            root = tee.root_spki,
+            measurement = measurement.toml.trim_end(),
+            digest = sealed.digest,
+            version = sealed.version,
+        );
+        let service = format!(
+            "\n[service]\nissuer = \"{}\"\nname = {}\nmaximum_evidence_age_seconds = 300\n",
+            broker.issuer,
+            quoted(&sealed.name)
+        );
+        let facts = PolicyFacts {
+            broker: self.work.join("broker-policy.toml"),
+            user: self.work.join("user-policy.toml"),
+        };
+        write(&facts.broker, &common)?;
+        write(&facts.user, &format!("{common}{service}"))?;
+        Ok(self.policies.insert(facts).clone())
+    }
+
+    /// Puts the broker's policy into force and stores the grant of the model's key. Returns the grant's file.
+    pub fn admit_model(&mut self) -> Result<PathBuf, DeploymentError> {
+        let (keys, sealed) = (self.keys()?, self.sealed()?);
+        let grant = self.work.join("grant");
+        let launch = self
+            .launch("casemate-grant", "casemate")
+            .arg("grant")
+            .option("--data-key", &keys.data_key)
+            .option("--signing-key", &keys.signing_key)
+            .option("--model", &sealed.path)
+            .option("--out", &grant);
+        self.run(launch.arg("--force"))?;
+        let policies = self
+            .policies
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("write_policies"))?;
+        self.administer(&[
+            "policy".as_ref(),
+            "set".as_ref(),
+            policies.broker.as_os_str(),
+        ])?;
+        self.administer(&[
+            "resource".as_ref(),
+            "put".as_ref(),
+            resource(&sealed.name).as_ref(),
+            "--grant".as_ref(),
+            grant.as_os_str(),
+            "--service".as_ref(),
+            sealed.name.as_ref(),
+        ])?;
+        Ok(grant)
+    }
+
+    /// Runs `casemate-broker admin` with these arguments and returns what it printed.
+    pub fn administer(&self, arguments: &[&std::ffi::OsStr]) -> Result<String, DeploymentError> {
+        let mut launch = self
+            .launch("casemate-broker-admin", "casemate-broker")
+            .arg("admin")
+            .option("--socket", &self.broker()?.admin_socket);
+        launch
+            .arguments
+            .extend(arguments.iter().map(|argument| argument.to_os_string()));
+        self.run(launch)
+    }
+
+    /// Starts the enclave and waits until it serves.
+    pub fn start_enclave(&mut self) -> Result<EnclaveFacts, DeploymentError> {
+        self.start_enclave_watching(|_| ())
+    }
+
+    /// Starts the enclave and calls `watch` with the time passed, several times a second, until it serves.
+    pub fn start_enclave_watching(
+        &mut self,
+        mut watch: impl FnMut(Duration),
+    ) -> Result<EnclaveFacts, DeploymentError> {
+        let started = Instant::now();
+        let mut program = self.enclave_launch()?.serve(&self.logs(), START)?;
+        let url = format!("http://{}", program.address());
+        program.wait_until("readiness", READY, || {
+            watch(started.elapsed());
+            http_get(&url, "/readyz").is_ok_and(|reply| reply.status == 200)
+        })?;
+        self.running.push((Role::Enclave, program));
+        Ok(self
+            .enclave
+            .insert(EnclaveFacts {
+                url,
+                took: started.elapsed(),
+            })
+            .clone())
+    }
+
+    /// Starts the user's proxy on a free port.
+    pub fn start_proxy(&mut self) -> Result<ProxyFacts, DeploymentError> {
+        let enclave = self.enclave()?.url.clone();
+        self.start_proxy_to(&enclave)
+    }
+
+    /// Starts a proxy that believes the enclave to be at `enclave`, for who stands in between.
+    pub fn start_proxy_to(&mut self, enclave: &str) -> Result<ProxyFacts, DeploymentError> {
+        let started = Instant::now();
+        let launch = self
+            .launch("casemate-proxy", "casemate")
+            .arg("proxy")
+            .option("--policy", self.user_policy()?)
+            .option("--enclave", enclave)
+            .option("--listen", "127.0.0.1:0");
+        let program = launch.serve(&self.logs(), START)?;
+        let url = format!("http://{}", program.address());
+        self.running.push((Role::Proxy, program));
+        Ok(ProxyFacts {
+            url,
+            took: started.elapsed(),
+        })
+    }
+
+    /// Runs `casemate verify` against the enclave under the user's policy and returns its transcript.
+    pub fn verify(&self) -> Result<Value, DeploymentError> {
+        let launch = self
+            .launch("casemate-verify", "casemate")
+            .arg("verify")
+            .option("--policy", self.user_policy()?)
+            .option("--service", &self.enclave()?.url);
+        self.run_json(launch)
+    }
+
+    /// A running program, the latest of its kind.
+    pub fn program(&mut self, role: Role) -> Option<&mut Program> {
+        let found = self
+            .running
+            .iter_mut()
+            .rev()
+            .find(|(other, _)| *other == role);
+        found.map(|(_, program)| program)
+    }
+
+    /// Ends the latest program of its kind.
+    pub fn stop(&mut self, role: Role) {
+        if let Some(at) = self.running.iter().rposition(|(other, _)| *other == role) {
+            self.running.remove(at);
+        }
+    }
+
+    /// The directory of the deployment.
+    pub fn work_dir(&self) -> &Path {
+        &self.work
+    }
+
+    /// A launch of one of our programs, with an empty environment, under a name for its log.
+    pub fn launch(&self, name: &'static str, program: &str) -> Launch {
+        Launch::new(name, self.programs.join(program))
+    }
+
+    fn enclave_launch(&self) -> Result<Launch, DeploymentError> {
+        Ok(self
+            .launch("casemate-enclave", "casemate-enclave")
+            .option("--config", self.config()?))
+    }
+
+    fn run(&self, launch: Launch) -> Result<String, DeploymentError> {
+        launch.run(&self.logs(), self.shown)
+    }
+
+    fn run_json(&self, launch: Launch) -> Result<Value, DeploymentError> {
+        let name = launch.name;
+        parse(name, &self.run(launch.arg("--json"))?)
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.work.join("logs")
+    }
+
+    /// The fake TEE, once started.
+    pub fn fake_tee(&self) -> Result<&FakeTeeFacts, DeploymentError> {
+        self.fake_tee
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("start_fake_tee"))
+    }
+
+    /// The broker, once started.
+    pub fn broker(&self) -> Result<&BrokerFacts, DeploymentError> {
+        self.broker
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("start_broker"))
+    }
+
+    /// The provider's keys, once made.
+    pub fn keys(&self) -> Result<&KeyFacts, DeploymentError> {
+        self.keys
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("keygen"))
+    }
+
+    /// The model, once sealed.
+    pub fn sealed(&self) -> Result<&SealFacts, DeploymentError> {
+        self.sealed
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("seal"))
+    }
+
+    /// The enclave, once it serves.
+    pub fn enclave(&self) -> Result<&EnclaveFacts, DeploymentError> {
+        self.enclave
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("start_enclave"))
+    }
+
+    fn config(&self) -> Result<&Path, DeploymentError> {
+        self.config
+            .as_deref()
+            .ok_or(DeploymentError::TooEarly("configure_enclave"))
+    }
+
+    fn user_policy(&self) -> Result<&Path, DeploymentError> {
+        let policies = self
+            .policies
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("write_policies"))?;
+        Ok(&policies.user)
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        while self.running.pop().is_some() {}
+    }
+}
+
+fn resource(name: &str) -> String {
+    format!("default/model/{name}")
+}
+
+/// A TOML basic string.
+fn quoted(text: &str) -> String {
+    // JSON's escapes are among TOML's.
+    Value::from(text).to_string()
+}
+
+fn text(
+    value: &Value,
+    program: &'static str,
+    field: &'static str,
+) -> Result<String, DeploymentError> {
+    let text = value[field].as_str().map(str::to_owned);
+    text.ok_or_else(|| unexpected(program, field, value))
+}
+
+fn unexpected(program: &'static str, what: &'static str, printed: &Value) -> DeploymentError {
+    DeploymentError::Unexpected {
+        program,
+        what,
+        printed: printed.to_string(),
+    }
+}
+
+fn parse(program: &'static str, printed: &str) -> Result<Value, DeploymentError> {
+    serde_json::from_str(printed).map_err(|_| DeploymentError::Unexpected {
+        program,
+        what: "JSON",
+        printed: printed.to_owned(),
+    })
+}
+
+fn read(path: &Path) -> Result<String, DeploymentError> {
+    fs::read_to_string(path).map_err(|source| DeploymentError::Io {
+        path: path.to_path_buf(),
+        source,
+    })
+}
+
+fn write(path: &Path, text: &str) -> Result<(), DeploymentError> {
+    fs::write(path, text).map_err(|source| DeploymentError::Io {
+        path: path.to_path_buf(),
+        source,
+    })
+}
