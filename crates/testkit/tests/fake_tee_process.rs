@@ -1,50 +1,31 @@
 //! `casemate-fake-tee` as people start it.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use casemate_attest::ReportData;
 use casemate_tee::{QuoteProvider, QuotingService};
+use casemate_testkit::deployment::{DeploymentError, Launch, Program};
 
-struct Running {
-    child: Child,
-    said: Vec<String>,
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn launch(state: &Path, socket: &Path) -> Launch {
+    Launch::new(
+        "casemate-fake-tee",
+        env!("CARGO_BIN_EXE_casemate-fake-tee").into(),
+    )
+    .option("--state", state)
+    .option("--socket", socket)
 }
 
-impl Running {
-    fn start(state: &Path, socket: &Path) -> Running {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_casemate-fake-tee"))
-            .arg("--state")
-            .arg(state)
-            .arg("--socket")
-            .arg(socket)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut said = Vec::new();
-        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
-            said.push(line.unwrap());
-            if said
-                .last()
-                .is_some_and(|line| line.starts_with("listening on "))
-            {
-                return Running { child, said };
-            }
-        }
-        panic!("it ended: {said:?}");
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Starts it, and returns what it said until it listened.
+fn start(state: &Path, socket: &Path) -> (Program, Vec<String>) {
+    let logs = tempfile::tempdir().unwrap();
+    let program = launch(state, socket).serve(logs.path(), PATIENCE).unwrap();
+    let log = fs::read_to_string(program.log()).unwrap();
+    (program, log.lines().map(str::to_owned).collect())
 }
 
 #[test]
@@ -54,11 +35,11 @@ fn says_that_it_is_no_tee_and_keeps_its_root_over_restarts() {
         directory.path().join("state"),
         directory.path().join("socket"),
     );
-    let first = Running::start(&state, &socket);
-    assert!(first.said[0].contains("NOT a TEE"), "{:?}", first.said);
+    let (first, said) = start(&state, &socket);
+    assert!(said[0].contains("NOT a TEE"), "{:?}", said);
     let spki = fs::read_to_string(state.join("root_spki_sha256")).unwrap();
     let announced = format!("root SPKI SHA-256 {}", spki.trim_end());
-    assert!(first.said.contains(&announced), "{:?}", first.said);
+    assert!(said.contains(&announced), "{:?}", said);
     assert_eq!(spki.trim_end().len(), 64);
     let root = fs::read(state.join("root.der")).unwrap();
 
@@ -95,17 +76,15 @@ fn says_that_it_is_no_tee_and_keeps_its_root_over_restarts() {
 
     drop(first);
     assert!(socket.exists(), "a killed service leaves its socket behind");
-    let second = Running::start(&state, &socket);
+    let (_second, said) = start(&state, &socket);
     assert_eq!(fs::read(state.join("root.der")).unwrap(), root);
-    assert!(second.said.contains(&announced));
+    assert!(said.contains(&announced));
     QuotingService::connect(&socket, Duration::from_secs(20)).unwrap();
 
-    let other = Running::start(
-        &directory.path().join("other"),
-        &directory.path().join("s2"),
-    );
+    let other = directory.path().join("other");
+    let (_other, said) = start(&other, &directory.path().join("s2"));
     assert!(
-        !other.said.contains(&announced),
+        !said.contains(&announced),
         "another installation has another root"
     );
 }
@@ -117,32 +96,14 @@ fn refuses_keys_that_others_can_read_and_a_root_of_another_key() {
         directory.path().join("state"),
         directory.path().join("socket"),
     );
-    drop(Running::start(&state, &socket));
+    drop(start(&state, &socket));
     let run = || {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_casemate-fake-tee"))
-            .arg("--state")
-            .arg(&state)
-            .arg("--socket")
-            .arg(&socket)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let status = loop {
-            match child.try_wait().unwrap() {
-                Some(status) => break status,
-                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-                None => {
-                    child.kill().unwrap();
-                    panic!("it serves with a damaged installation");
-                }
-            }
-        };
-        assert!(!status.success());
-        let mut words = String::new();
-        child.stderr.unwrap().read_to_string(&mut words).unwrap();
-        words
+        let logs = tempfile::tempdir().unwrap();
+        match launch(&state, &socket).serve(logs.path(), PATIENCE) {
+            Err(DeploymentError::Ended { log, .. }) => log,
+            Err(error) => panic!("{error}"),
+            Ok(_) => panic!("it serves with a damaged installation"),
+        }
     };
     let key = state.join("root.key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();

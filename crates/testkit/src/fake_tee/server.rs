@@ -52,7 +52,7 @@ impl Options {
 #[derive(Debug)]
 pub enum Event {
     /// A peer was measured and may ask.
-    Measured(Peer),
+    Measured(Box<Peer>),
     /// A peer could not be measured and was turned away.
     NotMeasured(PeerError),
     /// A connection was turned away because there are too many.
@@ -291,7 +291,7 @@ fn serve(stream: &UnixStream, shared: &Shared) {
         }
     };
     let measurement = measured.measurement;
-    shared.tell(&Event::Measured(measured));
+    shared.tell(&Event::Measured(Box::new(measured)));
     loop {
         let report_data = match request(stream, shared) {
             Ok(Some(report_data)) => report_data,
