@@ -27,7 +27,6 @@ pub(crate) enum Class {
     /// Key, signature, digest or evidence do not fit together.
     NotAuthentic,
     /// A policy says no.
-    #[expect(dead_code, reason = "used by the commands that verify evidence")]
     Refused,
     /// The system or the network.
     Io,

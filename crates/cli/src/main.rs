@@ -12,8 +12,10 @@ mod grant;
 mod inspect;
 mod keygen;
 mod keys;
+mod measure;
 mod progress;
 mod seal;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -39,6 +41,8 @@ enum Command {
     Inspect(inspect::Args),
     Check(check::Args),
     Grant(grant::Args),
+    Measure(measure::Args),
+    Verify(verify::Args),
     #[command(hide = true)]
     Bench(bench::Args),
 }
@@ -51,6 +55,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Grant(args) => grant::run(&args),
+        Command::Measure(args) => measure::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)
