@@ -427,20 +427,16 @@ impl Deployment {
         let enclave = self.enclave_launch()?;
         let config = self.config()?;
         let measure = || {
-            let mut launch = self
+            let launch = self
                 .launch("casemate-measure", "casemate")
                 .arg("measure")
-                .option("--name", "casemate-enclave")
-                .option("--executable", &enclave.executable)
+                .option("--exe", &enclave.executable)
                 .option("--config", config);
-            launch.arguments.push("--".into());
-            launch.arguments.extend(enclave.arguments.iter().cloned());
-            launch
+            let arguments = enclave.arguments.iter();
+            arguments.fold(launch, |launch, argument| launch.option("--arg", argument))
         };
         let toml = self.run(measure())?;
-        let mut in_json = measure();
-        in_json.arguments.insert(1, "--json".into());
-        let fields = parse("casemate measure", &self.run(in_json)?)?;
+        let fields = self.run_json(measure())?;
         Ok(self
             .measurement
             .insert(MeasurementFacts { toml, fields })
