@@ -19,8 +19,8 @@ use tokio::sync::Semaphore;
 use crate::broker::{Broker, Rejection};
 use crate::sessions::SessionFault;
 
-/// Longest time from the end of a request's head to the last byte of its body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest time from the end of a request's head to the last byte of its body, by default.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest wait for a worker.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Requests whose appraisal may run at once.
@@ -30,13 +30,21 @@ const WORKERS: usize = 8;
 struct Shared {
     broker: Arc<Broker>,
     workers: Arc<Semaphore>,
+    body_timeout: Duration,
 }
 
 /// All public routes.
 pub fn router(broker: Arc<Broker>) -> Router {
+    router_with(broker, BODY_TIMEOUT)
+}
+
+/// All public routes, with another limit on how long a body may take.
+pub fn router_with(broker: Arc<Broker>, body_timeout: Duration) -> Router {
+    let workers = Arc::new(Semaphore::new(WORKERS));
     let shared = Shared {
         broker,
-        workers: Arc::new(Semaphore::new(WORKERS)),
+        workers,
+        body_timeout,
     };
     Router::new()
         .route(rcar::AUTH_PATH, post(auth))
@@ -227,7 +235,7 @@ fn session(shared: &Shared, headers: &HeaderMap) -> Result<String, Failure> {
 }
 
 async fn read(shared: &Shared, body: Body, limit: usize) -> Result<Bytes, Failure> {
-    let failure = match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, limit)).await {
+    let failure = match tokio::time::timeout(shared.body_timeout, to_bytes(body, limit)).await {
         Ok(Ok(bytes)) => return Ok(bytes),
         Ok(Err(_)) => Failure::simple(
             StatusCode::PAYLOAD_TOO_LARGE,

@@ -29,10 +29,14 @@ struct Served {
 
 impl Served {
     async fn new(rig: Rig) -> Self {
+        Self::with_body_timeout(rig, api::BODY_TIMEOUT).await
+    }
+
+    async fn with_body_timeout(rig: Rig, body_timeout: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let router = api::router(rig.broker.clone());
+        let router = api::router_with(rig.broker.clone(), body_timeout);
         let server = tokio::spawn(server::serve(listener, router, async {
             let _ = stopped.await;
         }));
@@ -302,6 +306,21 @@ async fn bodies_beyond_their_limit_are_refused() {
     // It was refused before it reached the session.
     let response = served.post(rcar::ATTEST_PATH, Some(&cookie), body).await;
     assert_eq!(response.status(), StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_do_not_arrive_are_not_waited_for() {
+    let rig = Rig::new();
+    let served = Served::with_body_timeout(rig, Duration::from_millis(200)).await;
+    let mut stream = TcpStream::connect(served.address).await.unwrap();
+    let head = "POST /kbs/v0/auth HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut reply = [0; 12];
+    tokio::time::timeout(Duration::from_secs(10), stream.read_exact(&mut reply))
+        .await
+        .expect("an answer although the body is missing")
+        .unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 408");
 }
 
 #[tokio::test(flavor = "multi_thread")]
