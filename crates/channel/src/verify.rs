@@ -8,7 +8,7 @@ use aws_lc_rs::rand;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::{
-    Appraised, Claims, Denial, Evidence, MAX_EVIDENCE_JSON, Policy, Transcript, UnixTime, appraise,
+    Appraised, Denial, Evidence, MAX_EVIDENCE_JSON, Policy, Transcript, UnixTime, appraise,
 };
 use casemate_container::signing::VerifyingKey;
 use casemate_release::credential::{
@@ -147,6 +147,7 @@ pub struct VerifiedService {
     recipient: Recipient,
     keyset: Keyset,
     keyset_digest: KeysetDigest,
+    issuer: VerifyingKey,
     credential: Credential,
     appraised: Appraised,
     valid_until: UnixTime,
@@ -173,19 +174,19 @@ impl VerifiedService {
         &self.keyset_digest
     }
 
+    /// The issuer that the user's policy pins, who signed the credential.
+    pub fn issuer(&self) -> &VerifyingKey {
+        &self.issuer
+    }
+
     /// What the issuer says about it.
     pub fn credential(&self) -> &Credential {
         &self.credential
     }
 
-    /// What the evidence says.
-    pub fn claims(&self) -> &Claims {
-        self.appraised.claims()
-    }
-
-    /// Whether the evidence is under a development root: then this is **not a TEE**.
-    pub fn is_development(&self) -> bool {
-        matches!(self.appraised, Appraised::Development(_))
+    /// What the evidence shows; under a development root, that this is **not a TEE**.
+    pub fn appraised(&self) -> &Appraised {
+        &self.appraised
     }
 
     /// From this moment on nothing may be sent to the service without verifying it again: the first
@@ -397,6 +398,7 @@ impl Judge {
             recipient,
             keyset,
             keyset_digest,
+            issuer,
             credential,
             appraised,
             valid_until,

@@ -186,9 +186,9 @@ fn accepts_an_honest_service_and_says_that_it_is_no_tee() {
             .count()
             > 25
     );
-    assert!(verified.is_development());
-    assert!(!verified.claims().root_of_trust.is_tee());
-    assert_eq!(verified.claims().measurement_name, "enclave");
+    assert!(verified.appraised().is_development());
+    assert!(!verified.appraised().claims().root_of_trust.is_tee());
+    assert_eq!(verified.appraised().claims().measurement_name, "enclave");
     assert_eq!(verified.keyset(), &service.keyset);
     assert_eq!(verified.receipt_key().as_bytes(), &[4; 32]);
     assert_eq!(verified.credential().service, "demo");

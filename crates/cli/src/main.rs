@@ -14,7 +14,10 @@ mod keygen;
 mod keys;
 mod measure;
 mod progress;
+mod proxy;
 mod seal;
+mod service;
+mod verdict;
 mod verify;
 
 use std::process::ExitCode;
@@ -43,6 +46,7 @@ enum Command {
     Grant(grant::Args),
     Measure(measure::Args),
     Verify(verify::Args),
+    Proxy(proxy::Args),
     #[command(hide = true)]
     Bench(bench::Args),
 }
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Grant(args) => grant::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Proxy(args) => proxy::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)

@@ -1,0 +1,101 @@
+//! `casemate proxy`: an OpenAI-compatible server on loopback that verifies a service and encrypts
+//! every request to it.
+//!
+//! [`session`] holds the verified service and keeps it fresh, [`forward`] carries requests,
+//! [`refusal`] is how this proxy itself says no.
+
+mod forward;
+mod refusal;
+mod session;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::io::IsTerminal as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use axum::serve::ListenerExt as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::exit::{Failure, print};
+use crate::service::{NotVerified, Service};
+use crate::verdict::Verdict;
+use crate::verify::read_policy;
+use session::Session;
+
+/// Serve an OpenAI-compatible API on loopback, and forward requests, encrypted, to a verified
+/// service.
+///
+/// Nothing is served unless the service verifies; it is verified again before its keys, its
+/// credential or its evidence get too old. Exit code when it does not start: as `casemate verify`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// URL of the service, as its provider gave it to you
+    #[arg(long, value_name = "URL")]
+    enclave: String,
+    /// The policy file that says what is accepted; docs/policy.md describes it.
+    #[arg(long, value_name = "FILE")]
+    policy: PathBuf,
+    /// PEM file of the certificate authorities for https, instead of the system's. Trust in the service does not rest
+    /// on them.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Address to listen on. Whoever reaches it can use the service in your name: keep it on loopback
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("CASEMATE_LOG")
+                .unwrap_or_else(|_| "casemate=info".into()),
+        )
+        .init();
+    let service = Service::new(
+        &args.enclave,
+        read_policy(&args.policy)?,
+        args.ca.as_deref(),
+    )?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Failure::io)?;
+    runtime.block_on(serve(service, args.listen))
+}
+
+async fn serve(service: Service, listen: SocketAddr) -> Result<(), Failure> {
+    let url = service.url().clone();
+    let verification = service.verify().await.map_err(NotVerified::into_failure)?;
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    print(
+        Verdict::of(&service, &verification)
+            .to_text(colour)
+            .trim_end(),
+    )?;
+    let session = Session::new(service, verification).map_err(NotVerified::into_failure)?;
+    let session = Arc::new(session);
+
+    let listener = TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("cannot listen on {listen}"))
+        .map_err(Failure::io)?;
+    let address = listener.local_addr().map_err(Failure::io)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::io)?;
+    print(&format!("forwarding to {url}\nlistening on {address}"))?;
+
+    let renewal = tokio::spawn(session::keep_fresh(session.clone()));
+    // A token must not wait for the next one to fill a packet.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
+    let server = axum::serve(listener, forward::router(session, address));
+    let result = tokio::select! {
+        result = server => result,
+        _ = terminate.recv() => Ok(()),
+        result = tokio::signal::ctrl_c() => result,
+    };
+    renewal.abort();
+    result.map_err(Failure::io)
+}

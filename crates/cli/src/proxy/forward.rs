@@ -1,0 +1,275 @@
+//! The proxy's HTTP server: takes requests of OpenAI clients, carries them to the verified service
+//! and answers with what comes back, as it comes back.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use casemate_channel::ohttp::{
+    ANSWER_MEDIA_TYPE, Answer, AnswerError, EncapsulateError, KEY_PROBLEM, PROBLEM_MEDIA_TYPE,
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use serde::Deserialize;
+
+use super::refusal::Refusal;
+use super::session::{Current, Session};
+
+/// The largest request body that is carried.
+const MAX_BODY: usize = 8 * 1024 * 1024;
+/// The largest refusal of a service's host that is read.
+const MAX_PROBLEM: usize = 16 * 1024;
+
+/// Fields of a request that the service needs. Everything else stays here: it would only tell more
+/// about the user.
+const REQUEST_FIELDS: [HeaderName; 3] =
+    [header::AUTHORIZATION, header::CONTENT_TYPE, header::ACCEPT];
+/// Fields of an answer that are about one connection, and so not passed on.
+const CONNECTION_FIELDS: [HeaderName; 8] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    header::TRANSFER_ENCODING,
+    header::TE,
+    header::TRAILER,
+    header::UPGRADE,
+    header::PROXY_AUTHENTICATE,
+    HeaderName::from_static("keep-alive"),
+];
+
+#[derive(Clone)]
+struct Shared {
+    session: Arc<Session>,
+    origin: String,
+}
+
+/// The server's routes; `address` is where it listens.
+pub(super) fn router(session: Arc<Session>, address: SocketAddr) -> Router {
+    let shared = Shared {
+        session,
+        origin: format!("http://{address}"),
+    };
+    Router::new()
+        .route("/livez", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/v1/attestation", get(attestation))
+        .route("/v1/{*path}", axum::routing::any(forward))
+        .fallback(async || {
+            let message = "this proxy serves the paths under /v1/, /livez and /readyz";
+            Refusal::new(StatusCode::NOT_FOUND, "not_found", message)
+        })
+        .method_not_allowed_fallback(async || method_not_allowed())
+        .with_state(shared)
+}
+
+async fn ready(State(shared): State<Shared>) -> Response {
+    if shared.session.valid().is_some() {
+        return "ready\n".into_response();
+    }
+    let reason = shared
+        .session
+        .failure()
+        .unwrap_or_else(|| "not verified again yet".to_owned());
+    let message = format!("the service is not verified: {reason}");
+    Refusal::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "service_not_verified",
+        message,
+    )
+    .into_response()
+}
+
+async fn attestation(State(shared): State<Shared>) -> Result<Response, Refusal> {
+    let current = shared.session.use_service().await?;
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, json)], current.verdict.clone()).into_response())
+}
+
+fn method_not_allowed() -> Refusal {
+    Refusal::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        "use GET or POST",
+    )
+}
+
+async fn forward(State(shared): State<Shared>, request: Request) -> Result<Response, Refusal> {
+    let inner = inner_request(request, &shared.origin).await?;
+    let session = &shared.session;
+    let current = session.use_service().await?;
+    let answer = match exchange(session, &current, &inner).await {
+        Err(Failure::KeyUnknown) => {
+            // Anybody on the way can say so. A service that proves to have another key now did not
+            // process what was encrypted to the former; one that has not, gets no second copy.
+            let renewed = session.renew(&current).await.map_err(|reason| {
+                let message = format!("the service changed its key and then failed: {reason}");
+                Refusal::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "service_not_verified",
+                    message,
+                )
+            })?;
+            if renewed.service.recipient() == current.service.recipient() {
+                return Err(Failure::KeyUnknown.into());
+            }
+            exchange(session, &renewed, &inner).await?
+        }
+        other => other?,
+    };
+    let mut response = Response::new(Body::from_stream(answer.body));
+    *response.status_mut() = answer.status;
+    *response.headers_mut() = answer.headers;
+    for name in CONNECTION_FIELDS {
+        response.headers_mut().remove(name);
+    }
+    Ok(response)
+}
+
+/// The request as the service will see it.
+async fn inner_request(request: Request, origin: &str) -> Result<http::Request<Bytes>, Refusal> {
+    let (parts, body) = request.into_parts();
+    if !matches!(parts.method, Method::GET | Method::POST) {
+        return Err(method_not_allowed());
+    }
+    // A page of some other site, open in the user's browser, must not speak in the user's name.
+    let foreign = |value: &HeaderValue| value.as_bytes() != origin.as_bytes();
+    if parts.headers.get(header::ORIGIN).is_some_and(foreign) {
+        let message = "requests of web pages are not served";
+        return Err(Refusal::new(
+            StatusCode::FORBIDDEN,
+            "foreign_origin",
+            message,
+        ));
+    }
+    let body = to_bytes(body, MAX_BODY).await.map_err(|error| {
+        let limited = std::error::Error::source(&error)
+            .is_some_and(|source| source.is::<http_body_util::LengthLimitError>());
+        if limited {
+            let message = format!("the request is larger than {MAX_BODY} bytes");
+            Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message)
+        } else {
+            let message = "the request could not be read";
+            Refusal::new(StatusCode::BAD_REQUEST, "unreadable_request", message)
+        }
+    })?;
+    let mut inner = http::Request::new(body);
+    *inner.method_mut() = parts.method;
+    *inner.uri_mut() = parts.uri;
+    *inner.headers_mut() = allowed_fields(&parts.headers);
+    Ok(inner)
+}
+
+fn allowed_fields(headers: &HeaderMap) -> HeaderMap {
+    let mut allowed = HeaderMap::new();
+    for name in REQUEST_FIELDS {
+        for value in headers.get_all(&name) {
+            allowed.append(name.clone(), value.clone());
+        }
+    }
+    allowed
+}
+
+/// Why there is no answer of the service.
+enum Failure {
+    Encapsulate(EncapsulateError),
+    Unreachable(String),
+    /// The service's host says that the service does not hold the key.
+    KeyUnknown,
+    /// The service's host refused otherwise.
+    Host(StatusCode),
+    Answer(AnswerError),
+}
+
+async fn exchange(
+    session: &Session,
+    current: &Current,
+    inner: &http::Request<Bytes>,
+) -> Result<Answer, Failure> {
+    let recipient = current.service.recipient();
+    let (encapsulated, pending) = recipient.encapsulate(inner).map_err(Failure::Encapsulate)?;
+    let response = session
+        .service()
+        .send(encapsulated)
+        .await
+        .map_err(Failure::Unreachable)?;
+    let status = response.status();
+    if !status.is_success() {
+        return Err(refusal_of_host(response).await);
+    }
+    if !has_media_type(response.headers(), ANSWER_MEDIA_TYPE) {
+        return Err(Failure::Answer(AnswerError::Malformed));
+    }
+    pending
+        .open(response.bytes_stream())
+        .await
+        .map_err(Failure::Answer)
+}
+
+fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|v| v.as_bytes() == expected.as_bytes())
+}
+
+async fn refusal_of_host(mut response: reqwest::Response) -> Failure {
+    #[derive(Deserialize)]
+    struct Problem {
+        r#type: String,
+    }
+    let status = response.status();
+    if has_media_type(response.headers(), PROBLEM_MEDIA_TYPE) {
+        let mut json = Vec::new();
+        while let Ok(Some(bytes)) = response.chunk().await {
+            json.extend_from_slice(&bytes);
+            if json.len() > MAX_PROBLEM {
+                return Failure::Host(status);
+            }
+        }
+        if serde_json::from_slice(&json).is_ok_and(|problem: Problem| problem.r#type == KEY_PROBLEM)
+        {
+            return Failure::KeyUnknown;
+        }
+    }
+    Failure::Host(status)
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Refusal {
+        let bad_gateway = StatusCode::BAD_GATEWAY;
+        match failure {
+            Failure::Encapsulate(EncapsulateError::Message(fault)) => {
+                let message = format!("the request cannot be sent: {fault}");
+                Refusal::new(StatusCode::BAD_REQUEST, "unsendable_request", message)
+            }
+            Failure::Encapsulate(EncapsulateError::Encryption) => Refusal::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "encryption_failed",
+                "the request could not be encrypted",
+            ),
+            Failure::Unreachable(error) => {
+                let message = format!("the service is unreachable: {error}");
+                Refusal::new(bad_gateway, "service_unreachable", message)
+            }
+            Failure::KeyUnknown => Refusal::new(
+                bad_gateway,
+                "key_refused",
+                "the service's host refuses the key that the service has just attested",
+            ),
+            Failure::Host(StatusCode::PAYLOAD_TOO_LARGE) => Refusal::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "request_too_large",
+                "the request is larger than the service accepts",
+            ),
+            Failure::Host(status) => {
+                let message = format!("the service's host refused the request: {status}");
+                Refusal::new(bad_gateway, "refused_by_host", message)
+            }
+            Failure::Answer(error) => {
+                Refusal::new(bad_gateway, "answer_refused", error.to_string())
+            }
+        }
+    }
+}

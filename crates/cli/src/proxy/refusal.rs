@@ -1,0 +1,42 @@
+//! How the proxy itself says no: errors in the shape that OpenAI clients read.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde_json::json;
+
+/// A refusal by the proxy, not by the service.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) code: &'static str,
+    pub(super) message: String,
+}
+
+impl Refusal {
+    pub(super) fn new(
+        status: StatusCode,
+        code: &'static str,
+        message: impl Into<String>,
+    ) -> Refusal {
+        Refusal {
+            status,
+            code,
+            message: message.into(),
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let kind = if self.status.is_client_error() {
+            "invalid_request_error"
+        } else {
+            "proxy_error"
+        };
+        let body = json!({
+            "error": { "message": self.message, "type": kind, "param": null, "code": self.code }
+        });
+        (self.status, Json(body)).into_response()
+    }
+}

@@ -1,0 +1,199 @@
+//! The service as it was last verified, and its renewal. A service is used until its verification
+//! runs out, by the clock on the wall or by the time that has passed, whichever is first; nothing
+//! prolongs it but a new verification.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::rand;
+use casemate_channel::verify::VerifiedService;
+use http::StatusCode;
+use tracing::{info, warn};
+
+use super::refusal::Refusal;
+use crate::service::{NotVerified, Service, Verification};
+use crate::verdict::Verdict;
+
+/// Pause after a failed renewal, at the most.
+const RETRY: Duration = Duration::from_secs(15);
+/// Pause between two renewals, at the least.
+const MINIMUM_PAUSE: Duration = Duration::from_secs(1);
+
+/// A verified service, or the memory of one.
+pub(super) struct Session {
+    service: Service,
+    state: Mutex<State>,
+    /// Held while the service is being verified, so that one verification serves all who wait.
+    verifying: tokio::sync::Mutex<()>,
+}
+
+struct State {
+    current: Arc<Current>,
+    /// Why the latest renewal failed, if it did.
+    failure: Option<String>,
+    /// How many renewals have ended.
+    attempts: u64,
+}
+
+/// A successful verification.
+pub(super) struct Current {
+    pub(super) service: VerifiedService,
+    /// The verdict as JSON.
+    pub(super) verdict: String,
+    since: Instant,
+    lifetime: Duration,
+}
+
+impl Current {
+    fn of(service: &Service, verification: Verification) -> Result<Current, NotVerified> {
+        let verdict = Verdict::of(service, &verification).to_json().to_string();
+        let verified = verification.outcome.map_err(NotVerified::Denied)?;
+        let lifetime = verified.valid_until().saturating_since(verification.began);
+        Ok(Current {
+            service: verified,
+            verdict,
+            since: verification.started,
+            lifetime,
+        })
+    }
+}
+
+impl Session {
+    /// Begins with a first verification, if that succeeded.
+    pub(super) fn new(service: Service, first: Verification) -> Result<Session, NotVerified> {
+        let current = Arc::new(Current::of(&service, first)?);
+        Ok(Session {
+            service,
+            state: Mutex::new(State {
+                current,
+                failure: None,
+                attempts: 0,
+            }),
+            verifying: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// The service, to send requests to.
+    pub(super) fn service(&self) -> &Service {
+        &self.service
+    }
+
+    /// The latest verification, if it still holds.
+    pub(super) fn valid(&self) -> Option<Arc<Current>> {
+        let current = self.latest();
+        self.holds(&current).then_some(current)
+    }
+
+    /// The verification to use for a request: the latest, or a new one if that has run out.
+    pub(super) async fn use_service(&self) -> Result<Arc<Current>, Refusal> {
+        if let Some(current) = self.valid() {
+            return Ok(current);
+        }
+        let outdated = self.latest();
+        self.renew(&outdated).await.map_err(|reason| {
+            Refusal::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "service_not_verified",
+                format!("the service could not be verified again: {reason}"),
+            )
+        })
+    }
+
+    /// Verifies again, unless somebody else replaced `outdated` meanwhile. On failure the former
+    /// verification stays, for as long as it holds.
+    pub(super) async fn renew(&self, outdated: &Arc<Current>) -> Result<Arc<Current>, String> {
+        let attempts = self.state().attempts;
+        let _one_at_a_time = self.verifying.lock().await;
+        {
+            // What ended while we waited speaks for us, too.
+            let state = self.state();
+            if !Arc::ptr_eq(&state.current, outdated) && self.holds(&state.current) {
+                return Ok(state.current.clone());
+            }
+            if let Some(reason) = state
+                .failure
+                .as_ref()
+                .filter(|_| state.attempts != attempts)
+            {
+                return Err(reason.clone());
+            }
+        }
+        let verification = self.service.verify().await;
+        let result = verification.and_then(|v| Current::of(&self.service, v));
+        let mut state = self.state();
+        state.attempts += 1;
+        match result {
+            Ok(current) => {
+                info!(valid_until = %current.service.valid_until(), "verified the service again");
+                state.failure = None;
+                state.current = Arc::new(current);
+                Ok(state.current.clone())
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                warn!(%reason, "could not verify the service again");
+                state.failure = Some(reason.clone());
+                Err(reason)
+            }
+        }
+    }
+
+    /// Why the latest verification failed, if it did.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.state().failure.clone()
+    }
+
+    fn latest(&self) -> Arc<Current> {
+        self.state().current.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn holds(&self, current: &Current) -> bool {
+        self.remaining(current) > Duration::ZERO
+    }
+
+    /// What is left of a verification. The wall clock counts a suspended machine's sleep, the
+    /// monotonic one does not care if the other is set back: the shorter answer counts.
+    fn remaining(&self, current: &Current) -> Duration {
+        let by_wall = current
+            .service
+            .valid_until()
+            .saturating_since(self.service.now());
+        let by_passing = current.lifetime.saturating_sub(current.since.elapsed());
+        by_wall.min(by_passing)
+    }
+
+    /// How long to wait before the next renewal: between a half and three quarters of what is left,
+    /// at random, so that many proxies of one service do not come at once.
+    fn pause(&self) -> Duration {
+        let state = self.state();
+        let remaining = self.remaining(&state.current);
+        let mut random = [0];
+        // Without randomness there is no spread, and no harm.
+        let _ = rand::fill(&mut random);
+        let pause = remaining / 2 + remaining / 4 * u32::from(random[0]) / 255;
+        let pause = if state.failure.is_some() {
+            pause.min(RETRY)
+        } else {
+            pause
+        };
+        if pause.is_zero() {
+            RETRY
+        } else {
+            pause.max(MINIMUM_PAUSE)
+        }
+    }
+}
+
+/// Renews the session's verification for ever.
+pub(super) async fn keep_fresh(session: Arc<Session>) {
+    loop {
+        tokio::time::sleep(session.pause()).await;
+        let outdated = session.latest();
+        // The failure is remembered by the session, and shown to those who ask.
+        let _ = session.renew(&outdated).await;
+    }
+}

@@ -1,0 +1,209 @@
+//! `casemate verify` and `casemate proxy` as programs: exit codes, output, and when they listen.
+
+mod support;
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use support::{Enclave, Fault};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+/// An enclave under the real clock, since the programs have no other.
+struct Setup {
+    _runtime: Runtime,
+    enclave: Arc<Enclave>,
+    url: String,
+    folder: TempDir,
+}
+
+impl Setup {
+    fn new() -> Setup {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        let runtime = Runtime::new().unwrap();
+        let enclave = Enclave::new(now);
+        let address = runtime.block_on(enclave.serve());
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("policy.toml"), enclave.policy(300)).unwrap();
+        Setup {
+            _runtime: runtime,
+            enclave,
+            url: format!("http://{address}"),
+            folder,
+        }
+    }
+
+    fn casemate(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_casemate"));
+        command
+            .args(arguments)
+            .arg("--policy")
+            .arg(self.folder.path().join("policy.toml"));
+        command
+    }
+
+    fn verify(&self, more: &[&str]) -> Output {
+        self.casemate(&[&["verify", "--service", &self.url], more].concat())
+            .output()
+            .unwrap()
+    }
+
+    fn proxy(&self, listen: &str) -> Child {
+        self.casemate(&["proxy", "--enclave", &self.url, "--listen", listen])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+}
+
+const VERDICTS: [(Fault, i32, &str); 5] = [
+    (Fault::None, 0, "trusted"),
+    (Fault::NotAttestation, 10, "malformed"),
+    (Fault::StaleEvidence, 20, "not_genuine"),
+    (Fault::OtherService, 30, "refused"),
+    (Fault::NoAttestation, 40, "unreachable"),
+];
+
+#[test]
+fn the_exit_code_of_verify_is_the_verdict() {
+    let setup = Setup::new();
+    for (fault, code, verdict) in VERDICTS {
+        setup.enclave.set_fault(fault);
+        let output = setup.verify(&["--json"]);
+        assert_eq!(output.status.code(), Some(code), "{fault:?}: {output:?}");
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        if fault == Fault::NoAttestation {
+            assert_eq!(json["error"]["code"], verdict);
+        } else {
+            assert_eq!(json["verdict"], verdict);
+            assert_eq!(json["tee"], false, "a development root is no TEE");
+            assert_eq!(json["claims"]["service"] == "demo", code == 0);
+            assert_eq!(json["denial"].is_object(), code != 0);
+            assert!(!json["transcript"]["checks"].as_array().unwrap().is_empty());
+        }
+
+        let output = setup.verify(&[]);
+        assert_eq!(output.status.code(), Some(code));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(text.contains("TRUSTED: NOT A TEE"), code == 0, "{text}");
+        assert_eq!(text.contains("service demo of issuer"), code == 0, "{text}");
+        assert_eq!(output.stderr.is_empty(), code == 0);
+    }
+}
+
+#[test]
+fn verify_tells_an_unusable_policy_or_url_from_a_verdict() {
+    let setup = Setup::new();
+    let code = |command: &mut Command| command.output().unwrap().status.code();
+    assert_eq!(
+        code(&mut setup.casemate(&["verify", "--service", "not a url"])),
+        Some(2)
+    );
+    let policy = setup.folder.path().join("policy.toml");
+    let text = setup.enclave.policy(300);
+    std::fs::write(&policy, &text[..text.find("[service]").unwrap()]).unwrap();
+    assert_eq!(setup.verify(&[]).status.code(), Some(2));
+    std::fs::write(&policy, "version = 3\nunknown = 1\n").unwrap();
+    assert_eq!(setup.verify(&[]).status.code(), Some(2));
+    std::fs::remove_file(&policy).unwrap();
+    assert_eq!(setup.verify(&[]).status.code(), Some(40));
+}
+
+#[test]
+fn verify_reports_a_service_that_is_not_there() {
+    let setup = Setup::new();
+    // The port of a listener that is gone.
+    let gone = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let output = setup
+        .casemate(&["verify", "--service", &format!("http://{gone}")])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(40));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("unreachable")
+    );
+}
+
+#[test]
+fn the_proxy_does_not_listen_unless_the_service_verifies() {
+    let setup = Setup::new();
+    for (fault, code, _) in &VERDICTS[1..] {
+        setup.enclave.set_fault(*fault);
+        let output = setup.proxy("127.0.0.1:0").wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(*code), "{fault:?}");
+        assert!(
+            !String::from_utf8(output.stdout)
+                .unwrap()
+                .contains("listening")
+        );
+        assert!(!output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn the_proxy_serves_and_ends_when_told() {
+    let setup = Setup::new();
+    let mut proxy = setup.proxy("127.0.0.1:0");
+    let mut lines = BufReader::new(proxy.stdout.take().unwrap()).lines();
+    let mut shown = Vec::new();
+    let address = loop {
+        let line = lines.next().expect("a line before the end").unwrap();
+        if let Some(address) = line.strip_prefix("listening on ") {
+            break address.to_owned();
+        }
+        shown.push(line);
+    };
+    assert!(
+        shown
+            .iter()
+            .any(|line| line.starts_with("TRUSTED: NOT A TEE")),
+        "{shown:?}"
+    );
+    assert!(
+        shown.iter().any(|line| line.contains("credential.issuer")),
+        "{shown:?}"
+    );
+
+    let runtime = Runtime::new().unwrap();
+    let answer = runtime.block_on(async {
+        let client = reqwest::Client::builder()
+            .tls_certs_only([])
+            .no_proxy()
+            .build()
+            .unwrap();
+        let post = client
+            .post(format!("http://{address}/v1/echo"))
+            .body("hello");
+        post.send().await.unwrap().json::<Value>().await.unwrap()
+    });
+    assert_eq!(answer["body"], "hello");
+
+    // A second proxy on the same port says so and leaves.
+    let output = setup.proxy(&address).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(40));
+    assert!(String::from_utf8(output.stderr).unwrap().contains(&address));
+
+    let pid = rustix::process::Pid::from_child(&proxy);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(proxy.wait().unwrap().success());
+    let mut log = String::new();
+    proxy
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut log)
+        .unwrap();
+    assert!(!log.contains("hello"), "a prompt is in the log");
+}

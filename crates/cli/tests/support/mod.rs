@@ -1,0 +1,337 @@
+//! An enclave for tests: a toy service behind the channel's server half, with evidence of the fake
+//! TEE and a credential of its own issuer. Each part can be made to misbehave.
+
+#![allow(dead_code, reason = "two test programs use it, each a part")]
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Query, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bytes::Bytes;
+use casemate_attest::UnixTime;
+use casemate_attest::measure::Measurement;
+use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
+use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, GATEWAY_PATH, Keyring, ReceiveError, Received};
+use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
+use casemate_container::ModelDigest;
+use casemate_container::signing::SigningKey;
+use casemate_release::credential::Credential;
+use casemate_testkit::fake_tee::FakeTee;
+use futures::{Stream, StreamExt, stream};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::sync::Notify;
+
+/// What is wrong with the enclave, if anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Fault {
+    #[default]
+    None,
+    /// Attestation answers 503.
+    NoAttestation,
+    /// Attestation answers something else.
+    NotAttestation,
+    /// Evidence is over another nonce.
+    StaleEvidence,
+    /// The credential is for another service.
+    OtherService,
+    /// The host says that the key is unknown, though it is not.
+    KeyDenied,
+    /// The host answers 500 to requests.
+    HostBroken,
+    /// The host answers in clear.
+    HostInClear,
+    /// The host cuts answers off after this many bytes.
+    CutAnswer(usize),
+}
+
+pub(crate) struct Enclave {
+    tee: FakeTee,
+    measurement: Measurement,
+    issuer: SigningKey,
+    keyring: Keyring,
+    config: Mutex<Vec<u8>>,
+    fault: Mutex<Fault>,
+    /// The time, for the enclave and for its user.
+    pub(crate) clock: AtomicU64,
+    pub(crate) attestations: AtomicUsize,
+    /// Encapsulated requests that came in.
+    pub(crate) requests: AtomicUsize,
+    /// Inner requests that were processed.
+    pub(crate) processed: AtomicUsize,
+    /// Generations that were dropped before their end.
+    pub(crate) dropped: AtomicUsize,
+    /// Lets `/v1/gated` send its next event.
+    pub(crate) gate: Notify,
+}
+
+impl Enclave {
+    pub(crate) fn new(now: u64) -> Arc<Enclave> {
+        let keyring = Keyring::default();
+        let config = keyring.generate(u64::MAX).unwrap().encoded;
+        Arc::new(Enclave {
+            tee: FakeTee::ephemeral(now).unwrap(),
+            measurement: Measurement {
+                mr_td: [1; 48],
+                mr_config_id: [2; 48],
+                rtmr: [[3; 48]; 4],
+            },
+            issuer: SigningKey::from_seed(&[1; 32]),
+            keyring,
+            config: Mutex::new(config),
+            fault: Mutex::default(),
+            clock: AtomicU64::new(now),
+            attestations: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
+            processed: AtomicUsize::new(0),
+            dropped: AtomicUsize::new(0),
+            gate: Notify::new(),
+        })
+    }
+
+    /// Serves until the test's runtime ends; returns the address.
+    pub(crate) async fn serve(self: &Arc<Enclave>) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new()
+            .route(ATTESTATION_PATH, get(attestation))
+            .route(GATEWAY_PATH, post(gateway))
+            .with_state(self.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        address
+    }
+
+    pub(crate) fn now(&self) -> UnixTime {
+        UnixTime::from_secs(self.clock.load(Ordering::SeqCst))
+    }
+
+    pub(crate) fn advance(&self, seconds: u64) {
+        self.clock.fetch_add(seconds, Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_fault(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+
+    fn fault(&self) -> Fault {
+        *self.fault.lock().unwrap()
+    }
+
+    /// Makes a new key and forgets the former ones.
+    pub(crate) fn rotate(&self) {
+        let ids = self.keyring.ids();
+        *self.config.lock().unwrap() = self.keyring.generate(u64::MAX).unwrap().encoded;
+        ids.into_iter().for_each(|id| self.keyring.erase(id));
+    }
+
+    /// A policy that accepts this enclave.
+    pub(crate) fn policy(&self, maximum_age: u64) -> String {
+        format!(
+            "version = 3\n\
+             tee = [\"tdx\"]\n\
+             dangerous_development_root = \"{}\"\n\
+             [tcb]\n\
+             minimum_evaluation_data_number = 17\n\
+             {}\
+             [model]\n\
+             digests = [\"{}\"]\n\
+             minimum_version = 7\n\
+             [service]\n\
+             issuer = \"{}\"\n\
+             name = \"demo\"\n\
+             maximum_evidence_age_seconds = {maximum_age}\n",
+            hex::encode(self.tee.root_spki_sha256()),
+            self.measurement.to_policy_entry("enclave").unwrap(),
+            "05".repeat(32),
+            self.issuer.verifying_key(),
+        )
+    }
+
+    fn attest(&self, mut nonce: [u8; 32]) -> AttestationResponse {
+        let now = self.now().as_secs();
+        let keyset = Keyset {
+            ohttp_config: self.config.lock().unwrap().clone(),
+            receipt_key: [4; 32],
+            tls_key_digest: None,
+            model_name: "smollm2".into(),
+            model_digest: [5; 32],
+            model_version: 7,
+            adapter_digests: vec![],
+            compute: "int8-g32".into(),
+            policy_version: 3,
+            not_before: now,
+            expires_at: now + 3600,
+        };
+        let keyset = keyset.encode().unwrap();
+        let digest = KeysetDigest::of(&keyset);
+        let service = if self.fault() == Fault::OtherService {
+            "other"
+        } else {
+            "demo"
+        };
+        let credential = Credential {
+            evidence_digest: [6; 32],
+            keyset_digest: digest.0,
+            model_digest: ModelDigest([5; 32]),
+            model_version: 7,
+            adapter_digests: vec![],
+            service: service.into(),
+            policy_version: 3,
+            log_size: 1,
+            log_head: [8; 32],
+            issued_at: now,
+            expires_at: now + 3600,
+        };
+        if self.fault() == Fault::StaleEvidence {
+            nonce[0] ^= 1;
+        }
+        let data = report_data(
+            Purpose::Serving,
+            Role::Service,
+            &digest,
+            &nonce,
+            &ChannelBinding::Key,
+        );
+        AttestationResponse {
+            evidence: self.tee.quote(&self.measurement, &data, now).unwrap(),
+            keyset,
+            credential: credential.issue(&self.issuer).unwrap(),
+        }
+    }
+
+    /// The toy service.
+    fn inner(
+        self: &Arc<Enclave>,
+        request: &http::Request<Bytes>,
+    ) -> (
+        StatusCode,
+        HeaderMap,
+        stream::BoxStream<'static, Result<Bytes, Infallible>>,
+    ) {
+        self.processed.fetch_add(1, Ordering::SeqCst);
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/event-stream"),
+        );
+        headers.insert("x-toy", HeaderValue::from_static("yes"));
+        let once = |text: String| stream::iter([Ok(Bytes::from(text))]).boxed();
+        let (status, body) = match request.uri().path() {
+            "/v1/echo" => {
+                let names: Vec<_> = request.headers().keys().map(|n| n.as_str()).collect();
+                let text = serde_json::json!({
+                    "method": request.method().as_str(),
+                    "target": request.uri().to_string(),
+                    "fields": names,
+                    "body": String::from_utf8_lossy(request.body()),
+                });
+                (StatusCode::OK, once(text.to_string()))
+            }
+            "/v1/gated" => {
+                let enclave = self.clone();
+                let events = stream::iter(0..4).then(move |i| {
+                    let enclave = enclave.clone();
+                    async move {
+                        enclave.gate.notified().await;
+                        Ok(Bytes::from(format!("data: {i}\n\n")))
+                    }
+                });
+                (StatusCode::OK, events.boxed())
+            }
+            "/v1/endless" => (StatusCode::OK, self.clone().endless().boxed()),
+            "/v1/long" => (StatusCode::OK, once("x".repeat(100_000))),
+            "/v1/teapot" => (StatusCode::IM_A_TEAPOT, once(r#"{"error":{}}"#.into())),
+            _ => (StatusCode::NOT_FOUND, once("no such path".into())),
+        };
+        (status, headers, body)
+    }
+
+    fn endless(self: Arc<Enclave>) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
+        let guard = DropGuard(self);
+        stream::repeat(()).then(move |()| {
+            let _ = &guard;
+            async {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                Ok(Bytes::from_static(b"data: token\n\n"))
+            }
+        })
+    }
+}
+
+/// Counts when it is dropped.
+struct DropGuard(Arc<Enclave>);
+
+impl Drop for DropGuard {
+    fn drop(&mut self) {
+        self.0.dropped.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct NonceQuery {
+    nonce: String,
+}
+
+async fn attestation(
+    State(enclave): State<Arc<Enclave>>,
+    Query(query): Query<NonceQuery>,
+) -> Response {
+    enclave.attestations.fetch_add(1, Ordering::SeqCst);
+    match enclave.fault() {
+        Fault::NoAttestation => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        Fault::NotAttestation => "{\"hello\":1}".into_response(),
+        _ => {
+            let mut nonce = [0; 32];
+            hex::decode_to_slice(&query.nonce, &mut nonce).unwrap();
+            enclave.attest(nonce).to_json().into_response()
+        }
+    }
+}
+
+async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Response {
+    enclave.requests.fetch_add(1, Ordering::SeqCst);
+    match enclave.fault() {
+        Fault::KeyDenied => return problem(&ReceiveError::UnknownKey(0)),
+        Fault::HostBroken => return StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Fault::HostInClear => return "Paris".into_response(),
+        _ => {}
+    }
+    let transport = request.into_body().into_data_stream();
+    let now = enclave.now().as_secs();
+    let Received { request, responder } =
+        match enclave.keyring.receive(transport, 1 << 25, now).await {
+            Ok(received) => received,
+            Err(error) => return problem(&error),
+        };
+    let request = request.unwrap();
+    if request.uri().path() == "/v1/silent" {
+        let _guard = DropGuard(enclave.clone());
+        std::future::pending::<()>().await;
+    }
+    let (status, headers, body) = enclave.inner(&request);
+    let answer = responder.respond(status, &headers, body).unwrap();
+    let answer: stream::BoxStream<'static, Result<Bytes, std::io::Error>> = match enclave.fault() {
+        Fault::CutAnswer(bytes) => {
+            let whole: Vec<_> = answer.map(Result::unwrap).collect().await;
+            let mut whole = whole.concat();
+            whole.truncate(bytes);
+            stream::iter([Ok(Bytes::from(whole))]).boxed()
+        }
+        _ => answer.map(|item| Ok(item.unwrap())).boxed(),
+    };
+    (
+        [(header::CONTENT_TYPE, ANSWER_MEDIA_TYPE)],
+        Body::from_stream(answer),
+    )
+        .into_response()
+}
+
+fn problem(error: &ReceiveError) -> Response {
+    error.to_response().map(Body::from)
+}
