@@ -64,6 +64,7 @@ pub struct Engine {
     context: usize,
     kv_bytes: u64,
     weight_bytes: u64,
+    bytes_per_pass: u64,
 }
 
 /// Counters since the engine was loaded.
@@ -130,7 +131,7 @@ impl Engine {
         let kv_bytes = kv.bytes();
         let team = Team::new(options.threads)?;
         let weights = weights::load(model, &config, options.compute, &team, progress)?;
-        let weight_bytes = weights.bytes();
+        let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
         let model = Model::new(
             weights,
             &config,
@@ -158,6 +159,7 @@ impl Engine {
             context,
             kv_bytes,
             weight_bytes,
+            bytes_per_pass,
         })
     }
 
@@ -201,6 +203,13 @@ impl Engine {
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// Bytes of weights that a forward pass reads, however many requests it computes: memory
+    /// bandwidth divided by this is the limit of tokens per second and request.
+    #[must_use]
+    pub fn bytes_per_pass(&self) -> u64 {
+        self.bytes_per_pass
     }
 
     /// Starts a request as soon as there is room. `sink` is called on the engine's thread for every
@@ -338,4 +347,15 @@ fn check_options(options: &EngineOptions, config: &ModelConfig) -> Result<usize,
         usize::MAX,
         "it must be at least 2",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync + 'static>() {}
+        shared::<Engine>();
+    }
 }

@@ -200,4 +200,39 @@ mod tests {
             other => panic!("{:?}", other.map(|c| c.bytes())),
         }
     }
+
+    #[test]
+    fn released_pages_forget_their_values() {
+        use casemate_kernels::attention::Attention;
+        use casemate_kernels::team::Team;
+
+        let team = Team::new(1).unwrap();
+        let mut cache = KvCache::new(&config(), Compute::F32, PAGE, 1, None).unwrap();
+        let attention = Attention {
+            layer: 1,
+            heads: 1,
+            scale: 1.0,
+            window: None,
+        };
+        let seen = |cache: &mut KvCache, slot: Slot, write: bool| {
+            let span = Span {
+                slot,
+                first: 0,
+                rows: 0..1,
+                wanted: crate::model::Wanted::None,
+            };
+            let (pool, spans) = cache.locate(std::slice::from_ref(&span));
+            if write {
+                pool.write(&team, 1, &spans, &[1.0; 4], &[5.0; 4]);
+            }
+            let mut out = [9.0; 4];
+            attention.run(&team, pool, &spans, &[1.0; 4], &mut out);
+            out
+        };
+        let first = cache.reserve(1).unwrap();
+        assert_eq!(seen(&mut cache, first, true), [5.0; 4]);
+        cache.release(first);
+        let second = cache.reserve(1).unwrap();
+        assert_eq!(seen(&mut cache, second, false), [0.0; 4]);
+    }
 }

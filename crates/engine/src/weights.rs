@@ -115,10 +115,15 @@ impl Embedding {
 impl Weights {
     /// Bytes of all matrices.
     pub(crate) fn bytes(&self) -> u64 {
+        self.embedding.bytes() + self.bytes_per_pass()
+    }
+
+    /// Bytes of the matrices that every forward pass reads as a whole.
+    pub(crate) fn bytes_per_pass(&self) -> u64 {
         let layer = |l: &Layer| {
             l.qkv.bytes() + l.attention_output.bytes() + l.gate_up.bytes() + l.down.bytes()
         };
-        self.embedding.bytes() + self.output.bytes() + self.layers.iter().map(layer).sum::<u64>()
+        self.output.bytes() + self.layers.iter().map(layer).sum::<u64>()
     }
 }
 
@@ -601,5 +606,94 @@ impl Loader<'_> {
     fn done(&mut self, name: &str) {
         self.progress.advance(self.tensor(name).bytes.len() as u64);
         self.container.release(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use casemate_container::{Family, RopeLayout};
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            family: Family::Llama,
+            hidden: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            ffn: 128,
+            vocab: 300,
+            context: 512,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
+            rope_layout: RopeLayout::Half,
+            sliding_window: None,
+            tied_embeddings: false,
+            qkv_bias: false,
+            bos: Some(1),
+            eos: vec![2],
+            add_bos: true,
+        }
+    }
+
+    #[test]
+    fn refuses_contradictory_configurations() {
+        let llama3 =
+            |factor, low_freq_factor, high_freq_factor, original_context| RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            };
+        check_config(&config()).unwrap();
+        check_config(&ModelConfig {
+            rope_scaling: llama3(8.0, 1.0, 4.0, 8192),
+            ..config()
+        })
+        .unwrap();
+        type Change = fn(&mut ModelConfig);
+        let changes: [(&str, Change); 17] = [
+            ("hidden", |c| c.hidden = 0),
+            ("layers", |c| c.layers = 4097),
+            ("heads", |c| c.heads = 0),
+            ("kv_heads", |c| c.kv_heads = 0),
+            ("kv_heads", |c| c.kv_heads = 3),
+            ("head_dim", |c| c.head_dim = 15),
+            ("head_dim", |c| c.head_dim = 258),
+            ("ffn", |c| c.ffn = 0),
+            ("vocab", |c| c.vocab = 0),
+            ("context", |c| c.context = 0),
+            ("norm_eps", |c| c.norm_eps = f32::NAN),
+            ("rope_theta", |c| c.rope_theta = 0.0),
+            ("sliding_window", |c| c.sliding_window = Some(0)),
+            ("rope_scaling.factor", |c| {
+                c.rope_scaling = RopeScaling::Linear { factor: 0.0 }
+            }),
+            ("bos or eos", |c| c.eos = vec![2, 300]),
+            ("bos or eos", |c| c.bos = Some(300)),
+            ("add_bos", |c| c.bos = None),
+        ];
+        for (expected, change) in changes {
+            let mut config = config();
+            change(&mut config);
+            match check_config(&config) {
+                Err(LoadError::Config { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+        for (scaling, expected) in [
+            (llama3(f32::INFINITY, 1.0, 4.0, 8192), "rope_scaling.factor"),
+            (llama3(8.0, 0.0, 4.0, 8192), "rope_scaling.low_freq_factor"),
+            (llama3(8.0, 1.0, 1.0, 8192), "rope_scaling.high_freq_factor"),
+            (llama3(8.0, 1.0, 4.0, 0), "rope_scaling.original_context"),
+        ] {
+            let checked = check_config(&ModelConfig {
+                rope_scaling: scaling,
+                ..config()
+            });
+            assert!(matches!(checked, Err(LoadError::Config { field, .. }) if field == expected));
+        }
     }
 }
