@@ -1,8 +1,8 @@
 //! Attention over a paged cache of keys and values.
 //!
-//! A page holds [`PAGE`] consecutive positions of one sequence, for all layers and heads. The caller decides which page
-//! belongs to whom (a list of page numbers per sequence) and may share pages between sequences; nothing here allocates
-//! or frees them.
+//! A page holds [`PAGE`] consecutive positions of one sequence, for all layers and heads. The
+//! caller decides which page belongs to whom (a list of page numbers per sequence) and may share
+//! pages between sequences; nothing here allocates or frees them.
 //!
 //! ```text
 //! page: for each layer, for each key/value head:
@@ -10,10 +10,11 @@
 //!   values  64 x padded elements      row p: the value of position p, zero-padded to a multiple of 16
 //! ```
 //!
-//! Order of sums, per query and head: scores by fused multiply-add over d from zero, then times `scale`; blocks of 64
-//! positions from position 0 in order, each with the running maximum m and sum l (online softmax): values are scaled by
-//! exp(m_old - m_new), then accumulate by fused multiply-add over positions in order; at the end divided by l.
-//! No instruction set, thread count, batch or page assignment changes a bit of the result.
+//! Order of sums, per query and head: scores by fused multiply-add over d from zero, then times
+//! `scale`; blocks of 64 positions from position 0 in order, each with the running maximum m and
+//! sum l (online softmax): values are scaled by exp(m_old - m_new), then accumulate by fused
+//! multiply-add over positions in order; at the end divided by l. No instruction set, thread count,
+//! batch or page assignment changes a bit of the result.
 
 use std::io;
 use std::ops::Range;
@@ -54,7 +55,8 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one page, or `None` for a shape that is empty, too wide, or does not fit the address space.
+    /// Bytes of one page, or `None` for a shape that is empty, too wide, or does not fit the
+    /// address space.
     pub fn page_bytes(&self) -> Option<usize> {
         let valid =
             self.layers > 0 && self.kv_heads > 0 && (1..=MAX_HEAD_DIM).contains(&self.head_dim);
@@ -96,8 +98,8 @@ impl KvPool {
     /// Reserves `pages` pages. They take memory as they are written.
     ///
     /// # Errors
-    /// `InvalidInput` for a shape without [`KvShape::page_bytes`] or a size beyond the address space, otherwise the
-    /// operating system's refusal.
+    /// `InvalidInput` for a shape without [`KvShape::page_bytes`] or a size beyond the address
+    /// space, otherwise the operating system's refusal.
     pub fn new(shape: KvShape, pages: usize) -> io::Result<KvPool> {
         let bytes = shape
             .page_bytes()
@@ -128,7 +130,8 @@ impl KvPool {
     /// Stores the keys and values (`kv_heads * head_dim` a row) of the tokens of `spans`.
     ///
     /// # Panics
-    /// If a length, the layer, a row or a page is out of range, or spans are not in the order of their rows.
+    /// If a length, the layer, a row or a page is out of range, or spans are not in the order of
+    /// their rows.
     pub fn write(
         &mut self,
         team: &Team,
@@ -174,8 +177,8 @@ impl KvPool {
                     let position = span.position + token;
                     let start =
                         shape.head_start(span.pages[position / PAGE] as usize, layer, kv_head);
-                    // SAFETY: heads do not overlap, each is written by one call of this closure, and that call holds one
-                    // such part at a time.
+                    // SAFETY: heads do not overlap, each is written by one call of this closure,
+                    // and that call holds one such part at a time.
                     let head = unsafe { pool.slice(start, shape.head_elements()) };
                     let (key_rows, value_rows) = head.split_at_mut(PAGE * dim);
                     let slot = position % PAGE;
@@ -199,7 +202,8 @@ impl KvPool {
         }
     }
 
-    /// Copies all layers of page `from` to page `to` (copy on write for sequences that share pages).
+    /// Copies all layers of page `from` to page `to` (copy on write for sequences that share
+    /// pages).
     ///
     /// # Panics
     /// If there is no such page.
@@ -246,7 +250,8 @@ impl KvPool {
     }
 }
 
-/// Spans name rows below `rows`, in order and without overlap, and pages below `pages` for all their positions.
+/// Spans name rows below `rows`, in order and without overlap, and pages below `pages` for all
+/// their positions.
 fn check(spans: &[Span<'_>], rows: usize, pages: usize) {
     let mut end_of_previous = 0;
     for span in spans {
@@ -286,7 +291,8 @@ pub struct Span<'a> {
     pub rows: Range<usize>,
     /// Position of the first of them in its sequence; the others follow.
     pub position: usize,
-    /// Pages of the sequence, from position 0. [`Attention::run`] wants the keys and values up to the last of these tokens written.
+    /// Pages of the sequence, from position 0. [`Attention::run`] wants the keys and values up to
+    /// the last of these tokens written.
     pub pages: &'a [u32],
 }
 
@@ -295,7 +301,8 @@ pub struct Span<'a> {
 pub struct Attention {
     /// The layer whose keys and values are read.
     pub layer: usize,
-    /// Query heads, a multiple of the key/value heads; head h reads key/value head `h / (heads / kv_heads)`.
+    /// Query heads, a multiple of the key/value heads; head h reads key/value head `h / (heads /
+    /// kv_heads)`.
     pub heads: usize,
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
@@ -304,11 +311,12 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Causal attention of every row of `queries` (`heads * head_dim` a row) over its sequence, into the same row of
-    /// `out`. Rows of `out` that belong to no span are left as they are.
+    /// Causal attention of every row of `queries` (`heads * head_dim` a row) over its sequence,
+    /// into the same row of `out`. Rows of `out` that belong to no span are left as they are.
     ///
     /// # Panics
-    /// If a length does not fit, a span names rows or pages that are not there, or spans are not in the order of their rows.
+    /// If a length does not fit, a span names rows or pages that are not there, or spans are not in
+    /// the order of their rows.
     pub fn run(
         &self,
         team: &Team,
@@ -349,7 +357,8 @@ impl Attention {
                 .map(|s| (s.rows.len() * group).div_ceil(height) * shape.kv_heads)
                 .sum()
         };
-        // Tall items read keys and values once for many queries; but every member needs a few items.
+        // Tall items read keys and values once for many queries; but every member needs a few
+        // items.
         let mut height = ITEM;
         while height > 1 && items(height) < 4 * team.members() {
             height /= 2;
@@ -384,8 +393,12 @@ impl Attention {
 /// Most queries of one key/value head that are worked on together.
 const ITEM: usize = 16;
 
-/// Queries `first..first + count` of one key/value head of a span, counted token by token and within a token head by
-/// head.
+/// Elements of keys, and as many of values, for which there is room to widen a block: heads of up
+/// to 128.
+const WIDENED: usize = PAGE * 128;
+
+/// Queries `first..first + count` of one key/value head of a span, counted token by token and
+/// within a token head by head.
 struct Item<'a> {
     of: &'a Attention,
     pool: &'a KvPool,
@@ -416,8 +429,14 @@ impl Stored for f16 {
     }
 }
 
-/// What is known of one query after some blocks.
-struct Running {
+/// One query, and what is known of it after some blocks.
+#[derive(Clone, Copy)]
+struct Query {
+    /// Where it starts in `queries` and `out`.
+    start: usize,
+    /// The positions it sees.
+    first: usize,
+    end: usize,
     largest: f32,
     sum: f32,
     values: [[f32; LANES]; MAX_HEAD_DIM / LANES],
@@ -429,138 +448,150 @@ impl Kernel for Item<'_> {
     #[inline(always)]
     fn run<V: Simd>(self, v: V) {
         match self.pool.shape.kv_type {
-            KvType::F32 => self.over::<V, f32>(v),
-            KvType::F16 => self.over::<V, f16>(v),
+            KvType::F32 => self.over::<V, f32, 0>(v),
+            // Widening costs as much as a product with one query: with many, it is done once for
+            // all of them.
+            KvType::F16 if self.count > 4 && self.pool.shape.padded_dim() <= WIDENED / PAGE => {
+                self.over::<V, f16, { WIDENED / LANES }>(v);
+            }
+            KvType::F16 => self.over::<V, f16, 0>(v),
         }
     }
 }
 
+// In what follows vector operations stand in plain loops, never in closures: a closure is a
+// function of its own, and when the compiler does not inline it, it is compiled without the
+// instruction set.
 impl Item<'_> {
-    /// Start of a query in `queries` and `out`, and the positions it sees.
-    #[inline(always)]
-    fn query(&self, i: usize) -> (usize, Range<usize>) {
+    fn query(&self, i: usize) -> Query {
         let shape = self.pool.shape;
         let group = self.of.heads / shape.kv_heads;
         let token = (self.first + i) / group;
         let head = self.kv_head * group + (self.first + i) % group;
-        let start = ((self.span.rows.start + token) * self.of.heads + head) * shape.head_dim;
         let end = self.span.position + token + 1;
-        (
-            start,
-            self.of
-                .window
-                .map_or(0, |window| end.saturating_sub(window))..end,
-        )
-    }
-
-    #[inline(always)]
-    fn over<V: Simd, E: Stored>(&self, v: V) {
-        const EMPTY: Running = Running {
+        Query {
+            start: ((self.span.rows.start + token) * self.of.heads + head) * shape.head_dim,
+            first: end.saturating_sub(self.of.window.unwrap_or(end)),
+            end,
             largest: f32::NEG_INFINITY,
             sum: 0.0,
             values: [[0.0; LANES]; MAX_HEAD_DIM / LANES],
-        };
-        let dim = self.pool.shape.head_dim;
-        let mut running = [EMPTY; ITEM];
-        let first_block = self.query(0).1.start / PAGE;
-        let last_block = (self.query(self.count - 1).1.end - 1) / PAGE;
-        for block in first_block..=last_block {
-            let (keys, values) =
-                self.pool
-                    .head::<E>(self.span.pages[block], self.of.layer, self.kv_head);
-            // Four queries at a time keep their scores in registers; a narrow machine has room for one.
-            let step = if V::WIDE { 4 } else { 1 };
-            let mut i = 0;
-            while i < self.count {
-                let state = &mut running[i..];
-                match step.min(self.count - i) {
-                    1 => self.queries_over::<V, E, 1>(v, i, block, keys, values, state),
-                    2 => self.queries_over::<V, E, 2>(v, i, block, keys, values, state),
-                    3 => self.queries_over::<V, E, 3>(v, i, block, keys, values, state),
-                    _ => self.queries_over::<V, E, 4>(v, i, block, keys, values, state),
-                }
-                i += step;
-            }
-        }
-        for (i, state) in running[..self.count].iter().enumerate() {
-            let inverse = 1.0 / state.sum;
-            // SAFETY: this head of this token belongs to one item, spans share no rows, and nobody else writes `out`.
-            let out = unsafe { self.out.slice(self.query(i).0, dim) };
-            out.iter_mut()
-                .zip(state.values.as_flattened())
-                .for_each(|(out, x)| *out = x * inverse);
         }
     }
 
-    /// Queries `i..i + M` over one block of positions.
+    /// All queries of the item. `W` vectors of keys and as many of values are widened before use;
+    /// with 0, none are.
     #[inline(always)]
-    fn queries_over<V: Simd, E: Stored, const M: usize>(
+    fn over<V: Simd, E: Stored, const W: usize>(&self, v: V) {
+        let dim = self.pool.shape.head_dim;
+        let mut all = [self.query(0); ITEM];
+        let all = &mut all[..self.count];
+        for i in 1..all.len() {
+            all[i] = self.query(i);
+        }
+        // Later tokens see from later and up to later positions.
+        let blocks = all[0].first / PAGE..all[self.count - 1].end.div_ceil(PAGE);
+        let (mut wide_keys, mut wide_values) = ([[0f32; LANES]; W], [[0f32; LANES]; W]);
+        for block in blocks {
+            let page = self.span.pages[block];
+            let (keys, values) = self.pool.head::<E>(page, self.of.layer, self.kv_head);
+            if W == 0 {
+                self.all::<V, E>(v, block * PAGE, (keys, values), all);
+            } else {
+                for (to, x) in wide_keys.iter_mut().zip(keys) {
+                    v.store(E::load(v, x), to);
+                }
+                for (to, x) in wide_values.iter_mut().zip(values) {
+                    v.store(E::load(v, x), to);
+                }
+                let widened = (&wide_keys[..keys.len()], &wide_values[..values.len()]);
+                self.all::<V, f32>(v, block * PAGE, widened, all);
+            }
+        }
+        for query in all {
+            let inverse = 1.0 / query.sum;
+            // SAFETY: this head of this token belongs to one item, spans share no rows, and nobody
+            // else writes `out`.
+            let out = unsafe { self.out.slice(query.start, dim) };
+            for (out, x) in out.iter_mut().zip(query.values.as_flattened()) {
+                *out = x * inverse;
+            }
+        }
+    }
+
+    /// All queries over the block of positions that starts at `start`.
+    #[inline(always)]
+    fn all<V: Simd, E: Stored>(
         &self,
         v: V,
-        i: usize,
-        block: usize,
-        keys: &[[E; LANES]],
-        values: &[[E; LANES]],
-        running: &mut [Running],
+        start: usize,
+        head: (&[[E; LANES]], &[[E; LANES]]),
+        all: &mut [Query],
+    ) {
+        // Four queries at a time keep their scores in registers; a narrow machine has room for one.
+        for queries in all.chunks_mut(if V::WIDE { 4 } else { 1 }) {
+            match queries.len() {
+                1 => self.block::<V, E, 1>(v, start, head, queries),
+                2 => self.block::<V, E, 2>(v, start, head, queries),
+                3 => self.block::<V, E, 3>(v, start, head, queries),
+                _ => self.block::<V, E, 4>(v, start, head, queries),
+            }
+        }
+    }
+
+    /// `M` queries over the block of positions that starts at `start`.
+    #[inline(always)]
+    fn block<V: Simd, E: Stored, const M: usize>(
+        &self,
+        v: V,
+        start: usize,
+        (keys, values): (&[[E; LANES]], &[[E; LANES]]),
+        queries: &mut [Query],
     ) {
         const VECTORS: usize = PAGE / LANES;
         let dim = self.pool.shape.head_dim;
-        // Positions of this block that each query sees, counted within the block.
-        let seen: [Range<usize>; M] = std::array::from_fn(|m| {
-            let (_, seen) = self.query(i + m);
-            seen.start.saturating_sub(block * PAGE).min(PAGE)
-                ..seen.end.saturating_sub(block * PAGE).min(PAGE)
-        });
-        let first = seen
-            .iter()
-            .filter(|s| !s.is_empty())
-            .map(|s| s.start)
-            .min()
-            .unwrap_or(0);
-        let last = seen
-            .iter()
-            .filter(|s| !s.is_empty())
-            .map(|s| s.end)
-            .max()
-            .unwrap_or(0);
-        if first >= last {
+        let mut elements: [&[f32]; M] = [&[]; M];
+        // Positions of this block that each query sees, counted within the block, and that any of
+        // them sees.
+        let mut seen = [(0, 0); M];
+        let (mut first, mut end) = (PAGE, 0);
+        for m in 0..M {
+            let query = &queries[m];
+            elements[m] = &self.queries[query.start..][..dim];
+            seen[m].0 = query.first.saturating_sub(start).min(PAGE);
+            seen[m].1 = query.end.saturating_sub(start).min(PAGE);
+            if seen[m].0 < seen[m].1 {
+                first = first.min(seen[m].0);
+                end = end.max(seen[m].1);
+            }
+        }
+        if first >= end {
             return;
         }
-        let queries: [&[f32]; M] =
-            std::array::from_fn(|m| &self.queries[self.query(i + m).0..][..dim]);
+        let zero = [[v.splat(0.0); VECTORS]; M];
+        let scores = panel::<V, E, M, VECTORS>(v, elements, keys, VECTORS, zero);
+        let scale = v.splat(self.of.scale);
         let mut weights = [[[0f32; LANES]; VECTORS]; M];
-        {
-            let start = [[v.splat(0.0); VECTORS]; M];
-            let scores = panel::<V, E, M, VECTORS>(v, queries, 0, keys, VECTORS, 0, start);
-            let scale = v.splat(self.of.scale);
-            for (weights, scores) in weights.iter_mut().zip(scores) {
-                for (to, score) in weights.iter_mut().zip(scores) {
-                    v.store(v.mul(score, scale), to);
-                }
-            }
-        }
         let mut keep = [1f32; M];
         for m in 0..M {
-            let weights = &mut weights[m];
-            let state = &mut running[m];
-            if seen[m].is_empty() {
-                *weights = [[0.0; LANES]; VECTORS];
-                continue;
+            let (weights, query, (first, end)) = (&mut weights[m], &mut queries[m], seen[m]);
+            if first >= end {
+                continue; // all weights stay 0
             }
-            let flat = weights.as_flattened_mut();
-            flat[..seen[m].start].fill(f32::NEG_INFINITY);
-            flat[seen[m].end..].fill(f32::NEG_INFINITY);
-            let lanes = weights
-                .iter()
-                .fold(v.splat(f32::NEG_INFINITY), |best, x| v.max(best, v.load(x)));
-            let largest = v.largest(lanes);
-            let largest = if largest > state.largest {
-                largest
-            } else {
-                state.largest
-            };
+            for n in 0..VECTORS {
+                v.store(v.mul(scores[m][n], scale), &mut weights[n]);
+            }
+            if (first, end) != (0, PAGE) {
+                weights.as_flattened_mut()[..first].fill(f32::NEG_INFINITY);
+                weights.as_flattened_mut()[end..].fill(f32::NEG_INFINITY);
+            }
+            let mut best = v.splat(query.largest);
+            for x in weights.iter() {
+                best = v.max(best, v.load(x));
+            }
+            let largest = v.largest(best);
             let mut lanes = [0.0; LANES];
-            v.store(exp(v, v.splat(state.largest - largest)), &mut lanes);
+            v.store(exp(v, v.splat(query.largest - largest)), &mut lanes);
             keep[m] = lanes[0];
             let mut total = v.splat(0.0);
             for x in weights.iter_mut() {
@@ -568,74 +599,77 @@ impl Item<'_> {
                 total = v.add(total, e);
                 v.store(e, x);
             }
-            state.largest = largest;
-            state.sum = state.sum.mul_add(keep[m], v.sum(total));
+            query.largest = largest;
+            query.sum = query.sum.mul_add(keep[m], v.sum(total));
         }
-        let weights: [&[f32]; M] = std::array::from_fn(|m| &weights[m].as_flattened()[first..last]);
+        let mut seen_weights: [&[f32]; M] = [&[]; M];
+        for m in 0..M {
+            seen_weights[m] = &weights[m].as_flattened()[first..end];
+        }
         let width = self.pool.shape.padded_dim() / LANES;
+        let values = &values[first * width..];
         let mut column = 0;
+        while column + 4 <= width {
+            add_values::<V, E, M, 4>(v, seen_weights, values, width, column, keep, queries);
+            column += 4;
+        }
         while column < width {
-            let count = if width - column >= 4 { 4 } else { 1 };
-            if count == 4 {
-                value_columns::<V, E, M, 4>(
-                    v, weights, first, values, width, column, keep, running,
-                );
-            } else {
-                value_columns::<V, E, M, 1>(
-                    v, weights, first, values, width, column, keep, running,
-                );
-            }
-            column += count;
+            add_values::<V, E, M, 1>(v, seen_weights, values, width, column, keep, queries);
+            column += 1;
         }
     }
 }
 
+/// Scales what `M` queries have gathered by `keep` and adds their weights times `N` vectors of each
+/// value, from vector `column` on.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one call site pair, inlined")]
-fn value_columns<V: Simd, E: Stored, const M: usize, const N: usize>(
+fn add_values<V: Simd, E: Stored, const M: usize, const N: usize>(
     v: V,
     weights: [&[f32]; M],
-    first: usize,
     values: &[[E; LANES]],
     width: usize,
     column: usize,
     keep: [f32; M],
-    running: &mut [Running],
+    queries: &mut [Query],
 ) {
-    let start: [[V::F; N]; M] = std::array::from_fn(|m| {
-        let keep = v.splat(keep[m]);
-        std::array::from_fn(|n| v.mul(v.load(&running[m].values[column + n]), keep))
-    });
-    let sums = panel::<V, E, M, N>(v, weights, first, values, width, column, start);
-    for (state, sums) in running.iter_mut().zip(sums) {
-        for (to, sum) in state.values[column..].iter_mut().zip(sums) {
-            v.store(sum, to);
+    let mut start = [[v.splat(0.0); N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            start[m][n] = v.mul(v.load(&queries[m].values[column + n]), v.splat(keep[m]));
+        }
+    }
+    let sums = panel::<V, E, M, N>(v, weights, &values[column..], width, start);
+    for m in 0..M {
+        for n in 0..N {
+            v.store(sums[m][n], &mut queries[m].values[column + n]);
         }
     }
 }
 
-/// `start[m][n] + sum over k of a[m][k] * b[(first + k)][column + n]`, where rows of `b` are `width` vectors long.
+/// `start[m][n] + sum over k of a[m][k] * b[k * stride + n]`.
 #[inline(always)]
 fn panel<V: Simd, E: Stored, const M: usize, const N: usize>(
     v: V,
-    a: [&[f32]; M],
-    first: usize,
+    mut a: [&[f32]; M],
     b: &[[E; LANES]],
-    width: usize,
-    column: usize,
+    stride: usize,
     start: [[V::F; N]; M],
 ) -> [[V::F; N]; M] {
     let depth = a[0].len();
-    let a = a.map(|a| &a[..depth]);
-    let b = &b[first * width..(first + depth) * width];
+    for a in &mut a {
+        *a = &a[..depth];
+    }
     let mut sums = start;
     for k in 0..depth {
-        let row = &b[k * width + column..][..N];
-        let row: [V::F; N] = std::array::from_fn(|n| E::load(v, &row[n]));
+        let row = &b[k * stride..][..N];
+        let mut b = [v.splat(0.0); N];
+        for n in 0..N {
+            b[n] = E::load(v, &row[n]);
+        }
         for m in 0..M {
             let x = v.splat(a[m][k]);
             for n in 0..N {
-                sums[m][n] = v.fma(x, row[n], sums[m][n]);
+                sums[m][n] = v.fma(x, b[n], sums[m][n]);
             }
         }
     }

@@ -31,11 +31,13 @@ impl ReadBandwidth {
     }
 }
 
-/// Reads `bytes` of freshly written memory (in huge pages where granted) `passes` times with the whole team. Choose several
-/// times the last-level cache, or the size of the data whose reading is to be judged.
+/// Reads `bytes` of freshly written memory (in huge pages where granted) `passes` times with the
+/// whole team. Choose several times the last-level cache, or the size of the data whose reading is
+/// to be judged.
 ///
 /// # Errors
-/// `InvalidInput` for less than 1 MiB or no pass, otherwise the operating system's refusal of the memory.
+/// `InvalidInput` for less than 1 MiB or no pass, otherwise the operating system's refusal of the
+/// memory.
 pub fn measure_read(team: &Team, bytes: usize, passes: usize) -> io::Result<ReadBandwidth> {
     const CHUNK: usize = 1 << 18;
     if bytes < 1 << 20 || passes == 0 {
@@ -81,7 +83,11 @@ impl Kernel for Read<'_> {
                 *largest = v.max_i(*largest, v.bits(v.load(x)));
             }
         }
-        v.largest(v.from_bits(largest.into_iter().fold(v.splat_i(0), |a, b| v.max_i(a, b))))
+        let mut all = largest[0];
+        for x in largest {
+            all = v.max_i(all, x);
+        }
+        v.largest(v.float_from_bits(all))
     }
 }
 
@@ -95,7 +101,8 @@ mod tests {
         let result = measure_read(&team, 64 << 20, 5).unwrap();
         assert_eq!(result.bytes, 64 << 20);
         assert!(result.best <= result.median);
-        // 64 MiB cannot come from an inner cache: a loop that was optimised away would be far beyond this.
+        // 64 MiB cannot come from an inner cache: a loop that was optimised away would be far
+        // beyond this.
         let rate = result.best_gigabytes_per_second();
         assert!((0.1..2000.0).contains(&rate), "{rate} GB/s");
     }

@@ -1,4 +1,5 @@
-//! Which vector instructions this machine has, proved once; the only place where a kernel is bound to them.
+//! Which vector instructions this machine has, proved once; the only place where a kernel is bound
+//! to them.
 //!
 //! Detection happens at run time through the standard library. There is no build-time switch.
 
@@ -82,8 +83,9 @@ impl fmt::Display for Isa {
     }
 }
 
-/// An algorithm over sixteen lanes, instantiated once per instruction set. `run` must be `#[inline(always)]`: it is
-/// compiled with the instruction set's features only as part of the function that [`Isa::dispatch`] enters.
+/// An algorithm over sixteen lanes, instantiated once per instruction set. `run` must be
+/// `#[inline(always)]`: it is compiled with the instruction set's features only as part of the
+/// function that [`Isa::dispatch`] enters.
 pub(crate) trait Kernel {
     type Output;
 

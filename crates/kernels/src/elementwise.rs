@@ -1,4 +1,5 @@
-//! Sums, products and comparisons of whole slices: residuals, biases, the gated activation, dot products, argmax.
+//! Sums, products and comparisons of whole slices: residuals, biases, the gated activation, dot
+//! products, argmax.
 
 use crate::cpu::{Isa, Kernel};
 use crate::isa::{LANES, Simd, exp, load_part, store_part};
@@ -51,8 +52,8 @@ pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
     });
 }
 
-/// Sum of `a[i] * b[i]`: lane j of four vectors takes elements j, j + 64, ... by fused multiply-add; the vectors are added
-/// as (0 + 1) + (2 + 3) and the lanes by halving.
+/// Sum of `a[i] * b[i]`: lane j of four vectors takes elements j, j + 64, ... by fused
+/// multiply-add; the vectors are added as (0 + 1) + (2 + 3) and the lanes by halving.
 ///
 /// # Panics
 /// If the lengths differ.
@@ -75,8 +76,8 @@ pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
     isa.dispatch(Dot(a, b))
 }
 
-/// Index of the largest element, the first of several equal ones; NaN is never the largest. `None` if there is no
-/// number.
+/// Index of the largest element, the first of several equal ones; NaN is never the largest. `None`
+/// if there is no number.
 pub fn argmax(x: &[f32]) -> Option<usize> {
     let mut best: Option<(usize, f32)> = None;
     for (i, x) in x.iter().enumerate() {

@@ -1,12 +1,14 @@
-//! The f32 product of activations and packed weights, blocked for registers and cache, shared by the team.
+//! The f32 product of activations and packed weights, blocked for registers and cache, shared by
+//! the team.
 //!
 //! ```text
 //! y[i][j] = sum over blocks of 256 columns, in order, of (sum over the block's k, in order, of x[i][k] * w[j][k])
 //! ```
-//! the inner sum by fused multiply-add from zero, the outer by addition. No instruction set, thread count or number of
-//! rows changes a bit of the result.
+//! the inner sum by fused multiply-add from zero, the outer by addition. No instruction set, thread
+//! count or number of rows changes a bit of the result.
 //!
-//! Weights are dealt into tiles of 32 rows; a tile is stored column by column, 32 numbers (two cache lines) each:
+//! Weights are dealt into tiles of 32 rows; a tile is stored column by column, 32 numbers (two
+//! cache lines) each:
 //!
 //! ```text
 //! tile:  column 0: rows 0..32 | column 1: rows 0..32 | ...        rows past the last are zero
@@ -21,12 +23,14 @@ use crate::team::{SharedMut, Team};
 const TILE: usize = 32;
 /// Columns of one block.
 const BLOCK: usize = 256;
-/// Tiles that share one packed block of activations: 8 * 256 * 32 f32 are 256 KiB, half of the smallest L2 we serve.
+/// Tiles that share one packed block of activations: 8 * 256 * 32 f32 are 256 KiB, half of the
+/// smallest L2 we serve.
 const TILES: usize = 8;
 /// Most activation rows that one pass over a tile takes.
 const ROWS_WIDE: usize = 12;
 const ROWS_NARROW: usize = 6;
-/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at each 4 KiB page.
+/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at
+/// each 4 KiB page.
 const AHEAD: usize = 4096;
 
 /// An f32 weight matrix of `rows` (outputs) by `columns` (inputs), packed for [`gemm_f32`].
@@ -37,12 +41,12 @@ pub struct F32Matrix {
 }
 
 impl F32Matrix {
-    /// Packs f32 rows: `fill(row, out)` writes row `row` (`columns` long). It is called once per row, from all members of
-    /// the team at once.
+    /// Packs f32 rows: `fill(row, out)` writes row `row` (`columns` long). It is called once per
+    /// row, from all members of the team at once.
     ///
     /// # Errors
-    /// [`PackError::Empty`], [`PackError::TooLarge`], [`PackError::Memory`]. Numbers that are not finite are taken as
-    /// they are.
+    /// [`PackError::Empty`], [`PackError::TooLarge`], [`PackError::Memory`]. Numbers that are not
+    /// finite are taken as they are.
     pub fn from_rows(
         team: &Team,
         rows: usize,
@@ -52,7 +56,8 @@ impl F32Matrix {
         F32Matrix::from_rows_in(&mut Region::default(), team, rows, columns, fill)
     }
 
-    /// As [`F32Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    /// As [`F32Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it
+    /// lasts.
     ///
     /// # Errors
     /// As [`F32Matrix::from_rows`].
@@ -95,7 +100,8 @@ impl F32Matrix {
         })
     }
 
-    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit the address space.
+    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit
+    /// the address space.
     pub fn packed_bytes(rows: usize, columns: usize) -> Option<usize> {
         if rows == 0 || columns == 0 {
             return None;
@@ -152,8 +158,8 @@ impl F32Matrix {
     }
 }
 
-/// `y = x * w^T`: `y[i * w.rows() + j] = sum over k of x[i * w.columns() + k] * w[j][k]`, rounded as the
-/// [module](self) says. The number of activation rows is `x.len() / w.columns()`.
+/// `y = x * w^T`: `y[i * w.rows() + j] = sum over k of x[i * w.columns() + k] * w[j][k]`, rounded
+/// as the [module](self) says. The number of activation rows is `x.len() / w.columns()`.
 ///
 /// # Panics
 /// If `x` is not a whole number of rows or `y` has another number of rows.
@@ -207,7 +213,8 @@ impl Kernel for Tiles<'_> {
     fn run<V: Simd>(self, v: V) {
         let most = if V::WIDE { ROWS_WIDE } else { ROWS_NARROW };
         let blocks = self.rows.div_ceil(most);
-        // With one block of rows nothing is reused from cache, and each tile should be streamed from end to end.
+        // With one block of rows nothing is reused from cache, and each tile should be streamed
+        // from end to end.
         let together = if blocks == 1 { 1 } else { TILES };
         let mut first_tile = self.first;
         while first_tile < self.last {
@@ -285,7 +292,8 @@ impl Tiles<'_> {
             let n = self.w.rows;
             let width = TILE.min(n - tile * TILE);
             for (i, out) in out.iter().enumerate() {
-                // SAFETY: each tile belongs to one piece of the product, and only its columns of y are written here.
+                // SAFETY: each tile belongs to one piece of the product, and only its columns of y
+                // are written here.
                 let y = unsafe { self.y.slice((at.first + i) * n + tile * TILE, width) };
                 if at.column == 0 {
                     y.copy_from_slice(&out.as_flattened()[..width]);
@@ -299,7 +307,8 @@ impl Tiles<'_> {
     }
 }
 
-/// `M` packed rows of activations times `N` vectors of sixteen weight rows, starting with vector `half` of the tile.
+/// `M` packed rows of activations times `N` vectors of sixteen weight rows, starting with vector
+/// `half` of the tile.
 #[inline(always)]
 fn product<V: Simd, const M: usize, const N: usize>(
     v: V,
@@ -313,11 +322,14 @@ fn product<V: Simd, const M: usize, const N: usize>(
         for n in 0..N {
             v.prefetch(ahead.wrapping_add(64 * (half + n)));
         }
-        let w: [V::F; N] = std::array::from_fn(|n| v.load(&w.as_chunks::<LANES>().0[half + n]));
+        let mut loaded = [v.splat(0.0); N];
+        for n in 0..N {
+            loaded[n] = v.load(&w.as_chunks::<LANES>().0[half + n]);
+        }
         for i in 0..M {
             let x = v.splat(x[i]);
             for n in 0..N {
-                sums[i][n] = v.fma(x, w[n], sums[i][n]);
+                sums[i][n] = v.fma(x, loaded[n], sums[i][n]);
             }
         }
     }

@@ -1,14 +1,19 @@
 //! CPU compute kernels, memory mapping and locking, the thread team: the one home of `unsafe` code.
 //!
-//! What lives here: [`mem::Region`] (where weights, caches and keys lie), [`team::Team`] (the threads that compute),
-//! [`cpu::Isa`] (which instructions they may use) and the arithmetic of a Llama-family model in f32 and int8. What does
-//! not: tensor names, file formats, models, tokens; nothing here knows what it multiplies.
+//! What lives here: [`mem::Region`] (where weights, caches and keys lie), [`team::Team`] (the
+//! threads that compute), [`cpu::Isa`] (which instructions they may use) and the arithmetic of a
+//! Llama-family model in f32 and int8. What does not: tensor names, file formats, models, tokens;
+//! nothing here knows what it multiplies.
 //!
-//! Every kernel is written once over sixteen lanes and instantiated per instruction set, so that **all instruction sets,
-//! all thread counts and all batch sizes give the same bits**. `docs/kernels.md` draws the layouts and states the order
-//! of every sum.
+//! Every kernel is written once over sixteen lanes and instantiated per instruction set, so that
+//! **all instruction sets, all thread counts and all batch sizes give the same bits**.
+//! `docs/kernels.md` draws the layouts and states the order of every sum.
 
 #![warn(missing_docs)]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "registers are indexed in step, and closures would be compiled without the instruction set"
+)]
 
 pub mod attention;
 pub mod bandwidth;

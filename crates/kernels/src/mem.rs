@@ -1,5 +1,5 @@
-//! Anonymous memory for weights, caches and keys: huge pages, kept out of core dumps and (where allowed) out of swap,
-//! overwritten before it goes back to the system.
+//! Anonymous memory for weights, caches and keys: huge pages, kept out of core dumps and (where
+//! allowed) out of swap, overwritten before it goes back to the system.
 //!
 //! No file is ever mapped here, and nothing here knows what the bytes mean.
 
@@ -7,7 +7,8 @@ use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 
-/// Size of a transparent huge page on the platforms we serve; regions of at least this size start on such a boundary.
+/// Size of a transparent huge page on the platforms we serve; regions of at least this size start
+/// on such a boundary.
 pub const HUGE_PAGE: usize = 2 << 20;
 
 /// Size of a page.
@@ -27,8 +28,8 @@ pub enum Purpose {
     Public,
 }
 
-/// What the kernel granted to a region. A refusal is not an error: containers and small `RLIMIT_MEMLOCK` values refuse
-/// routinely, and the caller decides how loudly to report it.
+/// What the kernel granted to a region. A refusal is not an error: containers and small
+/// `RLIMIT_MEMLOCK` values refuse routinely, and the caller decides how loudly to report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemReport {
     /// Length in bytes as asked for.
@@ -44,13 +45,14 @@ pub struct MemReport {
 /// Plain data that a [`Region`] may be viewed as.
 ///
 /// # Safety
-/// Every bit pattern is a valid value, there is no padding, no interior mutability and no drop glue, and the alignment
-/// is at most 4096.
+/// Every bit pattern is a valid value, there is no padding, no interior mutability and no drop
+/// glue, and the alignment is at most 4096.
 pub unsafe trait Element: Copy + Send + Sync + 'static {}
 
 macro_rules! elements {
     ($($t:ty),*) => { $(
-        // SAFETY: a primitive number (or a transparent wrapper around one): any bits, no padding, small alignment.
+        // SAFETY: a primitive number (or a transparent wrapper around one): any bits, no padding,
+        // small alignment.
         unsafe impl Element for $t {}
     )* };
 }
@@ -71,8 +73,8 @@ elements!(
 
 /// An owned, zero-initialised, page-aligned range of anonymous memory.
 ///
-/// Pages come into being when first written: touch a large region in parallel, from the threads that will use it.
-/// On drop every resident page is overwritten with zeros before it is unmapped.
+/// Pages come into being when first written: touch a large region in parallel, from the threads
+/// that will use it. On drop every resident page is overwritten with zeros before it is unmapped.
 pub struct Region {
     start: NonNull<u8>,
     len: usize,
@@ -80,7 +82,8 @@ pub struct Region {
     report: MemReport,
 }
 
-// SAFETY: a Region owns its mapping exclusively, as a Vec<u8> owns its buffer; shared access only ever reads.
+// SAFETY: a Region owns its mapping exclusively, as a Vec<u8> owns its buffer; shared access only
+// ever reads.
 unsafe impl Send for Region {}
 // SAFETY: as above: `&Region` gives out `&[u8]` and nothing else.
 unsafe impl Sync for Region {}
@@ -89,7 +92,8 @@ impl Region {
     /// Reserves `len` zero bytes. `len` 0 is allowed and maps nothing.
     ///
     /// # Errors
-    /// The operating system's refusal of the mapping itself; refusals of advice are in [`Region::report`].
+    /// The operating system's refusal of the mapping itself; refusals of advice are in
+    /// [`Region::report`].
     pub fn zeroed(len: usize, purpose: Purpose) -> io::Result<Region> {
         let mut report = MemReport {
             bytes: len,
@@ -116,8 +120,8 @@ impl Region {
         } else {
             map(mapped)?
         };
-        // SAFETY (all calls below): `start..start + mapped` is a mapping this function has just made and owns; advice and
-        // locking change neither its contents nor its validity.
+        // SAFETY: for all calls below: `start..start + mapped` is a mapping this function has just
+        // made and owns; advice and locking change neither its contents nor its validity.
         unsafe {
             let p = start.as_ptr().cast();
             report.huge_pages = want_huge && libc::madvise(p, mapped, libc::MADV_HUGEPAGE) == 0;
@@ -134,8 +138,9 @@ impl Region {
         })
     }
 
-    /// Splits the first `len` bytes off as a region of their own, with everything this one was granted, or returns `None`
-    /// if there are not so many. Parts are whole pages: this region shrinks by `len` rounded up to [`PAGE`].
+    /// Splits the first `len` bytes off as a region of their own, with everything this one was
+    /// granted, or returns `None` if there are not so many. Parts are whole pages: this region
+    /// shrinks by `len` rounded up to [`PAGE`].
     ///
     /// One large region taken to pieces is how small matrices share huge pages.
     pub fn take(&mut self, len: usize) -> Option<Region> {
@@ -159,8 +164,9 @@ impl Region {
             mapped,
             report,
         };
-        // The rest begins where the part ends. From here on each unmaps its own pages and nothing else.
-        // SAFETY: `mapped <= self.mapped`, so the sum stays inside the mapping or just past its end.
+        // The rest begins where the part ends. From here on each unmaps its own pages and nothing
+        // else. SAFETY: `mapped <= self.mapped`, so the sum stays inside the mapping or just past
+        // its end.
         self.start = unsafe { self.start.add(mapped) };
         self.mapped -= mapped;
         self.len = self.len.saturating_sub(mapped);
@@ -179,7 +185,8 @@ impl Region {
         self.report
     }
 
-    /// The region as elements of another plain type; a tail shorter than one element is not part of the view.
+    /// The region as elements of another plain type; a tail shorter than one element is not part of
+    /// the view.
     pub fn view<T: Element>(&self) -> &[T] {
         let count = if size_of::<T>() == 0 {
             0
@@ -193,8 +200,9 @@ impl Region {
             self.start.as_ptr().cast::<T>().is_aligned(),
             "a region is page-aligned and Element bounds alignment"
         );
-        // SAFETY: the mapping holds `count * size_of::<T>() <= len` initialised bytes (anonymous pages read as zeros),
-        // aligned as just checked; Element promises that any bits are a T; `&self` keeps writers out.
+        // SAFETY: the mapping holds `count * size_of::<T>() <= len` initialised bytes (anonymous
+        // pages read as zeros), aligned as just checked; Element promises that any bits are a T;
+        // `&self` keeps writers out.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<T>(), count) }
     }
 
@@ -212,7 +220,8 @@ impl Region {
             self.start.as_ptr().cast::<T>().is_aligned(),
             "a region is page-aligned and Element bounds alignment"
         );
-        // SAFETY: as in `view`; `&mut self` makes the access exclusive, and no T written can be an invalid u8.
+        // SAFETY: as in `view`; `&mut self` makes the access exclusive, and no T written can be an
+        // invalid u8.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast::<T>(), count) }
     }
 
@@ -231,8 +240,9 @@ impl Region {
         self.view()
     }
 
-    /// Gives the pages that lie wholly inside `range` back to the system, after overwriting them, and returns how many
-    /// bytes that were. The whole range reads as zeros afterwards; writing to it takes fresh pages.
+    /// Gives the pages that lie wholly inside `range` back to the system, after overwriting them,
+    /// and returns how many bytes that were. The whole range reads as zeros afterwards; writing to
+    /// it takes fresh pages.
     ///
     /// # Panics
     /// If the range does not lie in the region.
@@ -246,7 +256,8 @@ impl Region {
             return 0;
         }
         let first = range.start.next_multiple_of(PAGE);
-        // The last page belongs to the region as a whole, so a range that reaches the end takes it along.
+        // The last page belongs to the region as a whole, so a range that reaches the end takes it
+        // along.
         let last = if range.end == self.len {
             self.mapped
         } else {
@@ -261,9 +272,10 @@ impl Region {
         if last < range.end {
             self[last..range.end].fill(0);
         }
-        // SAFETY: `first..last` are whole pages inside this mapping and `&mut self` proves that nobody looks at them. A
-        // private anonymous page that was dropped reads as zeros, so every view stays initialised. Locked pages cannot be
-        // dropped, hence munlock first; its failure only makes madvise fail, which leaves zeroed pages in place.
+        // SAFETY: `first..last` are whole pages inside this mapping and `&mut self` proves that
+        // nobody looks at them. A private anonymous page that was dropped reads as zeros, so every
+        // view stays initialised. Locked pages cannot be dropped, hence munlock first; its failure
+        // only makes madvise fail, which leaves zeroed pages in place.
         let dropped = unsafe {
             let p = self.start.as_ptr().add(first).cast();
             if self.report.locked {
@@ -274,8 +286,8 @@ impl Region {
         if dropped { last - first } else { 0 }
     }
 
-    /// Overwrites resident pages in a page-aligned range with zeros. Pages that were never touched are left alone:
-    /// writing zeros to them would make the kernel find memory for them first.
+    /// Overwrites resident pages in a page-aligned range with zeros. Pages that were never touched
+    /// are left alone: writing zeros to them would make the kernel find memory for them first.
     fn wipe(&mut self, range: Range<usize>) {
         const WINDOW: usize = 4096;
         let mut resident = [0u8; WINDOW];
@@ -284,8 +296,8 @@ impl Region {
             let bytes = (range.end - at).min(WINDOW * PAGE);
             let pages = bytes.div_ceil(PAGE);
             resident[..pages].fill(1);
-            // SAFETY: the window lies inside the mapping; the vector has a byte for each of its pages. When the call fails
-            // all pages count as resident.
+            // SAFETY: the window lies inside the mapping; the vector has a byte for each of its
+            // pages. When the call fails all pages count as resident.
             unsafe {
                 let p = self.start.as_ptr().add(at).cast();
                 if libc::mincore(p, bytes, resident.as_mut_ptr()) != 0 {
@@ -297,13 +309,14 @@ impl Region {
                 .enumerate()
                 .filter(|(_, r)| **r & 1 == 1)
             {
-                // SAFETY: page `i` of the window is inside the mapping (`range.end <= mapped`, a multiple of the page
-                // size) and exclusively ours.
+                // SAFETY: page `i` of the window is inside the mapping (`range.end <= mapped`, a
+                // multiple of the page size) and exclusively ours.
                 unsafe { self.start.as_ptr().add(at + i * PAGE).write_bytes(0, PAGE) };
             }
             at += bytes;
         }
-        // The pointer escapes into this and into the system call that follows, so the stores above cannot be dropped.
+        // The pointer escapes into this and into the system call that follows, so the stores above
+        // cannot be dropped.
         std::hint::black_box(self.start.as_ptr());
     }
 }
@@ -332,8 +345,8 @@ impl Drop for Region {
             return;
         }
         self.wipe(0..self.mapped);
-        // SAFETY: the mapping was made by `zeroed`, is owned by this value alone and is never used again. A failure would
-        // leak it, already wiped.
+        // SAFETY: the mapping was made by `zeroed`, is owned by this value alone and is never used
+        // again. A failure would leak it, already wiped.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.mapped) };
     }
 }
@@ -364,7 +377,8 @@ fn check_page_size() -> io::Result<()> {
 }
 
 fn map(len: usize) -> io::Result<NonNull<u8>> {
-    // SAFETY: a fresh private anonymous mapping at an address of the kernel's choice touches no existing memory.
+    // SAFETY: a fresh private anonymous mapping at an address of the kernel's choice touches no
+    // existing memory.
     let p = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -381,13 +395,14 @@ fn map(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(p.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Maps `len` bytes (a multiple of the page size) at a multiple of `align` by mapping more and giving the ends back.
+/// Maps `len` bytes (a multiple of the page size) at a multiple of `align` by mapping more and
+/// giving the ends back.
 fn map_aligned(len: usize, align: usize) -> io::Result<NonNull<u8>> {
     let start = map(len + align)?;
     let head = start.as_ptr().align_offset(align);
     let tail = align - head;
-    // SAFETY: `head + len + tail` is exactly what was just mapped, and nobody holds a reference into it; the parts given
-    // back are whole pages because `align`, `len` and the start are.
+    // SAFETY: `head + len + tail` is exactly what was just mapped, and nobody holds a reference
+    // into it; the parts given back are whole pages because `align`, `len` and the start are.
     unsafe {
         let aligned = start.as_ptr().add(head);
         if head > 0 {

@@ -7,7 +7,8 @@ use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd};
 use crate::team::Team;
 
-/// 10^9 operations a second of the whole team in f32 multiply-adds (two operations each) that touch no memory.
+/// 10^9 operations a second of the whole team in f32 multiply-adds (two operations each) that touch
+/// no memory.
 pub fn measure_f32(team: &Team) -> f64 {
     measure(team, 2 * LANES, |rounds| Chains {
         rounds,
@@ -15,7 +16,8 @@ pub fn measure_f32(team: &Team) -> f64 {
     })
 }
 
-/// 10^9 operations a second of the whole team in int8 multiply-adds (two operations each) that touch no memory.
+/// 10^9 operations a second of the whole team in int8 multiply-adds (two operations each) that
+/// touch no memory.
 pub fn measure_int8(team: &Team) -> f64 {
     measure(team, 2 * 4 * LANES, |rounds| Chains { rounds, int8: true })
 }
@@ -68,7 +70,9 @@ fn multiply_add<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
             *sum = v.fma(*sum, a, b);
         }
     }
-    black_box(sums.map(|sum| v.sum(sum)));
+    for sum in sums {
+        black_box(v.sum(sum));
+    }
     N
 }
 
@@ -78,7 +82,8 @@ fn dots<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
     let mut a = [0x0101_0101; N];
     let mut sums = [v.dot_start(0); N];
     for _ in 0..rounds {
-        // Otherwise the part of `dot4` that does not depend on the sum is shared by all chains or leaves the loop.
+        // Otherwise the part of `dot4` that does not depend on the sum is shared by all chains or
+        // leaves the loop.
         a = if V::WIDE {
             [black_box(a[0]); N]
         } else {
@@ -88,7 +93,9 @@ fn dots<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
             *sum = v.dot4(*sum, w, a);
         }
     }
-    black_box(sums.map(|sum| v.sum(v.widen(sum))));
+    for sum in sums {
+        black_box(v.sum(v.widen(sum)));
+    }
     N
 }
 

@@ -1,6 +1,7 @@
 //! Rotary position embedding with precomputed angles.
 //!
-//! Scaling of frequencies (linear, Llama 3) is the caller's: a [`RopeTable`] is made from the frequencies it chose.
+//! Scaling of frequencies (linear, Llama 3) is the caller's: a [`RopeTable`] is made from the
+//! frequencies it chose.
 
 /// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +19,9 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angle = position * frequency in f32; its cosine and sine are taken in f64 and rounded. A frequency rotates two
-    /// elements, so there are `head_dim / 2` of them, or fewer to leave the tail of each head alone.
+    /// Angle = position * frequency in f32; its cosine and sine are taken in f64 and rounded. A
+    /// frequency rotates two elements, so there are `head_dim / 2` of them, or fewer to leave the
+    /// tail of each head alone.
     pub fn new(frequencies: &[f32], positions: usize) -> RopeTable {
         let angles = (0..positions)
             .flat_map(|position| {
@@ -40,11 +42,12 @@ impl RopeTable {
         self.angles.len().checked_div(self.frequencies).unwrap_or(0)
     }
 
-    /// Rotates each head (`head_dim` long) of `x` to `position`: `(a, b)` becomes `(a cos - b sin, b cos + a sin)`.
+    /// Rotates each head (`head_dim` long) of `x` to `position`: `(a, b)` becomes `(a cos - b sin,
+    /// b cos + a sin)`.
     ///
     /// # Panics
-    /// If the position is not in the table, `x` is not a whole number of heads, or a head is shorter than the elements
-    /// to rotate.
+    /// If the position is not in the table, `x` is not a whole number of heads, or a head is
+    /// shorter than the elements to rotate.
     pub fn apply(&self, layout: RopeLayout, position: usize, head_dim: usize, x: &mut [f32]) {
         assert!(
             2 * self.frequencies <= head_dim,

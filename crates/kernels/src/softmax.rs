@@ -3,8 +3,8 @@
 use crate::cpu::{Isa, Kernel};
 use crate::isa::{LANES, Simd, exp, store_part};
 
-/// `x[i] = e^(x[i] - max) / sum`. The sum is taken lane by lane (elements j, j + 16, ...), then by halving. An empty slice
-/// stays empty; any NaN makes every result NaN, and so does +inf.
+/// `x[i] = e^(x[i] - max) / sum`. The sum is taken lane by lane (elements j, j + 16, ...), then by
+/// halving. An empty slice stays empty; any NaN makes every result NaN, and so does +inf.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
     struct Softmax<'a>(&'a mut [f32]);
 
@@ -14,9 +14,10 @@ pub fn softmax(isa: Isa, x: &mut [f32]) {
         #[inline(always)]
         fn run<V: Simd>(self, v: V) {
             let (blocks, rest) = self.0.as_chunks_mut::<LANES>();
-            let lanes = blocks
-                .iter()
-                .fold(v.splat(f32::NEG_INFINITY), |best, x| v.max(best, v.load(x)));
+            let mut lanes = v.splat(f32::NEG_INFINITY);
+            for x in blocks.iter() {
+                lanes = v.max(lanes, v.load(x));
+            }
             let largest = rest.iter().fold(
                 v.largest(lanes),
                 |best, x| if best > *x { best } else { *x },

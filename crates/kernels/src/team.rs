@@ -1,21 +1,22 @@
-//! A persistent team of threads: scoped parallel runs without a lock, an allocation or a system call while its members
-//! are awake.
+//! A persistent team of threads: scoped parallel runs without a lock, an allocation or a system
+//! call while its members are awake.
 //!
-//! Members spin for a bounded time after each run and then park, so an idle engine uses no processor and a busy one
-//! makes no system call. Nothing here knows what is computed.
+//! Members spin for a bounded time after each run and then park, so an idle engine uses no
+//! processor and a busy one makes no system call. Nothing here knows what is computed.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
 use crate::cpu::Isa;
 
-/// How many `pause` instructions a member waits before it parks: 0.3 to 1 ms on today's x86 processors, longer than one
-/// sampling step between two tokens and shorter than anybody would notice on an idle machine.
+/// How many `pause` instructions a member waits before it parks: 0.3 to 1 ms on today's x86
+/// processors, longer than one sampling step between two tokens and shorter than anybody would
+/// notice on an idle machine.
 const SPINS: u32 = 20_000;
 
 /// Most members a team may have.
@@ -32,10 +33,8 @@ type Job<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 struct Shared {
     members: usize,
-    /// Counts runs; a change tells members that `job` holds something new. Its line is written once per run.
-    epoch: Line<AtomicU32>,
-    /// Members (other than the caller) that have not finished the current run.
-    running: Line<AtomicUsize>,
+    /// The state of the current run, see [`gate`].
+    gate: Line<AtomicU64>,
     /// One flag per member, set while it is parked or about to park.
     asleep: Vec<Line<AtomicBool>>,
     /// Set from the moment a caller owns the team until its run is over.
@@ -51,13 +50,44 @@ struct Shared {
 #[repr(align(128))]
 struct Line<T>(T);
 
-// SAFETY: everything but `job` is Sync by itself. `job` is written only by the caller that owns `busy`, while no member
-// is between an epoch change and its decrement of `running`; members read it only after an acquire load of the new
-// epoch, which the caller stores (release) after writing it.
+// SAFETY: everything but `job` is Sync by itself. `job` is read only by members that are inside the
+// gate. It is written only by the caller that owns `busy`, while the gate is closed and nobody is
+// inside; members enter by an acquiring exchange of a gate that the caller opened (release) after
+// writing, and are seen to have left (release, acquire) before it is written again.
 unsafe impl Sync for Shared {}
 
+/// One word says it all about a run: its number (bits 32 to 63), whether it is closed (31), how many
+/// members have entered it (16 to 30) and how many are inside (0 to 15), the caller not counted.
+///
+/// A member enters each run at most once, and not after it was closed. So a caller that has found no
+/// work left need not wait for a member that never came, because its core was busy with something
+/// else: on a crowded machine that would cost a scheduler's time slice for every product.
+mod gate {
+    pub(super) const INSIDE: u64 = 1;
+    pub(super) const ENTERED: u64 = 1 << 16;
+    pub(super) const CLOSED: u64 = 1 << 31;
+
+    pub(super) fn number(gate: u64) -> u32 {
+        (gate >> 32) as u32
+    }
+
+    /// Nobody has entered the next run.
+    pub(super) fn next(gate: u64) -> u64 {
+        u64::from(number(gate).wrapping_add(1)) << 32
+    }
+
+    pub(super) fn inside(gate: u64) -> usize {
+        (gate & (ENTERED - 1)) as usize
+    }
+
+    pub(super) fn entered(gate: u64) -> usize {
+        ((gate & (CLOSED - 1)) / ENTERED) as usize
+    }
+}
+
 impl Team {
-    /// A team of `threads` members (at least 1, at most [`MAX_THREADS`]) with the best instruction set of this machine.
+    /// A team of `threads` members (at least 1, at most [`MAX_THREADS`]) with the best instruction
+    /// set of this machine.
     ///
     /// # Errors
     /// The operating system's refusal to start a thread.
@@ -71,17 +101,7 @@ impl Team {
     /// The operating system's refusal to start a thread.
     pub fn with_isa(threads: usize, isa: Isa) -> io::Result<Team> {
         let members = threads.clamp(1, MAX_THREADS);
-        let shared = Arc::new(Shared {
-            members,
-            epoch: Line(AtomicU32::new(0)),
-            running: Line(AtomicUsize::new(0)),
-            asleep: (0..members).map(|_| Line(AtomicBool::new(false))).collect(),
-            busy: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-            caller: Mutex::new(None),
-            job: UnsafeCell::new(None),
-            panic: Mutex::new(None),
-        });
+        let shared = Arc::new(new_shared(members));
         let mut team = Team {
             shared,
             threads: Vec::with_capacity(members - 1),
@@ -108,33 +128,47 @@ impl Team {
         self.isa
     }
 
-    /// Calls `work(member, members)` once for each member, in parallel, and returns when all have returned.
+    /// Calls `work(member, members)` once for each member, in parallel, and returns when all have
+    /// returned.
     ///
-    /// Members must not wait for each other inside `work`: when the team is already in use (a run inside a run, or from
-    /// a second thread) the calls are made one after another on the calling thread.
+    /// Members must not wait for each other inside `work`: when the team is already in use (a run
+    /// inside a run, or from a second thread) the calls are made one after another on the calling
+    /// thread.
     ///
     /// # Panics
-    /// With the payload of the first panic of any member, after all have finished; the team stays usable.
+    /// With the payload of the first panic of any member, after all have finished; the team stays
+    /// usable.
     pub fn run(&self, work: impl Fn(usize, usize) + Sync) {
-        let shared = &*self.shared;
-        let members = shared.members;
-        if members == 1 {
-            work(0, 1);
-            return;
-        }
-        if shared.busy.swap(true, Ordering::Acquire) {
+        let members = self.members();
+        if !self.execute(&work, true) {
             (0..members).for_each(|member| work(member, members));
-            return;
         }
-        let job: &Job<'_> = &work;
-        // SAFETY: the lifetime is extended only until `Shared::finish` returns, which it does once every
-        // member has finished calling the job; `work` outlives that on all paths, since a panic of our own share is
-        // caught first and nothing else between here and there unwinds.
+    }
+
+    /// Calls `share` on the calling thread and on members that come in time. When one call has
+    /// returned, there must be nothing left to begin.
+    fn share_out(&self, share: impl Fn() + Sync) {
+        if !self.execute(&|_, _| share(), false) {
+            share();
+        }
+    }
+
+    /// Runs `job` on the calling thread and on `all` other members, or on those that come before it
+    /// has returned here. False if the team is in use; then nothing was called.
+    fn execute(&self, job: &Job<'_>, all: bool) -> bool {
+        let shared = &*self.shared;
+        if shared.busy.swap(true, Ordering::Acquire) {
+            return false;
+        }
+        // SAFETY: the lifetime is extended only until `Shared::finish` returns. From then on the
+        // gate is closed and nobody is inside, so nobody calls the job; it outlives that on all
+        // paths, since a panic of our own share is caught first and nothing else between here and
+        // there unwinds.
         let job: &'static Job<'static> =
             unsafe { std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job) };
         self.start(job);
-        let own = catch_unwind(AssertUnwindSafe(|| work(0, members)));
-        shared.finish();
+        let own = catch_unwind(AssertUnwindSafe(|| job(0, shared.members)));
+        shared.finish(all);
         let theirs = shared
             .panic
             .lock()
@@ -144,6 +178,7 @@ impl Team {
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
         }
+        true
     }
 
     /// Calls `work(index)` for every index below `count`, sharing them out as members become free.
@@ -156,7 +191,7 @@ impl Team {
             return;
         }
         let next = AtomicUsize::new(0);
-        self.run(|_, _| {
+        self.share_out(|| {
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= count {
@@ -167,8 +202,8 @@ impl Team {
         });
     }
 
-    /// Calls `work(index, chunk)` for every chunk of `chunk_len` elements of `data` (the last may be shorter), sharing
-    /// them out as members become free.
+    /// Calls `work(index, chunk)` for every chunk of `chunk_len` elements of `data` (the last may
+    /// be shorter), sharing them out as members become free.
     ///
     /// # Panics
     /// If `chunk_len` is 0; otherwise as [`Team::run`].
@@ -210,8 +245,8 @@ impl Team {
             let mut scratch = scratch();
             while index < count {
                 let start = index * chunk_len;
-                // SAFETY: each index is handed out once by the counter, chunks of different indices do not overlap, and
-                // `data` is mutably borrowed until the run is over.
+                // SAFETY: each index is handed out once by the counter, chunks of different indices
+                // do not overlap, and `data` is mutably borrowed until the run is over.
                 let chunk = unsafe { base.slice(start, chunk_len.min(total - start)) };
                 work(&mut scratch, index, chunk);
                 index = next.fetch_add(1, Ordering::Relaxed);
@@ -220,20 +255,19 @@ impl Team {
         if count <= 1 {
             share()
         } else {
-            self.run(|_, _| share())
+            self.share_out(share);
         }
     }
 
     fn start(&self, job: &'static Job<'static>) {
         let shared = &*self.shared;
-        // SAFETY: we own `busy` and no member is running, so nobody reads the cell until the epoch changes.
+        // SAFETY: we own `busy`, the gate is closed and nobody is inside (so `finish` left it), hence
+        // nobody reads the cell until the gate opens.
         unsafe { *shared.job.get() = Some(job) };
-        shared
-            .running
-            .0
-            .store(shared.members - 1, Ordering::Relaxed);
-        shared.epoch.0.fetch_add(1, Ordering::Release);
-        // Pairs with the fence in `wait_for_run`: either we see the flag, or the member sees the epoch and does not park.
+        let closed = shared.gate.0.load(Ordering::Relaxed);
+        shared.gate.0.store(gate::next(closed), Ordering::Release);
+        // Pairs with the fence in `wait_for_run`: either we see the flag, or the member sees the
+        // new run and does not park.
         fence(Ordering::SeqCst);
         for (member, handle) in self.threads.iter().enumerate() {
             if shared.asleep[member + 1].0.load(Ordering::Relaxed) {
@@ -243,10 +277,27 @@ impl Team {
     }
 }
 
+fn new_shared(members: usize) -> Shared {
+    Shared {
+        members,
+        gate: Line(AtomicU64::new(gate::CLOSED)),
+        asleep: (0..members).map(|_| Line(AtomicBool::new(false))).collect(),
+        busy: AtomicBool::new(false),
+        stop: AtomicBool::new(false),
+        caller: Mutex::new(None),
+        job: UnsafeCell::new(None),
+        panic: Mutex::new(None),
+    }
+}
+
 impl Drop for Team {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.shared.epoch.0.fetch_add(1, Ordering::Release);
+        let last = self.shared.gate.0.load(Ordering::Relaxed);
+        self.shared
+            .gate
+            .0
+            .store(gate::next(last) | gate::CLOSED, Ordering::Release);
         for handle in self.threads.drain(..) {
             handle.thread().unpark();
             // A member only ends by returning from `serve`, which catches every panic of a job.
@@ -264,8 +315,11 @@ impl Shared {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            // SAFETY: the epoch was loaded (acquire) after the caller stored it behind the job, and the caller does not
-            // touch the cell again before we decrement `running`.
+            if !self.enter(seen) {
+                continue;
+            }
+            // SAFETY: we are inside: the caller wrote the cell before it opened the gate and does
+            // not touch it before we have left.
             let job = unsafe { *self.job.get() };
             if let Some(job) = job
                 && let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(member, self.members)))
@@ -275,8 +329,10 @@ impl Shared {
                     .unwrap_or_else(PoisonError::into_inner)
                     .get_or_insert(payload);
             }
-            if self.running.0.fetch_sub(1, Ordering::AcqRel) == 1 {
-                // Pairs with the fence in `finish`: either we see the flag, or the caller sees `running == 0`.
+            let before = self.gate.0.fetch_sub(gate::INSIDE, Ordering::AcqRel);
+            if gate::inside(before) == 1 {
+                // Pairs with the fence in `finish`: either we see the flag, or the caller sees that
+                // nobody is inside.
                 fence(Ordering::SeqCst);
                 if self.asleep[0].0.load(Ordering::Relaxed)
                     && let Some(caller) =
@@ -288,38 +344,61 @@ impl Shared {
         }
     }
 
-    /// Spins, then parks, until the epoch differs from `seen`; returns the new one.
+    /// Enters the run of this number, unless it is closed or over.
+    fn enter(&self, number: u32) -> bool {
+        let open = |gate: u64| {
+            let enters = gate::number(gate) == number && gate & gate::CLOSED == 0;
+            enters.then_some(gate + gate::ENTERED + gate::INSIDE)
+        };
+        self.gate
+            .0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, open)
+            .is_ok()
+    }
+
+    /// Spins, then parks, until the number of the run differs from `seen`; returns the new one.
     fn wait_for_run(&self, member: usize, seen: u32) -> u32 {
-        let changed = || Some(self.epoch.0.load(Ordering::Acquire)).filter(|epoch| *epoch != seen);
-        if let Some(epoch) = spin(changed) {
-            return epoch;
+        let changed = || {
+            let number = gate::number(self.gate.0.load(Ordering::Acquire));
+            Some(number).filter(|number| *number != seen)
+        };
+        if let Some(number) = spin(changed) {
+            return number;
         }
         let asleep = &self.asleep[member].0;
         asleep.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         loop {
-            if let Some(epoch) = changed() {
+            if let Some(number) = changed() {
                 asleep.store(false, Ordering::Relaxed);
-                return epoch;
+                return number;
             }
             thread::park();
         }
     }
 
-    /// Waits until every other member has finished the current run.
-    fn finish(&self) {
-        let finished = || (self.running.0.load(Ordering::Acquire) == 0).then_some(());
-        if spin(finished).is_some() {
-            return;
+    /// Waits until every other member has entered (if `all` must) and all that have entered have
+    /// left; then the gate is closed.
+    fn finish(&self, all: bool) {
+        if !all {
+            self.gate.0.fetch_or(gate::CLOSED, Ordering::AcqRel);
         }
-        *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
-        let asleep = &self.asleep[0].0;
-        asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        while finished().is_none() {
-            thread::park();
+        let finished = || {
+            let gate = self.gate.0.load(Ordering::Acquire);
+            let over = gate::inside(gate) == 0 && (!all || gate::entered(gate) == self.members - 1);
+            over.then_some(())
+        };
+        if spin(finished).is_none() {
+            *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
+            let asleep = &self.asleep[0].0;
+            asleep.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            while finished().is_none() {
+                thread::park();
+            }
+            asleep.store(false, Ordering::Relaxed);
         }
-        asleep.store(false, Ordering::Relaxed);
+        self.gate.0.fetch_or(gate::CLOSED, Ordering::AcqRel);
     }
 }
 
@@ -340,8 +419,8 @@ pub(crate) struct SharedMut<'a, T> {
     borrow: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a SharedMut hands out `&mut [T]` under the caller's promise that they do not overlap, which is what sending
-// parts of a `&mut [T]` to other threads is.
+// SAFETY: a SharedMut hands out `&mut [T]` under the caller's promise that they do not overlap,
+// which is what sending parts of a `&mut [T]` to other threads is.
 unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
 
 impl<'a, T> SharedMut<'a, T> {
@@ -385,14 +464,14 @@ mod tests {
         for threads in 1..=4 {
             let team = Team::new(threads).unwrap();
             let calls: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-            for _ in 0..2000 {
+            for _ in 0..300 {
                 team.run(|member, members| {
                     assert_eq!(members, threads);
                     calls[member].fetch_add(1, Ordering::Relaxed);
                 });
             }
             assert!(
-                calls.iter().all(|c| c.load(Ordering::Relaxed) == 2000),
+                calls.iter().all(|c| c.load(Ordering::Relaxed) == 300),
                 "{threads} threads"
             );
         }
@@ -484,6 +563,50 @@ mod tests {
         );
         assert!(data.iter().all(|d| *d == 1));
         assert!((1..=3).contains(&made.into_inner()));
+    }
+
+    #[test]
+    fn work_is_finished_without_members_that_never_come() {
+        // A team whose second thread was never started: like one whose core is always busy.
+        let team = Team {
+            shared: Arc::new(new_shared(2)),
+            threads: vec![],
+            isa: Isa::SCALAR,
+        };
+        for _ in 0..3 {
+            let mut data = vec![0; 100];
+            team.for_each_chunk_mut(&mut data, 7, |i, chunk| chunk.fill(i + 1));
+            assert!(data.iter().enumerate().all(|(at, x)| *x == at / 7 + 1));
+        }
+    }
+
+    #[test]
+    fn a_latecomer_does_not_enter_a_closed_run() {
+        let shared = new_shared(3);
+        let run = gate::next(gate::CLOSED);
+        shared.gate.0.store(run, Ordering::Release);
+        assert!(!shared.enter(gate::number(run) + 1), "another run");
+        assert!(shared.enter(gate::number(run)));
+        shared.gate.0.fetch_or(gate::CLOSED, Ordering::AcqRel);
+        assert!(!shared.enter(gate::number(run)), "closed");
+        let state = shared.gate.0.load(Ordering::Relaxed);
+        assert_eq!((gate::entered(state), gate::inside(state)), (1, 1));
+        assert_eq!(gate::number(gate::next(u64::MAX)), 0, "numbers wrap");
+    }
+
+    #[test]
+    fn members_share_small_and_large_work_many_times() {
+        let team = Team::new(4).unwrap();
+        for round in 0..1000 {
+            let done: Vec<AtomicUsize> = (0..round % 9).map(|_| AtomicUsize::new(0)).collect();
+            team.for_each(done.len(), |i| {
+                done[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(
+                done.iter().all(|d| d.load(Ordering::Relaxed) == 1),
+                "round {round}"
+            );
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Paged attention against a plain f64 softmax, and its independence of pages, batches and machines.
+//! Paged attention against a plain f64 softmax, and its independence of pages, batches and
+//! machines.
 
 mod support;
 

@@ -1,4 +1,5 @@
-//! Norm, softmax, gated activation, rotation and sums against f64, with the same bits from every instruction set.
+//! Norm, softmax, gated activation, rotation and sums against f64, with the same bits from every
+//! instruction set.
 
 mod support;
 
@@ -99,7 +100,8 @@ fn softmax_handles_infinities_and_nan() {
 
 #[test]
 fn exponential_is_within_two_units_everywhere() {
-    // silu(x) with x = -t is -t / (1 + e^t); for large t this is -t e^-t to many digits, so it shows e^t.
+    // silu(x) with x = -t is -t / (1 + e^t); for large t this is -t e^-t to many digits, so it
+    // shows e^t.
     let t: Vec<f32> = (0..20_000).map(|i| i as f32 * 0.0043 + 1e-3).collect();
     let out = everywhere(|isa| {
         let mut gate: Vec<f32> = t.iter().map(|t| -t).collect();
@@ -204,12 +206,12 @@ fn rotation_agrees_with_f64_in_both_layouts() {
             let mut out = x.clone();
             table.apply(layout, position, head_dim, &mut out);
             for (x, out) in x.chunks(head_dim).zip(out.chunks(head_dim)) {
-                for i in 0..half {
+                for (i, frequency) in frequencies.iter().enumerate() {
                     let (a, b) = match layout {
                         RopeLayout::Interleaved => (2 * i, 2 * i + 1),
                         RopeLayout::Half => (i, i + half),
                     };
-                    let angle = f64::from(position as f32 * frequencies[i]);
+                    let angle = f64::from(position as f32 * frequency);
                     let (xa, xb) = (f64::from(x[a]), f64::from(x[b]));
                     assert_close(out[a], xa * angle.cos() - xb * angle.sin(), 3e-7);
                     assert_close(out[b], xb * angle.cos() + xa * angle.sin(), 3e-7);

@@ -168,7 +168,8 @@ fn columns_that_are_no_multiple_of_32_are_padded() {
                     .zip(w)
                     .map(|(x, w)| f64::from(*x) * f64::from(*w))
                     .sum();
-                // Each factor is off by at most half a step of 1/127 of its group's largest, which is below 1.
+                // Each factor is off by at most half a step of 1/127 of its group's largest, which
+                // is below 1.
                 let bound = k as f64 * (1.01 / 127.0);
                 assert!(
                     (f64::from(*y) - exact).abs() <= bound,
@@ -385,7 +386,8 @@ proptest! {
         w.row(0, &mut out);
         for (found, exact) in out.chunks(GROUP).zip(row.chunks(GROUP)) {
             let largest = exact.iter().fold(0f32, |a, x| a.max(x.abs()));
-            // The scale is largest / 127 rounded to half precision: 2^-11 of itself, or 2^-24 for subnormal halves.
+            // The scale is largest / 127 rounded to half precision: 2^-11 of itself, or 2^-24 for
+            // subnormal halves.
             let step = largest / 127.0 * (1.0 + 1.0 / 1024.0) + 6e-8;
             for (found, exact) in found.iter().zip(exact) {
                 prop_assert!((found - exact).abs() <= step * 0.5001, "{} for {} in steps of {}", found, exact, step);

@@ -1,4 +1,5 @@
-//! AVX2 with FMA and F16C: two registers are a vector. (Zen 2 and 3, Haswell to Cascade Lake, client processors.)
+//! AVX2 with FMA and F16C: two registers are a vector. (Zen 2 and 3, Haswell to Cascade Lake,
+//! client processors.)
 
 use std::arch::x86_64::*;
 
@@ -43,8 +44,8 @@ macro_rules! registers {
     ($(fn $name:ident($($arg:ident: $t:ty),*) -> $r:ty { $e:expr })*) => { $(
         #[inline(always)]
         fn $name(self $(, $arg: $t)*) -> $r {
-            // SAFETY: `self` proves that the processor has the features these intrinsics need (see `detect`); they take and
-            // return registers and touch no memory.
+            // SAFETY: `self` proves that the processor has the features these intrinsics need (see
+            // `detect`); they take and return registers and touch no memory.
             unsafe { $e }
         }
     )* };
@@ -61,7 +62,8 @@ unsafe impl Simd for Avx2 {
 
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> F {
-        // SAFETY: AVX by `self`; the reference covers both 32-byte halves, and the loads need no alignment.
+        // SAFETY: AVX by `self`; the reference covers both 32-byte halves, and the loads need no
+        // alignment.
         unsafe {
             F(
                 _mm256_loadu_ps(x.as_ptr()),
@@ -71,7 +73,8 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     fn store(self, x: F, to: &mut [f32; LANES]) {
-        // SAFETY: AVX by `self`; the reference covers both 32-byte halves, and the stores need no alignment.
+        // SAFETY: AVX by `self`; the reference covers both 32-byte halves, and the stores need no
+        // alignment.
         unsafe {
             _mm256_storeu_ps(to.as_mut_ptr(), x.0);
             _mm256_storeu_ps(to.as_mut_ptr().add(8), x.1);
@@ -87,7 +90,8 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> F {
-        // SAFETY: F16C by `self`; f16 is a transparent u16, so the reference covers both 16-byte halves.
+        // SAFETY: F16C by `self`; f16 is a transparent u16, so the reference covers both 16-byte
+        // halves.
         unsafe {
             let p: *const __m128i = x.as_ptr().cast();
             F(
@@ -111,7 +115,8 @@ unsafe impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, line: *const u8) {
-        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the address.
+        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the
+        // address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
 
@@ -151,10 +156,10 @@ unsafe impl Simd for Avx2 {
         fn round(x: F) -> I { I(_mm256_cvtps_epi32(x.0), _mm256_cvtps_epi32(x.1)) }
         fn widen(x: I) -> F { F(_mm256_cvtepi32_ps(x.0), _mm256_cvtepi32_ps(x.1)) }
         fn bits(x: F) -> I { I(_mm256_castps_si256(x.0), _mm256_castps_si256(x.1)) }
-        fn from_bits(x: I) -> F { F(_mm256_castsi256_ps(x.0), _mm256_castsi256_ps(x.1)) }
+        fn float_from_bits(x: I) -> F { F(_mm256_castsi256_ps(x.0), _mm256_castsi256_ps(x.1)) }
         fn dot_start(_offset: i32) -> I { I(_mm256_setzero_si256(), _mm256_setzero_si256()) }
-        // vpmaddubsw saturates at 16 bits, so offset weights cannot be its unsigned side; |w| can: with |w| <= 128 and
-        // |a| <= 127 a pair sums to at most 32512.
+        // vpmaddubsw saturates at 16 bits, so offset weights cannot be its unsigned side; |w| can:
+        // with |w| <= 128 and |a| <= 127 a pair sums to at most 32512.
         fn dot4(sum: I, w: I, a: i32) -> I {{
             let a = _mm256_set1_epi32(a);
             let ones = _mm256_set1_epi16(1);

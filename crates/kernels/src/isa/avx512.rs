@@ -1,4 +1,5 @@
-//! AVX-512 with VNNI: one register is a vector. (Ice Lake and Sapphire Rapids servers, Zen 4 and later.)
+//! AVX-512 with VNNI: one register is a vector. (Ice Lake and Sapphire Rapids servers, Zen 4 and
+//! later.)
 
 use std::arch::x86_64::*;
 
@@ -40,8 +41,8 @@ macro_rules! registers {
     ($(fn $name:ident($($arg:ident: $t:ty),*) -> $r:ty { $e:expr })*) => { $(
         #[inline(always)]
         fn $name(self $(, $arg: $t)*) -> $r {
-            // SAFETY: `self` proves that the processor has the features these intrinsics need (see `detect`); they take and
-            // return registers and touch no memory.
+            // SAFETY: `self` proves that the processor has the features these intrinsics need (see
+            // `detect`); they take and return registers and touch no memory.
             unsafe { $e }
         }
     )* };
@@ -57,7 +58,8 @@ unsafe impl Simd for Avx512 {
 
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> __m512 {
-        // SAFETY: AVX-512F by `self`; the reference covers the 64 bytes read, and the load needs no alignment.
+        // SAFETY: AVX-512F by `self`; the reference covers the 64 bytes read, and the load needs no
+        // alignment.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
     #[inline(always)]
@@ -72,7 +74,8 @@ unsafe impl Simd for Avx512 {
     }
     #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> __m512 {
-        // SAFETY: AVX-512F and AVX by `self`; f16 is a transparent u16, so the reference covers the 32 bytes read.
+        // SAFETY: AVX-512F and AVX by `self`; f16 is a transparent u16, so the reference covers the
+        // 32 bytes read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
     }
     #[inline(always)]
@@ -83,7 +86,8 @@ unsafe impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch(self, line: *const u8) {
-        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the address.
+        // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the
+        // address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
 
@@ -119,9 +123,9 @@ unsafe impl Simd for Avx512 {
         fn round(x: __m512) -> __m512i { _mm512_cvtps_epi32(x) }
         fn widen(x: __m512i) -> __m512 { _mm512_cvtepi32_ps(x) }
         fn bits(x: __m512) -> __m512i { _mm512_castps_si512(x) }
-        fn from_bits(x: __m512i) -> __m512 { _mm512_castsi512_ps(x) }
-        // vpdpbusd multiplies unsigned by signed: the weights are the unsigned side, 128 too large each, and the offset
-        // takes 128 times the activations back.
+        fn float_from_bits(x: __m512i) -> __m512 { _mm512_castsi512_ps(x) }
+        // vpdpbusd multiplies unsigned by signed: the weights are the unsigned side, 128 too large
+        // each, and the offset takes 128 times the activations back.
         fn dot_start(offset: i32) -> __m512i { _mm512_set1_epi32(offset) }
         fn dot4(sum: __m512i, w: __m512i, a: i32) -> __m512i { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a)) }
     }

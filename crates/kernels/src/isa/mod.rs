@@ -1,7 +1,9 @@
-//! The vector operations that kernels are written in: sixteen f32 or i32 lanes, whatever the machine's registers hold.
+//! The vector operations that kernels are written in: sixteen f32 or i32 lanes, whatever the
+//! machine's registers hold.
 //!
-//! Each operation gives the same bits in every implementation: lanes are IEEE single precision, rounded to nearest even,
-//! multiply-add is fused, and sums over lanes use one fixed tree. Algorithms do not live here.
+//! Each operation gives the same bits in every implementation: lanes are IEEE single precision,
+//! rounded to nearest even, multiply-add is fused, and sums over lanes use one fixed tree.
+//! Algorithms do not live here.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -17,8 +19,8 @@ pub(crate) const LANES: usize = 16;
 /// A proof that the processor has an instruction set, with its operations.
 ///
 /// # Safety
-/// Values exist only on processors that have the instruction set: implementations use intrinsics on the strength of
-/// holding `self`.
+/// Values exist only on processors that have the instruction set: implementations use intrinsics on
+/// the strength of holding `self`.
 pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Sixteen f32.
     type F: Copy;
@@ -30,7 +32,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Whether there are registers for two vectors a row in a register-blocked product.
     const WIDE: bool;
 
-    /// Asks for a cache line ahead of its use. Any address is allowed, also one past the end of everything.
+    /// Asks for a cache line ahead of its use. Any address is allowed, also one past the end of
+    /// everything.
     fn prefetch(self, line: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -66,15 +69,15 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// To f32, rounded to nearest even.
     fn widen(self, x: Self::I) -> Self::F;
     fn bits(self, x: Self::F) -> Self::I;
-    fn from_bits(self, x: Self::I) -> Self::F;
+    fn float_from_bits(self, x: Self::I) -> Self::F;
 
     /// Takes 64 weights of sixteen rows, four consecutive ones a row, each stored as `w + 128`.
     fn weights(self, w: &[u8; 64]) -> Self::W;
     /// What a group's sum starts from, given `-128 * (sum of the group's activations)`.
     fn dot_start(self, offset: i32) -> Self::I;
-    /// Adds to each lane the dot product of its row's four weights and the four i8 activations packed in `a` (first in
-    /// the lowest byte, none of them -128). Once a whole group has been added to [`Simd::dot_start`], the lane holds
-    /// the exact sum.
+    /// Adds to each lane the dot product of its row's four weights and the four i8 activations
+    /// packed in `a` (first in the lowest byte, none of them -128). Once a whole group has been
+    /// added to [`Simd::dot_start`], the lane holds the exact sum.
     fn dot4(self, sum: Self::I, w: Self::W, a: i32) -> Self::I;
 }
 
@@ -94,11 +97,13 @@ pub(crate) fn store_part<V: Simd>(v: V, x: V::F, to: &mut [f32]) {
     to.copy_from_slice(&lanes[..to.len()]);
 }
 
-/// e^x in each lane, within 2 units in the last place between -87.3 and 88; 0 below, e^88 above, NaN for NaN.
+/// e^x in each lane, within 2 units in the last place between -87.3 and 88; 0 below, e^88 above,
+/// NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp<V: Simd>(v: V, x: V::F) -> V::F {
-    // x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts (Cody and Waite), so that n * LN2_HI is exact; then the
-    // degree-6 polynomial of Cephes' expf; then n (-126..=127) goes into the exponent.
+    // x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts (Cody and Waite), so that n * LN2_HI is
+    // exact; then the degree-6 polynomial of Cephes' expf; then n (-126..=127) goes into the
+    // exponent.
     const LOW: f32 = -87.3;
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
@@ -121,6 +126,6 @@ pub(crate) fn exp<V: Simd>(v: V, x: V::F) -> V::F {
         p = v.fma(p, r, v.splat(*c));
     }
     let p = v.fma(p, v.mul(r, r), v.add(r, v.splat(1.0)));
-    let scale = v.from_bits(v.shift_to_exponent(v.add_i(n, v.splat_i(127))));
+    let scale = v.float_from_bits(v.shift_to_exponent(v.add_i(n, v.splat_i(127))));
     v.zero_below(x, LOW, v.mul(p, scale))
 }

@@ -1,4 +1,5 @@
-//! The portable twin: sixteen lanes as an array. It is the definition the other instruction sets are tested against.
+//! The portable twin: sixteen lanes as an array. It is the definition the other instruction sets
+//! are tested against.
 
 use half::f16;
 
@@ -146,7 +147,7 @@ unsafe impl Simd for Scalar {
         x.map(|x| x.to_bits() as i32)
     }
     #[inline(always)]
-    fn from_bits(self, x: Self::I) -> Self::F {
+    fn float_from_bits(self, x: Self::I) -> Self::F {
         x.map(|x| f32::from_bits(x as u32))
     }
     #[inline(always)]

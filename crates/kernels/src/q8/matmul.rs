@@ -1,4 +1,5 @@
-//! The int8 product: register-blocked over activation rows, each weight tile streamed once per block of rows.
+//! The int8 product: register-blocked over activation rows, each weight tile streamed once per
+//! block of rows.
 
 use super::matrix::{PackedGroup, Q8Matrix};
 use super::rows::{Q8Rows, RowGroup};
@@ -10,10 +11,12 @@ use crate::team::{SharedMut, Team};
 /// Most activation rows that one pass over a tile takes.
 const ROWS_WIDE: usize = 6;
 const ROWS_NARROW: usize = 4;
-/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at each 4 KiB page.
+/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at
+/// each 4 KiB page.
 const AHEAD: usize = 4 * 1088;
 
-/// `y = x * w^T`: `y[i * w.rows() + j] = sum over k of x[i][k] * w[j][k]`, rounded as the [module](super) says.
+/// `y = x * w^T`: `y[i * w.rows() + j] = sum over k of x[i][k] * w[j][k]`, rounded as the
+/// [module](super) says.
 ///
 /// # Panics
 /// If `x` and `w` differ in columns or `y` is not `x.rows() * w.rows()` long.
@@ -33,7 +36,8 @@ pub fn matmul_q8(team: &Team, x: &Q8Rows, w: &Q8Matrix, y: &mut [f32]) {
     }
     let isa = team.isa();
     let y = SharedMut::new(y);
-    // Enough pieces for a slow member to be helped out, few enough for each to stream a good length of memory.
+    // Enough pieces for a slow member to be helped out, few enough for each to stream a good length
+    // of memory.
     let tiles = w.tiles();
     let pieces = tiles.min(team.members() * 8);
     team.for_each(pieces, |piece| {
@@ -100,33 +104,41 @@ impl Tile<'_> {
         let column = self.tile * TILE;
         let width = TILE.min(self.w.rows() - column);
         for (i, out) in out.iter().enumerate() {
-            // SAFETY: tile `self.tile` is dispatched once per product, and only it writes these columns of any row.
+            // SAFETY: tile `self.tile` is dispatched once per product, and only it writes these
+            // columns of any row.
             let y = unsafe { self.y.slice((first + i) * self.w.rows() + column, width) };
             y.copy_from_slice(&out.as_flattened()[..width]);
         }
     }
 }
 
-/// `M` rows of activations times `N` vectors of sixteen weight rows, starting with vector `half` of the tile.
+/// `M` rows of activations times `N` vectors of sixteen weight rows, starting with vector `half` of
+/// the tile.
 #[inline(always)]
 fn product<V: Simd, const M: usize, const N: usize>(
     v: V,
     groups: &[PackedGroup],
     half: usize,
-    rows: [&[RowGroup]; M],
+    mut rows: [&[RowGroup]; M],
 ) -> [[V::F; N]; M] {
-    let rows = rows.map(|row| &row[..groups.len()]);
+    for row in &mut rows {
+        *row = &row[..groups.len()];
+    }
+    // Plain loops, never closures: see `attention`.
     let mut sums = [[v.splat(0.0); N]; M];
     for (g, group) in groups.iter().enumerate() {
         let ahead = std::ptr::from_ref(group).cast::<u8>().wrapping_add(AHEAD);
         v.prefetch(ahead);
-        let mut dots: [[V::I; N]; M] = std::array::from_fn(|i| [v.dot_start(rows[i][g].offset); N]);
+        let mut dots = [[v.splat_i(0); N]; M];
+        for i in 0..M {
+            dots[i] = [v.dot_start(rows[i][g].offset); N];
+        }
         for step in 0..GROUP / 4 {
+            let mut w = [v.weights(&group.quants[2 * step + half]); N];
             for n in 0..N {
                 v.prefetch(ahead.wrapping_add(64 * (1 + 2 * step + half + n)));
+                w[n] = v.weights(&group.quants[2 * step + half + n]);
             }
-            let w: [V::W; N] =
-                std::array::from_fn(|n| v.weights(&group.quants[2 * step + half + n]));
             for i in 0..M {
                 let a = rows[i][g].quants[step];
                 for n in 0..N {
@@ -134,8 +146,10 @@ fn product<V: Simd, const M: usize, const N: usize>(
                 }
             }
         }
-        let scales: [V::F; N] =
-            std::array::from_fn(|n| v.load_f16(&group.scales.as_chunks::<LANES>().0[half + n]));
+        let mut scales = [v.splat(0.0); N];
+        for n in 0..N {
+            scales[n] = v.load_f16(&group.scales.as_chunks::<LANES>().0[half + n]);
+        }
         for i in 0..M {
             let scale = v.splat(rows[i][g].scale);
             for n in 0..N {

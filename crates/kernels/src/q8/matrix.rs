@@ -1,7 +1,7 @@
 //! Packed int8 weights.
 //!
-//! Rows are dealt into tiles of 32, columns into groups of 32. A tile is one `PackedGroup` per group, one after
-//! another, so that a product streams memory in order:
+//! Rows are dealt into tiles of 32, columns into groups of 32. A tile is one `PackedGroup` per
+//! group, one after another, so that a product streams memory in order:
 //!
 //! ```text
 //! PackedGroup, 1088 bytes (17 cache lines)
@@ -9,8 +9,8 @@
 //!   64    16 x 64 B  quants[2 * step + half], step 0..8, half 0..2:
 //!                    row 16*half + 0: columns 4*step .. 4*step+4 | row 16*half + 1: ... | ... | row 16*half + 15
 //! ```
-//! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed activations. Rows past
-//! the last and columns past the last are zeros with scale 0.
+//! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed
+//! activations. Rows past the last and columns past the last are zeros with scale 0.
 
 use std::io;
 use std::sync::Mutex;
@@ -104,7 +104,8 @@ pub enum PackError {
     Memory(#[from] io::Error),
 }
 
-/// An int8 weight matrix of `rows` (outputs) by `columns` (inputs), packed for [`matmul_q8`](super::matmul_q8).
+/// An int8 weight matrix of `rows` (outputs) by `columns` (inputs), packed for
+/// [`matmul_q8`](super::matmul_q8).
 pub struct Q8Matrix {
     region: Region,
     rows: usize,
@@ -112,11 +113,12 @@ pub struct Q8Matrix {
 }
 
 impl Q8Matrix {
-    /// Quantises f32 rows: `fill(row, out)` writes row `row` (`columns` long). It is called once per row, from all
-    /// members of the team at once.
+    /// Quantises f32 rows: `fill(row, out)` writes row `row` (`columns` long). It is called once
+    /// per row, from all members of the team at once.
     ///
-    /// Each group of 32 gets scale = largest magnitude / 127 rounded to half precision (rounded up where rounding down
-    /// would clip) and weights to the nearest multiple, ties to even. `columns` need not be a multiple of 32.
+    /// Each group of 32 gets scale = largest magnitude / 127 rounded to half precision (rounded up
+    /// where rounding down would clip) and weights to the nearest multiple, ties to even. `columns`
+    /// need not be a multiple of 32.
     ///
     /// # Errors
     /// [`PackError`]; of several faulty rows the first is named.
@@ -129,7 +131,8 @@ impl Q8Matrix {
         Q8Matrix::from_rows_in(&mut Region::default(), team, rows, columns, fill)
     }
 
-    /// As [`Q8Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    /// As [`Q8Matrix::from_rows`], in memory [taken](Region::take) from `arena` as long as it
+    /// lasts.
     ///
     /// # Errors
     /// As [`Q8Matrix::from_rows`].
@@ -160,8 +163,8 @@ impl Q8Matrix {
         )
     }
 
-    /// Takes GGUF Q8_0 rows as they are, without loss: `row(i)` is row `i` as `columns / 32` blocks of a little-endian
-    /// f16 scale and 32 i8.
+    /// Takes GGUF Q8_0 rows as they are, without loss: `row(i)` is row `i` as `columns / 32` blocks
+    /// of a little-endian f16 scale and 32 i8.
     ///
     /// # Errors
     /// [`PackError`]; of several faulty rows the first is named.
@@ -174,7 +177,8 @@ impl Q8Matrix {
         Q8Matrix::from_q8_0_in(&mut Region::default(), team, rows, columns, row)
     }
 
-    /// As [`Q8Matrix::from_q8_0`], in memory [taken](Region::take) from `arena` as long as it lasts.
+    /// As [`Q8Matrix::from_q8_0`], in memory [taken](Region::take) from `arena` as long as it
+    /// lasts.
     ///
     /// # Errors
     /// As [`Q8Matrix::from_q8_0`].
@@ -221,7 +225,8 @@ impl Q8Matrix {
         )
     }
 
-    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit the address space.
+    /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit
+    /// the address space.
     pub fn packed_bytes(rows: usize, columns: usize) -> Option<usize> {
         if rows == 0 || columns == 0 {
             return None;
@@ -355,8 +360,9 @@ impl Kernel for PackRow<'_> {
                 return Err(PackError::NotFinite { row: self.row });
             }
             let mut scale = f16::from_f32(largest / 127.0);
-            // Rounding to half precision moves a normal scale by 2^-11 of itself, which cannot reach 127.5; only scales
-            // below 2^-14, where halves are evenly spaced, can come out too small.
+            // Rounding to half precision moves a normal scale by 2^-11 of itself, which cannot
+            // reach 127.5; only scales below 2^-14, where halves are evenly spaced, can come out
+            // too small.
             if largest > 127.5 * scale.to_f32() {
                 scale = f16::from_bits(scale.to_bits() + 1);
             }

@@ -1,12 +1,14 @@
-//! Int8 in groups of 32: weights with one f16 scale a group and row, activations with one f32 scale a group and row.
+//! Int8 in groups of 32: weights with one f16 scale a group and row, activations with one f32 scale
+//! a group and row.
 //!
 //! ```text
 //! y[i][j] = sum over groups g, in order, of  (sum of 32 products, exact in i32) * (wscale[j][g] * ascale[i][g])
 //! ```
-//! each step a fused multiply-add in f32. No instruction set, thread count or number of rows changes a bit of the result.
+//! each step a fused multiply-add in f32. No instruction set, thread count or number of rows
+//! changes a bit of the result.
 //!
-//! [`Q8Matrix`] holds packed weights, [`Q8Rows`] quantised activations, [`matmul_q8`] multiplies them. Formats of model
-//! files other than Q8_0 blocks are not known here.
+//! [`Q8Matrix`] holds packed weights, [`Q8Rows`] quantised activations, [`matmul_q8`] multiplies
+//! them. Formats of model files other than Q8_0 blocks are not known here.
 
 mod matmul;
 mod matrix;

@@ -3,7 +3,11 @@
 use super::GROUP;
 use crate::cpu::{Isa, Kernel};
 use crate::isa::{LANES, Simd, load_part};
+use crate::mem::{Element, Purpose, Region};
 use crate::team::Team;
+
+// SAFETY: eight i32, an f32 and an i32: 40 bytes without padding, any bits, alignment 4.
+unsafe impl Element for RowGroup {}
 
 /// 32 activations of one row, 40 bytes.
 #[derive(Clone, Copy, Default)]
@@ -18,19 +22,22 @@ pub(super) struct RowGroup {
 
 /// A reusable buffer of quantised rows, all of one length.
 ///
-/// scale = largest magnitude of the group / 127; quant = nearest integer to `x * (1 / scale)`, ties to even. A group whose
-/// largest magnitude is below 1e-30 is zero; a group with a NaN or an infinity gets a NaN scale, so that it shows in the
-/// product instead of vanishing.
+/// scale = largest magnitude of the group / 127; quant = nearest integer to `x * (1 / scale)`, ties
+/// to even. A group whose largest magnitude is below 1e-30 is zero; a group with a NaN or an
+/// infinity gets a NaN scale, so that it shows in the product instead of vanishing.
 pub struct Q8Rows {
-    groups: Vec<RowGroup>,
+    groups: Region,
     columns: usize,
     rows: usize,
 }
 
 impl Q8Rows {
     /// Room for `capacity` rows of `columns` elements; [`Q8Rows::quantise`] grows it if more come.
+    ///
+    /// # Panics
+    /// If the operating system refuses the memory, as any vector would.
     pub fn with_capacity(capacity: usize, columns: usize) -> Q8Rows {
-        let groups = vec![RowGroup::default(); capacity * columns.div_ceil(GROUP)];
+        let groups = reserve(capacity.saturating_mul(columns.div_ceil(GROUP)));
         Q8Rows {
             groups,
             columns,
@@ -38,7 +45,8 @@ impl Q8Rows {
         }
     }
 
-    /// Replaces the contents by `x`, row-major, `x.len() / columns` rows. Allocates only beyond the capacity.
+    /// Replaces the contents by `x`, row-major, `x.len() / columns` rows. Allocates only beyond the
+    /// capacity.
     ///
     /// # Panics
     /// If `x` is not a whole number of rows of `columns` elements.
@@ -52,11 +60,11 @@ impl Q8Rows {
         self.rows = x.len() / columns;
         let per_row = columns.div_ceil(GROUP);
         let needed = self.rows * per_row;
-        if self.groups.len() < needed {
-            self.groups.resize(needed, RowGroup::default());
+        if self.groups.view::<RowGroup>().len() < needed {
+            self.groups = reserve(needed);
         }
         let isa = team.isa();
-        let groups = &mut self.groups[..needed];
+        let groups = &mut self.groups.view_mut::<RowGroup>()[..needed];
         // Waking the team costs more than quantising a handful of rows.
         const WORTH_SHARING: usize = 1 << 15;
         if x.len() < WORTH_SHARING {
@@ -104,8 +112,14 @@ impl Q8Rows {
     pub(super) fn row(&self, row: usize) -> &[RowGroup] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let per_row = self.columns.div_ceil(GROUP);
-        &self.groups[row * per_row..(row + 1) * per_row]
+        &self.groups.view::<RowGroup>()[row * per_row..(row + 1) * per_row]
     }
+}
+
+/// Activations are prompts in another form, so they lie where dumps and swap do not reach.
+fn reserve(groups: usize) -> Region {
+    let bytes = groups.saturating_mul(size_of::<RowGroup>());
+    Region::zeroed(bytes, Purpose::State).expect("memory for activations")
 }
 
 fn quantise_row(isa: Isa, x: &[f32], groups: &mut [RowGroup]) {
@@ -154,7 +168,8 @@ fn quantise_group<V: Simd>(v: V, low: V::F, high: V::F) -> RowGroup {
     group
 }
 
-/// Largest magnitude of a group. Compared as integers, NaN comes above infinity and infinity above every number.
+/// Largest magnitude of a group. Compared as integers, NaN comes above infinity and infinity above
+/// every number.
 #[inline(always)]
 pub(super) fn largest_magnitude<V: Simd>(v: V, low: V::F, high: V::F) -> f32 {
     let magnitude = v.splat_i(0x7FFF_FFFF);
