@@ -8,7 +8,6 @@
 //! a rule that no policy relaxes (no debugging, SEPT_VE_DISABLE, no migration) refuses what it says.
 
 use std::fmt;
-use std::str::FromStr;
 
 use serde::Serialize;
 
@@ -20,6 +19,7 @@ use crate::policy::{Policy, TcbAllowance};
 use crate::quote::{Quote, Report, SgxReport, TdReport};
 use crate::reference::Field;
 use crate::report_data::ReportData;
+use crate::tcb_status::TcbStatus;
 use crate::td_attributes::{TdAttributes, impossible_xfam};
 use crate::text::hex_bytes;
 use crate::transcript::{Status, Transcript};
@@ -91,21 +91,6 @@ pub enum RootOfTrust {
     Intel,
     /// A development root, by the SHA-256 of its public key. **Not a TEE.**
     Development([u8; 32]),
-}
-
-/// Intel's verdict on a platform's security versions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[allow(missing_docs)] // Intel's words, defined in its PCS documentation.
-pub enum TcbStatus {
-    UpToDate,
-    SWHardeningNeeded,
-    ConfigurationNeeded,
-    ConfigurationAndSWHardeningNeeded,
-    OutOfDate,
-    OutOfDateConfigurationNeeded,
-    TDRelaunchAdvised,
-    TDRelaunchAdvisedConfigurationNeeded,
-    Revoked,
 }
 
 /// Every check in its order and, where it is one kind's alone, that kind: so that checks which were not reached can be
@@ -691,37 +676,5 @@ impl fmt::Display for RootOfTrust {
 impl Serialize for RootOfTrust {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
-    }
-}
-
-impl TcbStatus {
-    const ALL: [TcbStatus; 9] = [
-        TcbStatus::UpToDate,
-        TcbStatus::SWHardeningNeeded,
-        TcbStatus::ConfigurationNeeded,
-        TcbStatus::ConfigurationAndSWHardeningNeeded,
-        TcbStatus::OutOfDate,
-        TcbStatus::OutOfDateConfigurationNeeded,
-        TcbStatus::TDRelaunchAdvised,
-        TcbStatus::TDRelaunchAdvisedConfigurationNeeded,
-        TcbStatus::Revoked,
-    ];
-}
-
-impl fmt::Display for TcbStatus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The variants carry Intel's words.
-        write!(f, "{self:?}")
-    }
-}
-
-impl FromStr for TcbStatus {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<TcbStatus, ()> {
-        TcbStatus::ALL
-            .into_iter()
-            .find(|status| status.to_string() == text)
-            .ok_or(())
     }
 }

@@ -5,6 +5,9 @@ use std::fmt;
 
 use serde::Serialize;
 
+/// What was found comes from outside and can be long; a report of it need not.
+const MAX_FOUND: usize = 1000;
+
 /// Whose fault a denial is. The discriminants are the exit codes of `casemate verify`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,10 +80,15 @@ impl Denial {
         expected: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Denial {
+        let mut found = found.into();
+        if let Some((end, _)) = found.char_indices().nth(MAX_FOUND) {
+            found.truncate(end);
+            found.push('…');
+        }
         Denial {
             class,
             claim,
-            found: found.into(),
+            found,
             expected: expected.into(),
             remedy: remedy.into(),
         }

@@ -7,9 +7,9 @@
 use dcap_qvl::verify::QuoteVerifier;
 use dcap_qvl::{QuotePolicy, TcbStatus as QvlStatus};
 
-use crate::appraisal::TcbStatus;
 use crate::collateral::Collateral;
 use crate::denial::Denial;
+use crate::tcb_status::TcbStatus;
 use crate::transcript::Transcript;
 use crate::unix_time::UnixTime;
 

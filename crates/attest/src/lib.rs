@@ -17,13 +17,14 @@ mod policy;
 mod quote;
 mod reference;
 mod report_data;
+mod tcb_status;
 mod td_attributes;
 mod text;
 mod transcript;
 mod unix_time;
 
 pub use appraisal::{
-    Appraisal, Appraised, Claims, RootOfTrust, TcbStatus, Verified, VerifiedDevelopment, appraise,
+    Appraisal, Appraised, Claims, RootOfTrust, Verified, VerifiedDevelopment, appraise,
 };
 pub use collateral::Collateral;
 pub use denial::{Class, Denial};
@@ -34,5 +35,6 @@ pub use policy::{
 pub use quote::{Quote, QuoteError, QuoteFault, Report, SgxReport, TdReport};
 pub use reference::{Measurement, Reference, SgxIdentity, SgxMeasurement, TdMeasurement};
 pub use report_data::{ReportData, ReportDataError};
+pub use tcb_status::TcbStatus;
 pub use transcript::{Check, Status, Transcript};
 pub use unix_time::{InvalidTime, UnixTime};

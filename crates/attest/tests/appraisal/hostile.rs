@@ -780,3 +780,20 @@ fn evidence_survives_its_json_form() {
         NOW,
     ));
 }
+
+#[test]
+fn a_denial_stays_short_whatever_was_found() {
+    let sample = Sample::td().with(|s| {
+        s.after = |evidence| {
+            let collateral = evidence.collateral.as_mut().unwrap();
+            let long = format!("\"id\":\"{}\"", "ä".repeat(50_000));
+            collateral.tcb_info = collateral.tcb_info.replace("\"id\":\"TDX\"", &long);
+        };
+    });
+    let denial = denied(
+        judge(&sample, ""),
+        Class::NotGenuine,
+        "collateral.structure",
+    );
+    assert_eq!(denial.found.chars().count(), 1001);
+}
