@@ -258,6 +258,27 @@ fn a_request_is_served_once() {
 }
 
 #[test]
+fn repeats_and_unknown_keys_are_refused_by_their_head_alone() {
+    use futures::FutureExt;
+    let (keyring, recipient) = keyring();
+    let (sent, _) = recipient.encapsulate(&request(b"body")).unwrap();
+    assert!(receive(&keyring, &sent).is_ok());
+    // The rest of the request never comes, and nobody waits for it.
+    let head_only = || whole(&sent[..7 + ENC_BYTES]).chain(stream::pending());
+    let refused = keyring
+        .receive(head_only(), LIMIT, NOW)
+        .now_or_never()
+        .unwrap();
+    assert!(matches!(refused, Err(ReceiveError::Replayed)));
+    keyring.erase(0);
+    let refused = keyring
+        .receive(head_only(), LIMIT, NOW)
+        .now_or_never()
+        .unwrap();
+    assert!(matches!(refused, Err(ReceiveError::UnknownKey(0))));
+}
+
+#[test]
 fn two_copies_under_way_at_once_are_served_once() {
     let (keyring, recipient) = keyring();
     let (sent, _) = recipient.encapsulate(&request(b"body")).unwrap();
