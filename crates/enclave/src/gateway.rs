@@ -1,13 +1,13 @@
 //! The one door for prompts: opens encapsulated requests, calls the API, encrypts its answer as it is made.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError};
-use futures::{Stream, StreamExt, stream};
+use casemate_channel::ohttp::{
+    ANSWER_MEDIA_TYPE, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder,
+};
 use tower::ServiceExt;
 
 use crate::metrics::Metrics;
@@ -58,22 +58,7 @@ impl Gateway {
             Ok(request) => self.call(request).await,
             Err(fault) => bad_message(&fault),
         };
-        let (parts, body) = inner.into_parts();
-        let headers = answer_headers(&parts.headers);
-        let body = data_stream(body);
-        match received.responder.respond(parts.status, &headers, body) {
-            Ok(encrypted) => Response::builder()
-                .header(header::CONTENT_TYPE, ANSWER_MEDIA_TYPE)
-                .header(header::CACHE_CONTROL, "no-store")
-                // Asks proxies in between to pass each piece on at once.
-                .header("x-accel-buffering", "no")
-                .body(Body::from_stream(encrypted))
-                .expect("constant headers are valid"),
-            Err(_) => plain(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "the answer cannot be encoded",
-            ),
-        }
+        encrypt(received.responder, inner)
     }
 
     async fn call(&self, request: Request<Bytes>) -> Response<Body> {
@@ -89,6 +74,26 @@ impl Gateway {
     }
 }
 
+/// Encrypts an answer piece by piece. Errors of the API are answers and errors of a stream are events; should a body fail
+/// nevertheless, the answer is cut off, so that nobody takes the part for the whole.
+fn encrypt(responder: Responder, inner: Response<Body>) -> Response<Body> {
+    let (parts, body) = inner.into_parts();
+    let headers = answer_headers(&parts.headers);
+    match responder.respond(parts.status, &headers, body.into_data_stream()) {
+        Ok(encrypted) => Response::builder()
+            .header(header::CONTENT_TYPE, ANSWER_MEDIA_TYPE)
+            .header(header::CACHE_CONTROL, "no-store")
+            // Asks proxies in between to pass each piece on at once.
+            .header("x-accel-buffering", "no")
+            .body(Body::from_stream(encrypted))
+            .expect("constant headers are valid"),
+        Err(_) => plain(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the answer cannot be encoded",
+        ),
+    }
+}
+
 /// The head of an answer is padded into frames; only what a client needs goes in.
 fn answer_headers(headers: &HeaderMap) -> HeaderMap {
     [
@@ -101,20 +106,12 @@ fn answer_headers(headers: &HeaderMap) -> HeaderMap {
     .collect()
 }
 
-/// The answer's pieces. An inner body cannot fail: errors of the API are answers, errors of a stream are events.
-fn data_stream(body: Body) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-    body.into_data_stream()
-        .filter_map(|piece| async move { piece.ok().map(Ok) })
-}
-
 fn bad_message(fault: &MessageFault) -> Response<Body> {
     let body = serde_json::json!({"error": {
         "message": format!("the encrypted message is not a valid request: {fault}"),
         "type": "invalid_request_error", "param": null, "code": "invalid_message",
     }});
-    let mut response = Response::new(Body::from_stream(stream::iter([Ok::<_, Infallible>(
-        Bytes::from(body.to_string()),
-    )])));
+    let mut response = Response::new(Body::from(body.to_string()));
     *response.status_mut() = StatusCode::BAD_REQUEST;
     response.headers_mut().insert(
         header::CONTENT_TYPE,
@@ -127,4 +124,71 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::from(text));
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use casemate_channel::ohttp::{AnswerError, Keyring, Recipient};
+    use futures::{StreamExt, stream};
+
+    use super::*;
+
+    /// Sends an inner answer through the channel; returns its head's fields and its pieces.
+    async fn through_the_channel(
+        inner: Response<Body>,
+    ) -> (StatusCode, HeaderMap, Vec<Result<Bytes, AnswerError>>) {
+        let keyring = Keyring::default();
+        let config = keyring.generate(10).unwrap().encoded;
+        let recipient = Recipient::from_config(&config).unwrap();
+        let request = Request::get("/v1/models").body(Bytes::new()).unwrap();
+        let (sent, pending) = recipient.encapsulate(&request).unwrap();
+        let transport = stream::iter([Ok::<_, axum::Error>(sent)]);
+        let received = keyring.receive(transport, 1 << 16, 0).await.unwrap();
+        let outer = encrypt(received.responder, inner);
+        assert_eq!(outer.status(), StatusCode::OK);
+        assert_eq!(outer.headers()[header::CONTENT_TYPE], ANSWER_MEDIA_TYPE);
+        let answer = pending
+            .open(outer.into_body().into_data_stream())
+            .await
+            .unwrap();
+        (answer.status, answer.headers, answer.body.collect().await)
+    }
+
+    #[tokio::test]
+    async fn status_and_needed_fields_travel_inside() {
+        let inner = Response::builder()
+            .status(StatusCode::TOO_MANY_REQUESTS)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::RETRY_AFTER, "3")
+            .header("x-internal", "1")
+            .body(Body::from("{}"))
+            .unwrap();
+        let (status, headers, pieces) = through_the_channel(inner).await;
+        assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(headers[header::CONTENT_TYPE], "application/json");
+        assert_eq!(headers[header::RETRY_AFTER], "3");
+        assert_eq!(headers.len(), 2);
+        let pieces: Vec<_> = pieces.into_iter().map(Result::unwrap).collect();
+        assert_eq!(pieces.concat(), b"{}");
+    }
+
+    #[tokio::test]
+    async fn an_inner_body_that_fails_does_not_look_whole() {
+        let pieces = [
+            Ok(Bytes::from("part")),
+            Err(std::io::Error::other("broken")),
+        ];
+        let inner = Response::new(Body::from_stream(stream::iter(pieces)));
+        let (_, _, pieces) = through_the_channel(inner).await;
+        assert_eq!(pieces[0].as_ref().unwrap(), "part");
+        assert!(pieces.last().unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_no_request_is_answered_in_the_api_s_shape() {
+        let (status, _, pieces) = through_the_channel(bad_message(&MessageFault::Padding)).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        let json: serde_json::Value = serde_json::from_slice(pieces[0].as_ref().unwrap()).unwrap();
+        assert_eq!(json["error"]["code"], "invalid_message");
+    }
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use axum::serve::ListenerExt as _;
 use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
 use casemate_engine::{Engine, EngineOptions};
@@ -60,6 +61,10 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
         clock: system_clock,
     });
     let (stop, stopped) = tokio::sync::watch::channel(false);
+    // A token must not wait for the next one to fill a packet.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
     let mut server = tokio::spawn(
         axum::serve(listener, server::router(Arc::clone(&shared)))
             .with_graceful_shutdown(wait_for(stopped))

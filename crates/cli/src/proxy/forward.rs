@@ -19,8 +19,8 @@ use serde::Deserialize;
 use super::refusal::Refusal;
 use super::session::{Current, Session};
 
-/// The largest request body that is carried.
-const MAX_BODY: usize = 8 * 1024 * 1024;
+/// The largest request body that is carried; an enclave accepts no more either.
+const MAX_BODY: usize = 4 * 1024 * 1024;
 /// The largest refusal of a service's host that is read.
 const MAX_PROBLEM: usize = 16 * 1024;
 

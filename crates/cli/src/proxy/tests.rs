@@ -258,10 +258,10 @@ async fn refuses_a_request_that_is_too_large() {
         "request_too_large".to_owned(),
     );
     assert_eq!(
-        refusal(post(8 * 1024 * 1024 + 1).await.unwrap()).await,
+        refusal(post(4 * 1024 * 1024 + 1).await.unwrap()).await,
         expected
     );
-    assert_eq!(post(8 * 1024 * 1024).await.unwrap().status(), 200);
+    assert_eq!(post(4 * 1024 * 1024).await.unwrap().status(), 200);
 }
 
 #[tokio::test]
