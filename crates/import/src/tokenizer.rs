@@ -60,6 +60,18 @@ pub(crate) enum SpacePrefix {
     TextOnly,
 }
 
+/// Writes the spaces of user-defined pieces plainly: they are looked for in the text as it stands, before its spaces
+/// become `▁`.
+pub(crate) fn with_plain_spaces(mut tokens: Vec<Token>) -> Vec<Token> {
+    for token in tokens
+        .iter_mut()
+        .filter(|token| token.kind == Kind::UserDefined)
+    {
+        token.text = token.text.replace('\u{2581}', " ");
+    }
+    tokens
+}
+
 /// A SentencePiece BPE vocabulary.
 #[derive(Debug)]
 pub(crate) struct Pieces {

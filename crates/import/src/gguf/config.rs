@@ -28,11 +28,11 @@ pub(super) fn read(metadata: &Metadata, tensors: &[SourceTensor]) -> Result<Mode
     let hidden = keys.require_u32("embedding_length")?;
     let heads = keys.require_u32("attention.head_count")?;
     let kv_heads = keys.u32("attention.head_count_kv")?.unwrap_or(heads);
-    let rotated = keys.u32("rope.dimension_count")?;
-    let head_dim = match (keys.u32("attention.key_length")?, rotated) {
-        (Some(length), _) | (None, Some(length)) => length,
-        (None, None) => hidden.checked_div(heads).unwrap_or(0),
+    let head_dim = match keys.u32("attention.key_length")? {
+        Some(length) => length,
+        None => hidden.checked_div(heads).unwrap_or(0),
     };
+    let rotated = keys.u32("rope.dimension_count")?;
     if let Some(rotated) = rotated.filter(|rotated| *rotated != head_dim) {
         return Err(keys.unsupported("rope.dimension_count", rotated));
     }

@@ -6,7 +6,9 @@
 use super::metadata::Metadata;
 use crate::error::{Fault, Problem, Unsupported};
 use crate::tokenizer::split::Split;
-use crate::tokenizer::{ByteLevel, Kind, Pieces, SpacePrefix, Token, Vocabulary};
+use crate::tokenizer::{
+    ByteLevel, Kind, Pieces, SpacePrefix, Token, Vocabulary, with_plain_spaces,
+};
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
@@ -115,7 +117,7 @@ fn same_length(key: &str, found: usize, tokens: usize) -> Result<(), Problem> {
 }
 
 fn read_pieces(metadata: &Metadata) -> Result<Pieces, Problem> {
-    let tokens = read_tokens(metadata)?;
+    let tokens = with_plain_spaces(read_tokens(metadata)?);
     let scores = Metadata::require(SCORES, metadata.floats(SCORES)?)?;
     same_length(SCORES, scores.len(), tokens.len())?;
     if metadata.bool("tokenizer.ggml.remove_extra_whitespaces")? == Some(true) {

@@ -16,6 +16,7 @@ use super::directory::{Directory, MAX_SETTINGS, MAX_TOKENIZER, json_fault};
 use crate::error::{Fault, ImportError, Problem, Unsupported};
 use crate::tokenizer::{
     ByteLevel, Kind, Pieces, SpacePrefix, Token, Vocabulary, sentencepiece, tiktoken,
+    with_plain_spaces,
 };
 
 const TOKENIZER_MODEL: &str = "tokenizer.model";
@@ -245,7 +246,7 @@ impl Settings {
     fn pieces(&self, model: sentencepiece::Model) -> Pieces {
         let prefix = model.add_dummy_prefix && self.config.add_prefix_space.unwrap_or(true);
         Pieces {
-            tokens: model.tokens,
+            tokens: with_plain_spaces(model.tokens),
             scores: model.scores,
             unknown: model.unknown,
             bos: model.bos,

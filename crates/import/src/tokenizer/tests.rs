@@ -455,3 +455,105 @@ fn smollm2_gguf_agrees_with_its_published_json() {
         );
     }
 }
+
+#[test]
+fn splits_cut_words_where_their_models_do() {
+    use tokenizers::tokenizer::{OffsetReferential, OffsetType};
+    use tokenizers::{PreTokenizedString, PreTokenizer, PreTokenizerWrapper};
+
+    let text = "I'LL pay $1234 for HelloWorld  \n x";
+    for (names, expected) in [
+        (
+            &["gpt-2"][..],
+            "I|'|LL| pay| $|1234| for| HelloWorld|  \n| x",
+        ),
+        (
+            &["smollm"],
+            "I|'|LL| pay| $|1|2|3|4| for| HelloWorld|  \n| x",
+        ),
+        (
+            &["llama-bpe", "llama3", "llama-v3", "smaug-bpe"],
+            "I|'LL| pay| $|123|4| for| HelloWorld|  \n| x",
+        ),
+        (
+            &["qwen2", "deepseek-r1-qwen"],
+            "I|'LL| pay| $|1|2|3|4| for| HelloWorld|  \n| x",
+        ),
+        (
+            &["default"],
+            "I|'|LL| pay| |$|123|4| for| HelloWorld|  \n| x",
+        ),
+        (
+            &["tekken"],
+            "I|'LL| pay| $|1|2|3|4| for| Hello|World|  \n| x",
+        ),
+    ] {
+        for name in names {
+            assert!(split::NAMES.contains(name));
+            let mut json = Split::from_name(name).unwrap().pre_tokenizer();
+            // Without the last step, which writes bytes as characters.
+            json["pretokenizers"].as_array_mut().unwrap().pop();
+            let split: PreTokenizerWrapper = serde_json::from_value(json).unwrap();
+            let mut words = PreTokenizedString::from(text);
+            split.pre_tokenize(&mut words).unwrap();
+            let words: Vec<&str> = words
+                .get_splits(OffsetReferential::Original, OffsetType::Byte)
+                .into_iter()
+                .map(|(word, ..)| word)
+                .collect();
+            assert_eq!(words.join("|"), expected, "{name}");
+        }
+    }
+    assert_eq!(Split::from_name("jais"), None);
+}
+
+#[test]
+fn bytes_have_the_characters_of_gpt2() {
+    for (byte, character) in [
+        (b'!', '!'),
+        (b'~', '~'),
+        (b' ', '\u{120}'),
+        (b'\n', '\u{10a}'),
+        (0x00, '\u{100}'),
+        (0x7f, '\u{121}'),
+        (0xa0, '\u{142}'),
+        (0xad, '\u{143}'),
+        (0xff, '\u{ff}'),
+    ] {
+        assert_eq!(byte_character(byte), character, "{byte:#x}");
+    }
+    let all: std::collections::HashSet<char> = (0..=255).map(byte_character).collect();
+    assert_eq!(all.len(), 256);
+}
+
+#[test]
+fn merging_never_makes_control_or_unused_tokens() {
+    let tokens = [
+        ("<unk>", Kind::Unknown),
+        ("<s>", Kind::Control),
+        ("<", Kind::Normal),
+        ("s", Kind::Normal),
+        (">", Kind::Normal),
+        ("<s", Kind::Normal),
+        ("s>", Kind::Normal),
+        ("ss", Kind::Unused),
+    ];
+    let pieces = Pieces {
+        tokens: tokens
+            .map(|(text, kind)| Token {
+                text: text.to_owned(),
+                kind,
+            })
+            .to_vec(),
+        scores: (0..8u8).map(|id| -f32::from(id)).collect(),
+        unknown: Some(0),
+        bos: None,
+        space_prefix: SpacePrefix::Never,
+    };
+    let mut tokenizer = load(&Vocabulary::Pieces(pieces).to_json().unwrap());
+    assert_eq!(ids(&tokenizer, "<s>"), [1], "a template may write it");
+    assert_eq!(ids(&tokenizer, "ss"), [3, 3]);
+    // A user's text is encoded so, and cannot forge it.
+    tokenizer.set_encode_special_tokens(true);
+    assert_eq!(ids(&tokenizer, "<s>"), [5, 4]);
+}
