@@ -204,6 +204,18 @@ fn a_sink_that_breaks_is_dropped_and_its_memory_freed() {
     wait_until(|| engine.stats().kv_bytes_used == 0);
 }
 
+/// Keeps the engine busy with a request of its own until the result is dropped, so that requests
+/// submitted meanwhile are certain to wait together.
+fn hold(engine: &Engine) -> std::sync::mpsc::Sender<()> {
+    let (release, held) = channel();
+    let sink = move |_| {
+        let _ = held.recv();
+        ControlFlow::Break(())
+    };
+    engine.submit(greedy(&[1], 1), Box::new(sink)).unwrap();
+    release
+}
+
 fn wait_until(condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
@@ -545,6 +557,7 @@ fn requests_wait_for_memory_in_order() {
     };
     let engine = load(&model, &options);
     assert_eq!(engine.stats().kv_bytes, 9 * page);
+    let held = hold(&engine);
     let (sender, receiver) = channel();
     let lengths = [500, 500, 40];
     for (name, length) in lengths.into_iter().enumerate() {
@@ -559,6 +572,7 @@ fn requests_wait_for_memory_in_order() {
             )
             .unwrap();
     }
+    drop(held);
     drop(sender);
     let order: Vec<usize> = receiver
         .iter()
@@ -588,6 +602,7 @@ fn a_long_prompt_does_not_hold_up_short_ones() {
         3,
     );
     let engine = load(&model, &options(Compute::F32));
+    let held = hold(&engine);
     let (sender, receiver) = channel();
     for (name, prompt) in [
         ("long", model.prompt(6000, 1)),
@@ -607,6 +622,7 @@ fn a_long_prompt_does_not_hold_up_short_ones() {
             )
             .unwrap();
     }
+    drop(held);
     drop(sender);
     let tokens: Vec<&str> = receiver
         .iter()
