@@ -136,6 +136,15 @@ pub struct Unsealed {
     file: File,
 }
 
+/// What stands where sealed models have their AEAD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instead {
+    /// A copy from the thread's buffer to the final place: the same loader, moving the same bytes.
+    Copy,
+    /// Nothing: the system reads straight into the final place. No loader of sealed data can move fewer bytes.
+    Nothing,
+}
+
 /// What a load without AEAD brought into memory: can be counted, not read.
 pub struct Loaded {
     region: Region,
@@ -187,28 +196,46 @@ impl Unsealed {
     ///
     /// # Errors
     /// When the file cannot be read or its digests are wrong.
-    pub fn load(&self, threads: usize) -> Result<Loaded, OpenError> {
-        let region = fill_region(self, &self.manifest, threads, &Silent)?;
+    pub fn load(&self, instead: Instead, threads: usize) -> Result<Loaded, OpenError> {
+        let chunks = Passed {
+            unsealed: self,
+            instead,
+        };
+        let region = fill_region(&chunks, &self.manifest, threads, &Silent)?;
         Ok(Loaded { region })
     }
 }
 
-impl Chunks for Unsealed {
+struct Passed<'a> {
+    unsealed: &'a Unsealed,
+    instead: Instead,
+}
+
+impl Chunks for Passed<'_> {
     fn chunk_len(&self) -> u64 {
         1 << CHUNK_LOG2
     }
 
     fn payload_len(&self) -> u64 {
-        self.manifest.payload_len()
+        self.unsealed.manifest.payload_len()
     }
 
-    fn fetch(&self, index: u64, out: &mut [u8]) -> Result<(), OpenError> {
-        self.file
-            .read_exact_at(out, index << CHUNK_LOG2)
-            .map_err(|error| OpenError::Io {
-                path: self.path.clone(),
-                error,
-            })
+    fn fetch(&self, index: u64, scratch: &mut [u8], out: &mut [u8]) -> Result<(), OpenError> {
+        let position = index << CHUNK_LOG2;
+        let read = match self.instead {
+            Instead::Nothing => self.unsealed.file.read_exact_at(out, position),
+            Instead::Copy => {
+                let passed = &mut scratch[..out.len()];
+                self.unsealed
+                    .file
+                    .read_exact_at(passed, position)
+                    .map(|()| out.copy_from_slice(passed))
+            }
+        };
+        read.map_err(|error| OpenError::Io {
+            path: self.unsealed.path.clone(),
+            error,
+        })
     }
 }
 
@@ -231,7 +258,7 @@ pub struct Limits {
 /// When the file cannot be read or there is no memory.
 pub fn limits(unsealed: &Unsealed, wanted_threads: usize) -> io::Result<Limits> {
     let chunk_len = 1usize << CHUNK_LOG2;
-    let payload_len = unsealed.payload_len();
+    let payload_len = unsealed.manifest.payload_len();
     let chunks = 0..payload_len.div_ceil(chunk_len as u64);
     let threads = threads(wanted_threads);
     let buffer = || vec![0u8; chunk_len];

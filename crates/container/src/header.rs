@@ -21,7 +21,7 @@ pub(crate) const TAG_LEN: usize = 16;
 /// Provider key and signature, in front of the manifest in its section.
 pub(crate) const PREAMBLE_LEN: usize = 32 + 64;
 /// Chunk size that [`crate::seal`] uses: argued in the specification.
-pub(crate) const CHUNK_LOG2: u8 = 18;
+pub(crate) const CHUNK_LOG2: u8 = 20;
 const CHUNK_LOG2_RANGE: std::ops::RangeInclusive<u8> = 10..=22;
 
 /// Not text, and damaged visibly by whatever rewrites line ends.

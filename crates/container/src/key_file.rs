@@ -68,13 +68,15 @@ pub(crate) fn read_secret(
     };
     let file = File::open(path).map_err(io)?;
     let mode = file.metadata().map_err(io)?.mode() & 0o7777;
+    let contents = read_pem(file, path, label)?;
+    // After the contents: for a public key given by mistake, chmod would be the wrong advice.
     if mode & 0o077 != 0 {
         return Err(KeyFileError::Exposed {
             path: path.to_owned(),
             mode,
         });
     }
-    read_pem(file, path, label)
+    Ok(contents)
 }
 
 /// Reads a file that holds exactly one PEM block with this label.

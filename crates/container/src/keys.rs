@@ -117,17 +117,17 @@ impl PayloadKey {
             .expect("an AES-GCM tag has 16 bytes")
     }
 
-    /// Decrypts `chunk` in place. On refusal it holds no plaintext.
+    /// Decrypts `sealed`, a ciphertext with its tag, into `out`. On refusal `out` holds no plaintext.
     pub(crate) fn open(
         &self,
         index: u64,
         last: bool,
-        chunk: &mut [u8],
-        tag: &[u8; TAG_LEN],
+        sealed: &[u8],
+        out: &mut [u8],
     ) -> Result<(), Refused> {
+        let (ciphertext, tag) = sealed.split_at(out.len());
         self.key
-            .open_in_place_separate_tag(nonce(index), self.aad(index, last), tag, chunk)
-            .map(|_| ())
+            .open_separate_gather(nonce(index), self.aad(index, last), ciphertext, tag, out)
             .map_err(|_| Refused)
     }
 
@@ -144,4 +144,54 @@ fn nonce(index: u64) -> Nonce {
     let mut nonce = [0; NONCE_LEN];
     nonce[4..].copy_from_slice(&index.to_be_bytes());
     Nonce::assume_unique_for_key(nonce)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(data_key: u8, salt: u8, file_id: u8, manifest: u8) -> PayloadKey {
+        FileKeys::derive(
+            &DataKey::from_bytes(&[data_key; 32]),
+            &[salt; 32],
+            &[file_id; 16],
+        )
+        .payload_key(&ModelDigest([manifest; 32]))
+    }
+
+    #[test]
+    fn a_chunk_opens_in_its_place_only_and_a_refused_one_leaves_nothing() {
+        let plain = [0x5a; 100];
+        let mut sealed = plain.to_vec();
+        let tag = key(1, 2, 3, 4).seal(5, false, &mut sealed);
+        sealed.extend_from_slice(&tag);
+        let open = |key: PayloadKey, index, last| {
+            let mut out = [0xee; 100];
+            let opened = key.open(index, last, &sealed, &mut out);
+            (opened, out)
+        };
+        assert_eq!(open(key(1, 2, 3, 4), 5, false), (Ok(()), plain));
+        for (key, index, last) in [
+            (key(0, 2, 3, 4), 5, false),
+            (key(1, 0, 3, 4), 5, false),
+            (key(1, 2, 0, 4), 5, false),
+            (key(1, 2, 3, 0), 5, false),
+            (key(1, 2, 3, 4), 4, false),
+            (key(1, 2, 3, 4), 5, true),
+        ] {
+            let (opened, out) = open(key, index, last);
+            assert_eq!(opened, Err(Refused));
+            assert!(!out.contains(&0x5a), "{out:x?}");
+        }
+    }
+
+    #[test]
+    fn the_keys_of_one_file_differ_and_the_commitment_is_none_of_them() {
+        let keys = FileKeys::derive(&DataKey::from_bytes(&[1; 32]), &[2; 32], &[3; 16]);
+        let manifest = keys.expand(&[MANIFEST_KEY, &[3; 16]]);
+        let payload = keys.expand(&[PAYLOAD_KEY, &[3; 16], &[4; 32]]);
+        assert!(*manifest != *payload && keys.commitment() != *manifest);
+        assert!(keys.commits_to(&keys.commitment()));
+        assert!(!keys.commits_to(&payload));
+    }
 }

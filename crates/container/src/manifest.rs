@@ -453,3 +453,186 @@ fn check_names<'a>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::{Family, RopeLayout, RopeScaling};
+
+    fn any_config() -> impl Strategy<Value = ModelConfig> {
+        let scaling = prop_oneof![
+            Just(RopeScaling::None),
+            (0.5f32..64.0).prop_map(|factor| RopeScaling::Linear { factor }),
+            (1.0f32..64.0, 0.5f32..2.0, 2.5f32..8.0, 1u32..1 << 20).prop_map(
+                |(factor, low_freq_factor, high_freq_factor, original_context)| {
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_context,
+                    }
+                }
+            ),
+        ];
+        let family = prop_oneof![
+            Just(Family::Llama),
+            Just(Family::Mistral),
+            Just(Family::Qwen2)
+        ];
+        let layout = prop_oneof![Just(RopeLayout::Interleaved), Just(RopeLayout::Half)];
+        let sizes = (
+            1u32..1 << 16,
+            1u32..100,
+            1u32..16,
+            1u32..8,
+            1u32..64,
+            1u32..1 << 18,
+        );
+        let tokens = (
+            proptest::option::of(0u32..500),
+            proptest::collection::vec(0u32..500, 0..5),
+        );
+        (
+            (family, layout, scaling),
+            sizes,
+            (1e-9f32..1e-2, 1.0f32..1e7),
+            proptest::option::of(1u32..1 << 17),
+            (any::<bool>(), any::<bool>(), any::<bool>()),
+            tokens,
+        )
+            .prop_map(
+                |(kinds, sizes, floats, sliding_window, flags, (bos, eos))| ModelConfig {
+                    family: kinds.0,
+                    hidden: sizes.0,
+                    layers: sizes.1,
+                    heads: sizes.2 * sizes.3,
+                    kv_heads: sizes.3,
+                    head_dim: 2 * sizes.4,
+                    ffn: sizes.5,
+                    vocab: 500,
+                    context: sizes.5,
+                    norm_eps: floats.0,
+                    rope_theta: floats.1,
+                    rope_scaling: kinds.2,
+                    rope_layout: kinds.1,
+                    sliding_window,
+                    tied_embeddings: flags.0,
+                    qkv_bias: flags.1,
+                    bos,
+                    eos,
+                    add_bos: flags.2 && bos.is_some(),
+                },
+            )
+    }
+
+    fn any_manifest() -> impl Strategy<Value = Manifest> {
+        let dtype = proptest::sample::select(DType::ALL.to_vec());
+        let access = prop_oneof![Just(Access::Private), Just(Access::Public)];
+        let outer = proptest::collection::vec(1u64..50, 0..4);
+        let tensor = (
+            "[a-z][a-z0-9._-]{0,20}",
+            dtype,
+            outer,
+            1u64..40,
+            any::<[u8; 32]>(),
+            access,
+        );
+        let asset = ("[A-Z][a-z0-9._-]{0,20}", 1u64..100_000, any::<[u8; 32]>());
+        (
+            "[^\\p{C}]{1,30}",
+            any::<u64>(),
+            any_config(),
+            proptest::collection::vec(tensor, 1..10),
+            proptest::collection::vec(asset, 0..4),
+        )
+            .prop_filter_map(
+                "names are unique",
+                |(name, version, config, tensors, assets)| {
+                    let tensors = tensors.into_iter().map(
+                        |(name, dtype, mut shape, blocks, digest, access)| {
+                            shape.push(blocks * dtype.block_len());
+                            let size = dtype.bytes_for(&shape).unwrap();
+                            TensorEntry {
+                                name,
+                                dtype,
+                                shape,
+                                offset: 0,
+                                size,
+                                digest,
+                                access,
+                            }
+                        },
+                    );
+                    let assets = assets.into_iter().map(|(name, size, digest)| AssetEntry {
+                        name,
+                        offset: 0,
+                        size,
+                        digest,
+                    });
+                    Manifest::lay_out(name, version, config, tensors.collect(), assets.collect())
+                        .ok()
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn manifests_read_back(manifest in any_manifest()) {
+            let cbor = manifest.to_cbor();
+            let back = Manifest::from_cbor(&cbor).unwrap();
+            prop_assert_eq!(&back, &manifest);
+            prop_assert_eq!(back.digest(), digest_of(&cbor));
+            for t in manifest.tensors() {
+                prop_assert_eq!(manifest.tensor(&t.name), Some(t));
+                prop_assert_eq!(t.offset % ALIGNMENT, 0);
+            }
+            for a in manifest.assets() {
+                prop_assert_eq!(manifest.asset(&a.name), Some(a));
+            }
+        }
+
+        /// Whatever is accepted has one encoding: other bytes are another manifest.
+        #[test]
+        fn changed_bytes_are_refused_or_another_manifest(
+            manifest in any_manifest(), at in any::<prop::sample::Index>(), bits in 1u8..,
+        ) {
+            let mut cbor = manifest.to_cbor();
+            let at = at.index(cbor.len());
+            cbor[at] ^= bits;
+            if let Ok(other) = Manifest::from_cbor(&cbor) {
+                prop_assert!(other != manifest);
+                prop_assert_eq!(other.to_cbor(), cbor);
+            }
+        }
+
+        #[test]
+        fn any_bytes_do_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Manifest::from_cbor(&bytes).is_err());
+        }
+    }
+
+    /// A table that claims 2^62 entries in a few bytes must not make anybody allocate them.
+    #[test]
+    fn counts_that_lie_are_refused_before_they_cost_anything() {
+        for claim in [0x9b, 0xbb, 0x7b, 0x5b] {
+            let mut cbor = vec![0xa6, 0x00, 0x01, 0x04, claim];
+            cbor.extend((1u64 << 62).to_be_bytes());
+            assert_eq!(Manifest::from_cbor(&cbor), Err(ManifestError::NotAManifest));
+        }
+        let long = vec![0; LARGEST_MANIFEST + 1];
+        let refused = ManifestError::TooLarge {
+            bytes: LARGEST_MANIFEST as u64 + 1,
+        };
+        assert_eq!(Manifest::from_cbor(&long), Err(refused));
+        // Nesting must not use up the stack either.
+        let deep = vec![0x81; 1 << 20];
+        assert_eq!(Manifest::from_cbor(&deep), Err(ManifestError::NotAManifest));
+        let unknown: Vec<u8> = [&[0xa1, 0x18, 0x63][..], &deep].concat();
+        assert_eq!(
+            Manifest::from_cbor(&unknown),
+            Err(ManifestError::NotAManifest)
+        );
+    }
+}

@@ -246,18 +246,10 @@ impl Unlocked {
     /// # Errors
     /// As [`Self::load`].
     pub fn check(&self, threads: usize, progress: &dyn Progress) -> Result<(), OpenError> {
-        let header = &self.file.header;
-        let scratch = || Zeroizing::new(vec![0; header.chunk_len() as usize]);
-        let lengths = (0..header.chunks()).map(|i| header.chunk_plain_len(i));
-        verify(
-            self,
-            &self.manifest,
-            threads,
-            progress,
-            lengths,
-            scratch,
-            |buffer, &mut length| &mut buffer[..length],
-        )
+        let chunks = 0..self.file.header.chunks();
+        let scratch = 2 * self.file.header.chunk_len();
+        let places = chunks.map(|_| Place::Passing);
+        verify(self, &self.manifest, threads, scratch, progress, places)
     }
 }
 
@@ -265,8 +257,8 @@ impl Unlocked {
 pub(crate) trait Chunks: Sync {
     fn chunk_len(&self) -> u64;
     fn payload_len(&self) -> u64;
-    /// Fills `out` with chunk `index`, whose length it has.
-    fn fetch(&self, index: u64, out: &mut [u8]) -> Result<(), OpenError>;
+    /// Fills `out` with chunk `index`, whose length it has. `scratch` has room for a chunk and its tag.
+    fn fetch(&self, index: u64, scratch: &mut [u8], out: &mut [u8]) -> Result<(), OpenError>;
 }
 
 impl Chunks for Unlocked {
@@ -278,15 +270,13 @@ impl Chunks for Unlocked {
         self.file.header.payload_len
     }
 
-    fn fetch(&self, index: u64, out: &mut [u8]) -> Result<(), OpenError> {
+    fn fetch(&self, index: u64, scratch: &mut [u8], out: &mut [u8]) -> Result<(), OpenError> {
         let header = &self.file.header;
-        let position = header.chunk_position(index);
-        let mut tag = [0; TAG_LEN];
-        self.file.read_exact_at(out, position)?;
+        let sealed = &mut scratch[..out.len() + TAG_LEN];
         self.file
-            .read_exact_at(&mut tag, position + out.len() as u64)?;
+            .read_exact_at(sealed, header.chunk_position(index))?;
         self.payload_key
-            .open(index, header.is_final(index), out, &tag)
+            .open(index, header.is_final(index), sealed, out)
             .map_err(|_| NotAuthentic::Chunk { index }.into())
     }
 }
@@ -303,44 +293,54 @@ pub(crate) fn fill_region(
     let length =
         usize::try_from(bytes).map_err(|_| unavailable(io::ErrorKind::OutOfMemory.into()))?;
     let mut region = Region::zeroed(length, Purpose::Weights).map_err(unavailable)?;
-    let places = region.chunks_mut(chunks.chunk_len() as usize);
-    verify(
-        chunks,
-        manifest,
-        threads,
-        progress,
-        places,
-        || (),
-        |(), place| place,
-    )?;
+    let chunk_len = chunks.chunk_len();
+    let places = region.chunks_mut(chunk_len as usize).map(Place::Final);
+    verify(chunks, manifest, threads, chunk_len, progress, places)?;
     Ok(region)
 }
 
-/// Fetches every chunk into the place that `place` makes of a thread's scratch and the chunk's item, and verifies
-/// digests and padding.
-fn verify<I, S>(
+/// Where a chunk is decrypted to.
+enum Place<'a> {
+    /// Where it will be used.
+    Final(&'a mut [u8]),
+    /// A thread's buffer, for the next chunk to take its place.
+    Passing,
+}
+
+/// Fetches every chunk into its place and verifies digests and padding. A thread needs `scratch` bytes.
+fn verify<'a>(
     chunks: &dyn Chunks,
     manifest: &Manifest,
     wanted_threads: usize,
+    scratch: u64,
     progress: &dyn Progress,
-    items: I,
-    scratch: impl Fn() -> S + Sync,
-    place: impl for<'a> Fn(&'a mut S, &'a mut I::Item) -> &'a mut [u8] + Sync,
-) -> Result<(), OpenError>
-where
-    I: Iterator + Send,
-{
+    places: impl Iterator<Item = Place<'a>> + Send,
+) -> Result<(), OpenError> {
     let chunk_len = chunks.chunk_len();
-    let tree = DigestTree::new(manifest.extents(), chunk_len);
+    let tree = DigestTree::new(manifest.extents());
     progress.begin(Stage::Open, chunks.payload_len());
     let fetched = workers::for_each(
-        workers::threads_for(threads(wanted_threads), chunk_len),
-        (0..).zip(items),
-        scratch,
-        |scratch, (index, mut item)| {
-            let out = place(scratch, &mut item);
-            chunks.fetch(index, out)?;
-            tree.absorb(index * chunk_len, out)
+        workers::threads_for(threads(wanted_threads), scratch),
+        (0..).zip(places),
+        // Ciphertext in the first, plaintext in the second, which grows only where it is used.
+        || {
+            (
+                vec![0; chunk_len as usize + TAG_LEN],
+                Zeroizing::new(Vec::new()),
+            )
+        },
+        |(sealed, passing), (index, place)| {
+            let start = index * chunk_len;
+            let out = match place {
+                Place::Final(out) => out,
+                Place::Passing => {
+                    let length = chunk_len.min(chunks.payload_len() - start);
+                    passing.resize(length as usize, 0);
+                    passing.as_mut_slice()
+                }
+            };
+            chunks.fetch(index, sealed, out)?;
+            tree.absorb(start, out)
                 .map_err(|gap| Malformed::Padding { offset: gap.offset })?;
             progress.advance(out.len() as u64);
             Ok::<_, OpenError>(())

@@ -163,7 +163,7 @@ fn write(
     )?;
     file.write_all_at(&bytes, 0).map_err(|e| at(out, e))?;
 
-    let tree = DigestTree::new(manifest.extents(), header.chunk_len());
+    let tree = DigestTree::new(manifest.extents());
     progress.begin(Stage::Seal, header.payload_len());
     let written: Result<(), SealError> = workers::for_each(
         workers::threads_for(threads, header.chunk_len()),
@@ -337,7 +337,7 @@ impl<'a> Plan<'a> {
     ) -> Result<Manifest, SealError> {
         let chunk_len = 1u64 << CHUNK_LOG2;
         let payload_len = self.layout.payload_len();
-        let tree = DigestTree::new(self.layout.extents(), chunk_len);
+        let tree = DigestTree::new(self.layout.extents());
         progress.begin(Stage::Digest, payload_len);
         let read = workers::for_each(
             workers::threads_for(threads, chunk_len),

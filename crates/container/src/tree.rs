@@ -1,12 +1,17 @@
 //! BLAKE3 digests of all entries of a payload, computed from chunks that arrive in any order on any thread.
 //!
-//! The digest of an entry is plain BLAKE3 of its bytes, as `b3sum` prints it. BLAKE3 is a tree, so slices of a fixed
-//! power of two can be hashed apart and merged; nothing of this shows in the format. A slice that lies inside one
-//! chunk is hashed while the chunk is still in the cache. One that straddles two is put together first: at most one
-//! slice per chunk boundary, and as chunks are handed out in order, as many at a time as there are threads.
+//! The digest of an entry is plain BLAKE3 of its bytes, as `b3sum` prints it. BLAKE3 is a binary tree over blocks of
+//! 1 KiB, so that subtrees can be hashed apart and merged; nothing of this shows in the format. Each chunk is cut into
+//! the largest subtrees that lie inside it and hashed while it is still in the cache. Only a block of 1 KiB that
+//! straddles two chunks has to be put together first, which is one copy of at most 1 KiB per chunk.
+//!
+//! ```text
+//! chunks   ├───────────────┼───────────────┼────
+//! entry       ├──────────────────────────────…
+//! subtrees    └──8──┴4┴2┴1┘x└1┴2┴4┴──8──┴…          x: the block that is put together
+//! ```
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
@@ -14,9 +19,9 @@ use zeroize::Zeroizing;
 
 use crate::manifest::Extent;
 
-/// Long enough for the widest SIMD of BLAKE3 (16 × 1 KiB) several times over, short enough that straddling ones
-/// (copied once) are few.
-const SLICE_LEN: u64 = 64 << 10;
+/// Largest subtree that is hashed in one go: several times what BLAKE3's widest SIMD takes (16 blocks).
+const LARGEST_SUBTREE: u64 = 64 << 10;
+const BLOCK: u64 = blake3::CHUNK_LEN as u64;
 
 /// Bytes between two entries are not zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,41 +30,35 @@ pub(crate) struct NotZero {
     pub(crate) offset: u64,
 }
 
-/// Collects the hashes of a payload's slices.
+/// Collects the hashes of a payload's subtrees.
 pub(crate) struct DigestTree {
     extents: Vec<Extent>,
-    /// Per extent, how many slices lie before it.
-    first_slice: Vec<usize>,
-    slice_len: u64,
-    hashes: Mutex<Vec<Option<ChainingValue>>>,
-    straddling: Mutex<HashMap<usize, Straddling>>,
+    subtrees: Mutex<Vec<Subtree>>,
+    /// By extent and start: blocks of which some bytes are still missing.
+    straddling: Mutex<HashMap<(usize, u64), Straddling>>,
 }
 
-/// A slice of which some bytes are still missing.
+/// A node of an extent's BLAKE3 tree: `length` bytes from `start` on, both within the extent. One that covers the whole
+/// extent holds the root hash instead of a chaining value.
+#[derive(Clone, Copy)]
+struct Subtree {
+    extent: usize,
+    start: u64,
+    length: u64,
+    hash: ChainingValue,
+}
+
 struct Straddling {
     bytes: Zeroizing<Vec<u8>>,
     filled: usize,
 }
 
 impl DigestTree {
-    /// `extents` ascend and are disjoint, as a manifest guarantees. No slice is longer than a chunk.
-    pub(crate) fn new(extents: impl Iterator<Item = Extent>, chunk_len: u64) -> Self {
-        let slice_len = SLICE_LEN.min(chunk_len);
-        let extents: Vec<_> = extents.collect();
-        let mut slices = 0;
-        let first_slice = extents
-            .iter()
-            .map(|e| {
-                let first = slices;
-                slices += e.size.div_ceil(slice_len) as usize;
-                first
-            })
-            .collect();
+    /// `extents` ascend and are disjoint, as a manifest guarantees.
+    pub(crate) fn new(extents: impl Iterator<Item = Extent>) -> Self {
         DigestTree {
-            extents,
-            first_slice,
-            slice_len,
-            hashes: Mutex::new(vec![None; slices]),
+            extents: extents.collect(),
+            subtrees: Mutex::new(Vec::new()),
             straddling: Mutex::new(HashMap::new()),
         }
     }
@@ -71,40 +70,60 @@ impl DigestTree {
         let mut done = Vec::new();
         let first = self.extents.partition_point(|e| e.offset + e.size <= start);
         let mut gap = start;
-        for (i, extent) in self.extents.iter().enumerate().skip(first) {
+        for (index, extent) in self.extents.iter().enumerate().skip(first) {
             let from = extent.offset.clamp(gap, end);
             if within(gap, from).iter().any(|&b| b != 0) {
                 return Err(NotZero { offset: gap });
             }
-            if extent.offset >= end {
-                gap = end;
+            let to = (extent.offset + extent.size).clamp(from, end);
+            self.absorb_part(
+                index,
+                from - extent.offset.min(from),
+                within(from, to),
+                &mut done,
+            );
+            gap = to;
+            if gap == end {
                 break;
             }
-            let to = (extent.offset + extent.size).min(end);
-            let mut at = from;
-            while at < to {
-                let slice = (at - extent.offset) / self.slice_len;
-                let range = self.slice_range(extent, slice);
-                let stop = range.end.min(to);
-                let index = self.first_slice[i] + slice as usize;
-                let part = within(at, stop);
-                if at == range.start && stop == range.end {
-                    done.push((index, self.hash(extent, slice, part)));
-                } else if let Some(whole) = self.put_together(index, &range, at, part) {
-                    done.push((index, self.hash(extent, slice, &whole)));
-                }
-                at = stop;
-            }
-            gap = to;
         }
         if within(gap, end).iter().any(|&b| b != 0) {
             return Err(NotZero { offset: gap });
         }
-        let mut hashes = lock(&self.hashes);
-        for (index, hash) in done {
-            hashes[index] = Some(hash);
-        }
+        lock(&self.subtrees).append(&mut done);
         Ok(())
+    }
+
+    /// Takes bytes of one extent, from its byte `at` on, and hashes the largest subtrees in them.
+    fn absorb_part(&self, extent: usize, mut at: u64, mut part: &[u8], done: &mut Vec<Subtree>) {
+        let size = self.extents[extent].size;
+        while !part.is_empty() {
+            let available = part.len() as u64;
+            let block_end = (at - at % BLOCK + BLOCK).min(size);
+            if !at.is_multiple_of(BLOCK) || at + available < block_end {
+                let (piece, rest) = part.split_at(available.min(block_end - at) as usize);
+                let start = at - at % BLOCK;
+                if let Some(block) =
+                    self.put_together((extent, start), block_end - start, at, piece)
+                {
+                    done.push(self.hash(extent, start, &block));
+                }
+                (at, part) = (at + piece.len() as u64, rest);
+                continue;
+            }
+            // A node starts at a multiple of its size, and only the last one of a tree may be shorter than a power of two.
+            let aligned = match at {
+                0 => LARGEST_SUBTREE,
+                _ => LARGEST_SUBTREE.min(1 << at.trailing_zeros()),
+            };
+            let length = match at + available == size && available <= aligned {
+                true => available,
+                false => aligned.min(1 << available.ilog2()),
+            };
+            let (subtree, rest) = part.split_at(length as usize);
+            done.push(self.hash(extent, at, subtree));
+            (at, part) = (at + length, rest);
+        }
     }
 
     /// The digest of every extent, in their order.
@@ -112,25 +131,21 @@ impl DigestTree {
     /// # Panics
     /// When bytes were not absorbed: a bug of the caller.
     pub(crate) fn digests(&self) -> Vec<[u8; 32]> {
-        let hashes: Vec<ChainingValue> = lock(&self.hashes)
-            .iter()
-            .map(|h| h.expect("every byte was absorbed"))
-            .collect();
-        self.extents
-            .iter()
-            .zip(&self.first_slice)
-            .map(|(extent, &first)| {
-                let count = extent.size.div_ceil(self.slice_len) as usize;
-                match &hashes[first..first + count] {
-                    [root] => *root,
-                    slices => {
-                        let (left, right) = slices.split_at(left_count(slices.len()));
-                        let (left, right) = (merge(left), merge(right));
-                        *hazmat::merge_subtrees_root(&left, &right, Mode::Hash).as_bytes()
-                    }
+        let mut subtrees = lock(&self.subtrees);
+        subtrees.sort_unstable_by_key(|s| (s.extent, s.start));
+        let mut rest = subtrees.as_slice();
+        let digest = |(index, extent): (usize, &Extent)| {
+            let (mut own, others) = rest.split_at(rest.partition_point(|s| s.extent == index));
+            rest = others;
+            match own {
+                [whole] if whole.length == extent.size => whole.hash,
+                _ => {
+                    let (left, right) = children(&mut own, 0, extent.size);
+                    *hazmat::merge_subtrees_root(&left, &right, Mode::Hash).as_bytes()
                 }
-            })
-            .collect()
+            }
+        };
+        self.extents.iter().enumerate().map(digest).collect()
     }
 
     /// The first extent whose bytes are not those that it names.
@@ -141,55 +156,68 @@ impl DigestTree {
             .position(|(found, extent)| *found != extent.digest)
     }
 
-    fn slice_range(&self, extent: &Extent, slice: u64) -> Range<u64> {
-        let start = extent.offset + slice * self.slice_len;
-        start..(start + self.slice_len).min(extent.offset + extent.size)
-    }
-
-    /// Root hash of an extent that is one slice; otherwise the chaining value of the slice's subtree.
-    fn hash(&self, extent: &Extent, slice: u64, bytes: &[u8]) -> ChainingValue {
-        if extent.size <= self.slice_len {
-            return *blake3::hash(bytes).as_bytes();
+    fn hash(&self, extent: usize, start: u64, bytes: &[u8]) -> Subtree {
+        let length = bytes.len() as u64;
+        let hash = if length == self.extents[extent].size {
+            *blake3::hash(bytes).as_bytes()
+        } else {
+            blake3::Hasher::new()
+                .set_input_offset(start)
+                .update(bytes)
+                .finalize_non_root()
+        };
+        Subtree {
+            extent,
+            start,
+            length,
+            hash,
         }
-        let mut hasher = blake3::Hasher::new();
-        hasher.set_input_offset(slice * self.slice_len);
-        hasher.update(bytes).finalize_non_root()
     }
 
-    /// Adds a part of a straddling slice; returns the slice once it is whole.
+    /// Adds a piece of a straddling block; returns the block once it is whole.
     fn put_together(
         &self,
-        index: usize,
-        range: &Range<u64>,
+        block: (usize, u64),
+        length: u64,
         at: u64,
-        part: &[u8],
+        piece: &[u8],
     ) -> Option<Zeroizing<Vec<u8>>> {
         let mut straddling = lock(&self.straddling);
-        let entry = straddling.entry(index).or_insert_with(|| Straddling {
-            bytes: Zeroizing::new(vec![0; (range.end - range.start) as usize]),
+        let entry = straddling.entry(block).or_insert_with(|| Straddling {
+            bytes: Zeroizing::new(vec![0; length as usize]),
             filled: 0,
         });
-        let position = (at - range.start) as usize;
-        entry.bytes[position..position + part.len()].copy_from_slice(part);
-        entry.filled += part.len();
-        let whole = entry.filled == entry.bytes.len();
-        whole.then(|| straddling.remove(&index).map(|s| s.bytes))?
+        let position = (at - block.1) as usize;
+        entry.bytes[position..position + piece.len()].copy_from_slice(piece);
+        entry.filled += piece.len();
+        if entry.filled < entry.bytes.len() {
+            return None;
+        }
+        straddling.remove(&block).map(|s| s.bytes)
     }
 }
 
-fn merge(slices: &[ChainingValue]) -> ChainingValue {
-    match slices {
-        [one] => *one,
+/// Chaining values of the two children of the node that covers `length` bytes from `start` on, taken from the front of
+/// `subtrees`.
+fn children(subtrees: &mut &[Subtree], start: u64, length: u64) -> (ChainingValue, ChainingValue) {
+    let left = hazmat::left_subtree_len(length);
+    let first = node(subtrees, start, left);
+    let second = node(subtrees, start + left, length - left);
+    (first, second)
+}
+
+fn node(subtrees: &mut &[Subtree], start: u64, length: u64) -> ChainingValue {
+    match subtrees.split_first() {
+        Some((whole, rest)) if (whole.start, whole.length) == (start, length) => {
+            *subtrees = rest;
+            whole.hash
+        }
         _ => {
-            let (left, right) = slices.split_at(left_count(slices.len()));
-            hazmat::merge_subtrees_non_root(&merge(left), &merge(right), Mode::Hash)
+            assert!(length > BLOCK, "every byte was absorbed once");
+            let (left, right) = children(subtrees, start, length);
+            hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash)
         }
     }
-}
-
-/// Slices of the left subtree: the largest power of two below `count`, which is at least 2.
-fn left_count(count: usize) -> usize {
-    count.next_power_of_two() / 2
 }
 
 /// A panic elsewhere ends the whole computation; the data behind the lock are not used after it.
@@ -232,7 +260,7 @@ mod tests {
         ) {
             let (extents, bytes) = payload(&sizes);
             let chunk = 1usize << chunk_log2;
-            let tree = DigestTree::new(extents.iter().copied(), chunk as u64);
+            let tree = DigestTree::new(extents.iter().copied());
             let mut order: Vec<usize> = (0..bytes.len().div_ceil(chunk)).collect();
             order.sort_by_key(|&i| (i as u64).wrapping_add(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
             for i in order {
@@ -250,7 +278,7 @@ mod tests {
     fn one_changed_byte_is_found_and_named() {
         let (extents, mut bytes) = payload(&[100, 200_000, 70]);
         bytes[128 + 150_000] ^= 4;
-        let tree = DigestTree::new(extents.into_iter(), 4096);
+        let tree = DigestTree::new(extents.into_iter());
         for (i, chunk) in bytes.chunks(4096).enumerate() {
             tree.absorb(i as u64 * 4096, chunk).unwrap();
         }
@@ -264,7 +292,7 @@ mod tests {
         for &at in &gaps {
             let mut bytes = bytes.clone();
             bytes[at] = 1;
-            let tree = DigestTree::new(extents.iter().copied(), 1024);
+            let tree = DigestTree::new(extents.iter().copied());
             let refused = bytes
                 .chunks(1024)
                 .enumerate()
