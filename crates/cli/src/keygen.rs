@@ -66,10 +66,10 @@ fn generate(args: &Args) -> Result<(), Failure> {
     // All or nothing: nobody wants half of a new key beside half of an old one.
     if !args.force {
         let wanted = [(signing, &secret), (signing, &public), (data, &data_key)];
-        for (_, path) in wanted
+        let taken = wanted
             .into_iter()
-            .filter(|(wanted, path)| *wanted && path.exists())
-        {
+            .find(|(wanted, path)| *wanted && path.exists());
+        if let Some((_, path)) = taken {
             return Err(KeyFileError::Exists { path: path.clone() }.into());
         }
     }
