@@ -1,0 +1,151 @@
+//! A user's view: the whole path works, with the official client and with a real model.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use casemate_e2e::{Stage, TINY};
+use casemate_testkit::data;
+use casemate_testkit::deployment::{EnclaveSettings, http_get};
+use serde_json::{Value, json};
+
+#[test]
+fn the_openai_package_is_served_through_the_proxy() {
+    let Some(python) = std::env::var_os("CASEMATE_PYTHON") else {
+        data::skip::<()>("CASEMATE_PYTHON names no Python with the openai package");
+        return;
+    };
+    let (_stage, url) = Stage::complete().unwrap();
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
+    let output = Command::new(python)
+        .arg(script)
+        .args([&format!("{url}/v1"), TINY])
+        .output()
+        .unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{shown}\n{errors}");
+    let checks = shown.lines().count();
+    assert!(checks >= 30, "only {checks} checks ran:\n{shown}");
+}
+
+#[test]
+fn the_demo_model_knows_the_capital_of_france() {
+    let Some(model) = data::cached("SmolLM2-135M-Instruct.Q4_1.gguf") else {
+        return;
+    };
+    let mut stage = Stage::new().unwrap();
+    let settings = EnclaveSettings::default();
+    let proxy = stage
+        .deployment
+        .start_all(&model, "smollm2", &settings)
+        .unwrap();
+    let answer = chat(&proxy.url, "smollm2", "What is the capital of France?", 32);
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    assert!(text.contains("Paris"), "{text}");
+    let sealed = stage.deployment.sealed().unwrap();
+    let fingerprint = answer["system_fingerprint"].as_str().unwrap();
+    assert_eq!(fingerprint, format!("fp_{}", &sealed.digest[..12]));
+}
+
+#[test]
+fn a_client_that_hangs_up_stops_its_generation() {
+    let (stage, url) = Stage::complete().unwrap();
+    let enclave = stage.deployment.enclave().unwrap().url.clone();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let body = json!({
+            "model": TINY, "stream": true, "n": 8, "max_tokens": 100_000,
+            "messages": [{"role": "user", "content": "go on"}],
+        });
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let request = client
+            .post(format!("{url}/v1/chat/completions"))
+            .json(&body);
+        let mut response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.chunk().await.unwrap().unwrap();
+        drop(response);
+    });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while gauge(&enclave, "casemate_requests_running") > 0.0 {
+        assert!(Instant::now() < deadline, "the abandoned answers still run");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(gauge(&enclave, "casemate_kv_bytes_used"), 0.0);
+}
+
+#[test]
+fn nothing_a_user_said_is_in_logs_metrics_or_the_brokers_store() {
+    let (stage, url) = Stage::complete().unwrap();
+    let canary = "canary-5d1c0a";
+    let answer = chat(&url, TINY, canary, 16);
+    assert!(
+        answer["choices"][0]["message"]["content"].is_string(),
+        "{answer}"
+    );
+    let enclave = stage.deployment.enclave().unwrap().url.clone();
+    assert!(
+        !http_get(&enclave, "/metrics")
+            .unwrap()
+            .body
+            .contains(canary)
+    );
+    let mut searched = 0;
+    let mut directories = vec![stage.deployment.work_dir().to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.is_file() {
+                let bytes = std::fs::read(&path).unwrap();
+                let found = bytes
+                    .windows(canary.len())
+                    .any(|window| window == canary.as_bytes());
+                assert!(!found, "{} holds the prompt", path.display());
+                searched += 1;
+            }
+        }
+    }
+    assert!(searched > 8, "only {searched} files were searched");
+}
+
+#[test]
+fn prompts_in_clear_are_refused_by_the_enclave() {
+    let (stage, _) = Stage::complete().unwrap();
+    let enclave = stage.deployment.enclave().unwrap().url.clone();
+    let reply = http_get(&enclave, "/v1/models").unwrap();
+    assert_eq!(reply.status, 403);
+    assert!(reply.body.contains("casemate proxy"), "{}", reply.body);
+}
+
+fn chat(url: &str, model: &str, question: &str, max_tokens: u32) -> Value {
+    let body = json!({
+        "model": model, "temperature": 0, "max_tokens": max_tokens,
+        "messages": [
+            {"role": "system", "content": "Answer in one sentence."},
+            {"role": "user", "content": question},
+        ],
+    });
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let request = client
+            .post(format!("{url}/v1/chat/completions"))
+            .json(&body);
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.json().await.unwrap()
+    })
+}
+
+fn gauge(enclave: &str, name: &str) -> f64 {
+    let metrics = http_get(enclave, "/metrics").unwrap().body;
+    let value = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {name} in {metrics}"))
+        .parse()
+        .unwrap()
+}
