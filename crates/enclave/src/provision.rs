@@ -114,8 +114,8 @@ impl Provisioner {
             http,
             url: broker.url.trim_end_matches('/').to_owned(),
             resource: broker.resource.clone(),
-            provider: broker.provider.clone(),
-            issuer: broker.issuer.clone(),
+            provider: broker.provider,
+            issuer: broker.issuer,
             service: config.service.name.clone(),
             quoter,
             configuration,
@@ -204,7 +204,7 @@ impl Provisioner {
             &nonce,
             &ChannelBinding::Key,
         );
-        let evidence = self.evidence(ReportData::from(binding)).await?;
+        let evidence = self.evidence(binding).await?;
         let request = CredentialRequest {
             nonce,
             service: self.service.clone(),

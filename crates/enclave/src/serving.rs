@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, RwLock};
 
-use casemate_attest::ReportData;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::Keyring;
 use casemate_channel::verify::AttestationResponse;
@@ -102,7 +101,7 @@ impl Serving {
             &nonce,
             &ChannelBinding::Key,
         );
-        let evidence = self.provisioner.evidence(ReportData::from(binding)).await?;
+        let evidence = self.provisioner.evidence(binding).await?;
         Ok(AttestationResponse {
             evidence,
             keyset: identity.keyset.clone(),
