@@ -9,6 +9,7 @@ mod demo;
 mod fetch;
 mod licences;
 mod process;
+mod rooms;
 mod test;
 
 use std::path::PathBuf;

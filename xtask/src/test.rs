@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{fetch, licences, process, workspace};
+use crate::{fetch, licences, process, rooms, workspace};
 
 /// Debian packages that tests use, with the program that shows each is there. Rust, Python 3 and pip are expected.
 const DEBIAN: &[(&str, &str)] = &[("npm", "npm")];
@@ -39,6 +39,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.only.is_none() {
         step("licences");
         println!("{} packages, every licence on the list", licences::check()?);
+        step("rooms");
+        println!("{} claims about who links what hold", rooms::check()?);
         step("format");
         process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
         step("lints");

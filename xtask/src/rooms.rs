@@ -1,0 +1,117 @@
+//! Claims about the rooms that a compiler does not check: who links what, and where `unsafe` may stand.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{process, workspace};
+
+/// Packages that must not be reachable from a package by ordinary dependencies, and why.
+const UNREACHABLE: &[(&str, &[&str], &str)] = &[
+    (
+        "casemate-enclave",
+        &["casemate-testkit"],
+        "a production program knows no fake TEE",
+    ),
+    (
+        "casemate-enclave",
+        &["casemate-import"],
+        "the enclave parses no foreign model file",
+    ),
+    (
+        "casemate-broker",
+        &["casemate-testkit"],
+        "a production program knows no fake TEE",
+    ),
+    (
+        "casemate-broker",
+        &["casemate-engine", "casemate-import"],
+        "a broker runs no model",
+    ),
+    (
+        "casemate-cli",
+        &["casemate-testkit"],
+        "a production program knows no fake TEE",
+    ),
+    (
+        "casemate-attest",
+        &["tokio", "reqwest", "rustix"],
+        "appraisal does no I/O",
+    ),
+    ("casemate-release", &["tokio", "reqwest"], "no sockets"),
+    ("casemate-channel", &["tokio", "reqwest"], "no sockets"),
+    (
+        "casemate-engine",
+        &["casemate-attest", "casemate-release", "casemate-channel"],
+        "a model knows no keys",
+    ),
+];
+
+/// The one room that may hold `unsafe`.
+const UNSAFE_ROOM: &str = "kernels";
+
+/// Checks every claim and returns how many there are.
+pub(crate) fn check() -> Result<usize> {
+    let mut broken = Vec::new();
+    for (package, forbidden, why) in UNREACHABLE {
+        let linked = linked_by(package)?;
+        for name in forbidden
+            .iter()
+            .filter(|name| linked.iter().any(|l| l == *name))
+        {
+            broken.push(format!("{package} links {name}: {why}"));
+        }
+    }
+    let mut rooms = 0;
+    for entry in fs::read_dir(workspace().join("crates"))? {
+        let room = entry?.path();
+        let name = room
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if name == UNSAFE_ROOM {
+            continue;
+        }
+        rooms += 1;
+        for root in ["src/lib.rs", "src/main.rs"] {
+            let path = room.join(root);
+            if path.exists() && !fs::read_to_string(&path)?.contains("#![forbid(unsafe_code)]") {
+                broken.push(format!("{} does not forbid unsafe code", path.display()));
+            }
+        }
+    }
+    if !broken.is_empty() {
+        bail!(
+            "rooms do not hold what they claim:\n  {}",
+            broken.join("\n  ")
+        );
+    }
+    Ok(UNREACHABLE.len() + rooms)
+}
+
+/// Names of all packages that `package` links.
+fn linked_by(package: &str) -> Result<Vec<String>> {
+    let output = process::cargo()
+        .args([
+            "tree", "--locked", "--edges", "normal", "--prefix", "none", "--format", "{p}",
+        ])
+        .args(["--package", package])
+        .output()
+        .context("cannot start cargo tree")?;
+    if !output.status.success() {
+        bail!(
+            "cargo tree failed: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    let names = String::from_utf8(output.stdout)?;
+    let names: Vec<_> = names
+        .lines()
+        .filter_map(|line| line.split(' ').next().map(str::to_owned))
+        .collect();
+    if names.len() < 2 {
+        bail!("cargo tree names no dependencies of {package}");
+    }
+    Ok(names)
+}
