@@ -15,7 +15,7 @@ use crate::exit::{self, Class, Failure, InJson};
 /// Larger configuration files are not measured by anyone.
 const MAX_CONFIG: u64 = 1024 * 1024;
 
-/// Compute what an enclave will measure to, and print it as a policy's [[measurement]].
+/// Compute what an enclave will measure to, and print it as a policy's `[[measurement]]` entry.
 ///
 /// The value covers the executable file, every argument, every environment variable and the configuration file: start the
 /// enclave with exactly these and with nothing else in its environment (env -i). It is the development measurement, which

@@ -1,6 +1,6 @@
 //! From one row of logits to one token id: penalties, temperature, top-k, top-p, min-p and the
-//! seeded draw. It holds no text and no model: stop strings live in [`crate::stop`], end tokens in
-//! [`crate::scheduler`].
+//! seeded draw. It holds no text and no model: stop strings live in `stop`, end tokens in
+//! `scheduler`.
 //!
 //! Order of the filters, as in `transformers`: repetition penalty, frequency and presence penalty,
 //! temperature, top-k, top-p, min-p, then one draw. A request's random stream belongs to that
