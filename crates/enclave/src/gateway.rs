@@ -1,6 +1,7 @@
 //! The one door for prompts: opens encapsulated requests, calls the API, encrypts its answer as it is made.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -8,6 +9,7 @@ use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder,
 };
+use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
 use crate::metrics::Metrics;
@@ -16,6 +18,11 @@ use crate::serving::Serving;
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
 const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (64 << 10);
 
+/// Requests that may be arriving at the same time, each with its buffer of at most [`MAX_ENCAPSULATED`] bytes.
+pub const ARRIVING: usize = 64;
+/// Longest time for a request to arrive.
+const ARRIVAL: Duration = Duration::from_secs(30);
+
 /// What the gateway needs.
 #[derive(Clone)]
 pub struct Gateway {
@@ -23,6 +30,8 @@ pub struct Gateway {
     pub serving: Arc<Serving>,
     /// The API behind the channel.
     pub api: Router,
+    /// One permit for each request that may be arriving.
+    pub places: Arc<Semaphore>,
     /// Counts requests by outcome.
     pub metrics: Arc<Metrics>,
     /// Seconds since the Unix epoch.
@@ -40,11 +49,24 @@ impl Gateway {
                 "expected message/ohttp-chunked-req",
             );
         }
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            self.metrics.refused();
+            return plain(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many requests are arriving",
+            );
+        };
         let transport = request.into_body().into_data_stream();
         let keyring = &self.serving.keyring;
-        let received = keyring
-            .receive(transport, MAX_ENCAPSULATED, (self.clock)())
-            .await;
+        let arriving = keyring.receive(transport, MAX_ENCAPSULATED, (self.clock)());
+        let Ok(received) = tokio::time::timeout(ARRIVAL, arriving).await else {
+            self.metrics.refused();
+            return plain(
+                StatusCode::REQUEST_TIMEOUT,
+                "the request did not arrive in time",
+            );
+        };
+        drop(place);
         let received = match received {
             Ok(received) => received,
             Err(error) => {

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
@@ -55,4 +55,18 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     // Answers that are still being generated have had their time; their threads need not be waited for.
     runtime.shutdown_background();
     result
+}
+
+/// The causes, each once: some messages quote their cause already.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&cause);
+        }
+    }
+    line
 }

@@ -22,6 +22,7 @@ use casemate_release::rcar::{ATTEST_PATH, AUTH_PATH, RESOURCE_PATH};
 use casemate_tee::{QuoteProvider, TeeError};
 use reqwest::header::{CONTENT_TYPE, COOKIE, SET_COOKIE};
 use thiserror::Error;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::config;
 
@@ -66,6 +67,9 @@ pub enum ProvisionError {
     /// The broker does not say under which policy it released the key, so no keyset can name it.
     #[error("the broker's token names no policy version: is it Casemate's?")]
     NoPolicyVersion,
+    /// The credential is valid, but for another keyset or service: somebody between here and the broker exchanged it.
+    #[error("the credential is for another keyset or service")]
+    OtherCredential,
     /// The evidence describes another configuration than the one in use.
     #[error(
         "the evidence measures another configuration than this process read: the file changed while starting, or the \
@@ -122,15 +126,20 @@ impl Provisioner {
         })
     }
 
-    /// Evidence over `report_data`, after comparing what it measures with what this process runs on.
+    /// Evidence over `report_data`, after comparing what it measures with what this process runs on. A permit is held
+    /// until the quote is made, even when nobody waits for it any more: who hangs up must not start more of them.
     pub async fn evidence(
         &self,
         report_data: ReportData,
+        permit: Option<OwnedSemaphorePermit>,
     ) -> Result<casemate_attest::Evidence, ProvisionError> {
         let quoter = Arc::clone(&self.quoter);
-        let evidence = tokio::task::spawn_blocking(move || quoter.quote(&report_data))
-            .await
-            .map_err(|_| ProvisionError::Interrupted)??;
+        let evidence = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            quoter.quote(&report_data)
+        })
+        .await
+        .map_err(|_| ProvisionError::Interrupted)??;
         // The file is read by this process and measured by somebody else: only if both saw the same bytes do the
         // keys in it deserve trust.
         let measured = evidence
@@ -160,7 +169,7 @@ impl Provisioner {
         let body = read("the request", response).await?;
         let challenged = exchange.challenge(&body, cookies.iter().map(String::as_str))?;
 
-        let evidence = self.evidence(challenged.report_data()).await?;
+        let evidence = self.evidence(challenged.report_data(), None).await?;
         let cookie = challenged.cookie();
         let attestation = challenged.attestation(&evidence)?;
         let response = self.post(ATTEST_PATH, Some(&cookie), attestation).await?;
@@ -204,7 +213,7 @@ impl Provisioner {
             &nonce,
             &ChannelBinding::Key,
         );
-        let evidence = self.evidence(binding).await?;
+        let evidence = self.evidence(binding, None).await?;
         let request = CredentialRequest {
             nonce,
             service: self.service.clone(),
@@ -216,6 +225,10 @@ impl Provisioner {
             .await?;
         let envelope = CredentialResponse::parse(&read("the credential", response).await?)?;
         let credential = VerifiedCredential::verify(&envelope, &self.issuer, now)?;
+        let claims = credential.claims();
+        if claims.keyset_digest != digest.0 || claims.service != self.service {
+            return Err(ProvisionError::OtherCredential);
+        }
         Ok((envelope, credential))
     }
 

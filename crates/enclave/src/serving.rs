@@ -63,7 +63,7 @@ pub struct Serving {
     provisioner: Provisioner,
     served: Served,
     current: RwLock<Arc<Identity>>,
-    quotes: Semaphore,
+    quotes: Arc<Semaphore>,
 }
 
 impl Serving {
@@ -81,15 +81,14 @@ impl Serving {
             provisioner,
             served,
             current: RwLock::new(Arc::new(identity)),
-            quotes: Semaphore::new(CONCURRENT_QUOTES),
+            quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
         })
     }
 
     /// Evidence over the current keyset and the verifier's nonce.
     pub async fn attest(&self, nonce: [u8; 32]) -> Result<AttestationResponse, ServingError> {
-        let _permit = self
-            .quotes
-            .acquire()
+        let permit = Arc::clone(&self.quotes)
+            .acquire_owned()
             .await
             .expect("the semaphore is never closed");
         let identity = self.identity();
@@ -101,7 +100,7 @@ impl Serving {
             &nonce,
             &ChannelBinding::Key,
         );
-        let evidence = self.provisioner.evidence(binding).await?;
+        let evidence = self.provisioner.evidence(binding, Some(permit)).await?;
         Ok(AttestationResponse {
             evidence,
             keyset: identity.keyset.clone(),

@@ -18,11 +18,12 @@ use casemate_engine::{Engine, EngineOptions};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 use tracing::{error, info, warn};
 
 use crate::api::{self, Api};
 use crate::config::{MeasuredConfig, Tee};
-use crate::gateway::Gateway;
+use crate::gateway::{self, Gateway};
 use crate::hardening;
 use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
@@ -142,6 +143,7 @@ async fn prepare(
     let gateway = Gateway {
         serving: Arc::clone(&serving),
         api: api::router(api.clone()),
+        places: Arc::new(Semaphore::new(gateway::ARRIVING)),
         metrics,
         clock: system_clock,
     };

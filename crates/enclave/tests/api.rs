@@ -400,6 +400,43 @@ async fn a_client_that_leaves_frees_its_slot() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_takes_its_waiting_answers_along() {
+    let api = api();
+    let router = router(api.clone());
+    // Four are computed at a time, so four of the eight wait.
+    let body = chat(&json!({"stream": true, "max_tokens": 100_000, "n": 8}));
+    let request = Request::post("/v1/chat/completions")
+        .body(Body::from(body.to_string()))
+        .unwrap();
+    let response = router.oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    drop(response);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while api.engine().stats().running + api.engine().stats().waiting > 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "abandoned answers remain"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let stats = api.engine().stats();
+    assert!(
+        stats.requests <= 4,
+        "{} of the abandoned answers were started",
+        stats.requests
+    );
+}
+
+#[tokio::test]
+async fn the_answers_to_one_request_are_bounded_over_all_its_prompts() {
+    let router = router(api());
+    let body = json!({"model": "tiny", "prompt": ["a", "b", "c"], "n": 8, "max_tokens": 1});
+    let (status, answer) = post(&router, "/v1/completions", &body).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(answer["error"]["param"], "n", "{answer}");
+}
+
+#[tokio::test]
 async fn unknown_urls_and_methods_have_openai_errors() {
     let router = router(api());
     let (status, answer) = send(&router, "GET", "/v1/embeddings", Body::empty()).await;

@@ -6,13 +6,16 @@ use std::ops::ControlFlow;
 use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use casemate_engine::{Event, FinishReason, Request, Sampling};
+use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling};
 use futures::stream;
 use tokio::sync::mpsc;
 
 use super::Api;
 use super::answer::{Answer, Choice, Delta, Usage};
 use super::error::ApiError;
+
+/// Most answers to one request: choices times prompts.
+const MAX_ANSWERS: u64 = 16;
 
 /// What one API request asks of the engine.
 pub(super) struct Job {
@@ -25,8 +28,10 @@ pub(super) struct Job {
     pub(super) stop: Vec<String>,
 }
 
-/// Answers in the making. Dropping it cancels all of them at their next token.
+/// Answers in the making. Dropping it cancels all of them, those that wait or still read their prompt too.
 pub(super) struct Generation {
+    api: Api,
+    requests: Vec<RequestId>,
     events: mpsc::UnboundedReceiver<(u32, Event)>,
     running: u32,
     usage: Usage,
@@ -36,10 +41,21 @@ impl Api {
     /// Hands every answer of `job` to the engine.
     pub(super) fn generate(&self, job: Job) -> Result<Generation, ApiError> {
         let (sender, events) = mpsc::unbounded_channel();
-        let mut usage = Usage::default();
-        let mut index = 0;
+        if job.prompts.len() as u64 * u64::from(job.choices) > MAX_ANSWERS {
+            let most =
+                format!("at most {MAX_ANSWERS} answers to one request, over all its prompts");
+            return Err(ApiError::value("n", most));
+        }
+        // Made before the first one is submitted: when a later one is refused, this is dropped and cancels the former.
+        let mut generation = Generation {
+            api: self.clone(),
+            requests: Vec::new(),
+            events,
+            running: 0,
+            usage: Usage::default(),
+        };
         for prompt in job.prompts {
-            usage.prompt_tokens += prompt.len() as u64;
+            generation.usage.prompt_tokens += prompt.len() as u64;
             for choice in 0..job.choices {
                 let sampling = Sampling {
                     // Each choice is its own draw, and the whole request repeats for one seed.
@@ -55,19 +71,26 @@ impl Api {
                     ..Request::default()
                 };
                 let sender = sender.clone();
+                let index = generation.running;
                 let sink = move |event| match sender.send((index, event)) {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(_) => ControlFlow::Break(()),
                 };
-                self.engine().submit(request, Box::new(sink))?;
-                index += 1;
+                let id = self.engine().submit(request, Box::new(sink))?;
+                generation.requests.push(id);
+                generation.running += 1;
             }
         }
-        Ok(Generation {
-            events,
-            running: index,
-            usage,
-        })
+        Ok(generation)
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        // Those that have ended are unknown to the engine by now, and cancelling them does nothing.
+        for id in &self.requests {
+            self.api.engine().cancel(*id);
+        }
     }
 }
 
