@@ -3,7 +3,7 @@
 //! Sessions live in memory only. A restart forgets them, so no nonce can be used twice across it, and
 //! clients begin the exchange again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,6 +109,8 @@ pub enum SessionFault {
 pub struct Sessions {
     limits: SessionLimits,
     pending: HashMap<SessionDigest, Pending>,
+    /// Pending sessions in the order in which they began, some of them used up already.
+    order: VecDeque<SessionDigest>,
     attested: HashMap<SessionDigest, AttestedSession>,
     /// Expired entries are swept once a second at most, so that a full table is not scanned per request.
     next_sweep: UnixTime,
@@ -120,6 +122,7 @@ impl Sessions {
         Self {
             limits,
             pending: HashMap::new(),
+            order: VecDeque::new(),
             attested: HashMap::new(),
             next_sweep: UnixTime::from_secs(0),
         }
@@ -142,9 +145,13 @@ impl Sessions {
         now: UnixTime,
     ) -> Result<(), SessionFault> {
         self.sweep(now);
-        if self.pending.len() >= self.limits.max_pending {
-            return Err(SessionFault::Full);
+        // Anybody can begin a session. The oldest gives way, so that whoever floods the table displaces above all
+        // themselves, and a guest that answers at once is served.
+        while self.pending.len() >= self.limits.max_pending {
+            let oldest = self.order.pop_front().ok_or(SessionFault::Full)?;
+            self.pending.remove(&oldest);
         }
+        self.order.push_back(session_digest(id));
         let expires_at = now.saturating_add(self.limits.nonce_life);
         self.pending.insert(
             session_digest(id),
@@ -183,8 +190,14 @@ impl Sessions {
         now: UnixTime,
     ) -> Result<(), SessionFault> {
         self.sweep(now);
+        // A session that has received nothing gives way first, then the one that ends soonest; its guest attests again.
         if self.attested.len() >= self.limits.max_attested {
-            return Err(SessionFault::Full);
+            let weakest = self
+                .attested
+                .iter()
+                .min_by_key(|(_, s)| (s.released.is_some(), s.expires_at));
+            let weakest = *weakest.ok_or(SessionFault::Full)?.0;
+            self.attested.remove(&weakest);
         }
         let expires_at = now.saturating_add(self.limits.session_life);
         let attested = Arc::new(attested);
@@ -277,6 +290,8 @@ impl Sessions {
             return;
         }
         self.pending.retain(|_, pending| now < pending.expires_at);
+        self.order
+            .retain(|session| self.pending.contains_key(session));
         self.attested.retain(|_, session| now < session.expires_at);
         self.next_sweep = now.saturating_add(Duration::from_secs(1));
     }

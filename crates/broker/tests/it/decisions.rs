@@ -461,23 +461,28 @@ fn sessions_are_bounded() {
         sessions,
         ..settings()
     });
-    for _ in 0..2 {
-        rig.attest(1).unwrap();
-    }
-    assert!(matches!(
-        rig.attest(1),
-        Err(Rejection::Session(SessionFault::Full))
-    ));
+    // Of those that wait, the oldest gives way to a new one; its nonce is then unknown.
+    let (oldest, challenged) = rig.challenged();
     for _ in 0..3 {
         rig.challenged();
     }
-    let request = br#"{"version":"0.4.0","tee":"tdx","extra-params":""}"#;
-    assert!(matches!(
-        rig.broker.auth(request),
-        Err(Rejection::Session(SessionFault::Full))
-    ));
-    rig.clock.advance(120);
-    rig.broker.auth(request).unwrap();
+    assert_eq!(rig.broker.session_counts().0, 3);
+    let evidence = rig.quote(1, &challenged.report_data());
+    let outcome = rig
+        .broker
+        .attest(&oldest, &challenged.attestation(&evidence).unwrap());
+    assert_eq!(session_fault(outcome), SessionFault::Unknown);
+
+    // Of those that attested, one that received nothing gives way before one that received its key.
+    let served = rig.attest(1).unwrap();
+    rig.broker.resource(&served.session, &path()).unwrap();
+    let idle = rig.attest(1).unwrap();
+    let newest = rig.attest(1).unwrap();
+    assert_eq!(rig.broker.session_counts().1, 2);
+    let outcome = rig.broker.resource(&idle.session, &path());
+    assert_eq!(session_fault(outcome), SessionFault::Unknown);
+    rig.broker.resource(&served.session, &path()).unwrap();
+    rig.broker.resource(&newest.session, &path()).unwrap();
 }
 
 #[test]
