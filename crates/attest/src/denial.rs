@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::transcript::printable;
+
 /// What was found comes from outside and can be long; a report of it need not.
 const MAX_FOUND: usize = 1000;
 
@@ -110,7 +112,11 @@ impl fmt::Display for Denial {
         write!(
             f,
             "{}: {}: found {}; expected {}; {}",
-            self.class, self.claim, self.found, self.expected, self.remedy
+            self.class,
+            self.claim,
+            printable(&self.found),
+            printable(&self.expected),
+            self.remedy
         )
     }
 }

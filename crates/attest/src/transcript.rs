@@ -170,11 +170,12 @@ impl Transcript {
     }
 }
 
-/// Text from outside must not move the reader's cursor or recolour a verdict.
-fn printable(text: &str) -> String {
+/// Text from outside must not move the reader's cursor, recolour a verdict or turn its direction.
+pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
-            let escape = c.is_control();
+            let escape =
+                c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
             let plain = (!escape).then_some(c);
             let escaped = escape.then(|| c.escape_default()).into_iter().flatten();
             plain.into_iter().chain(escaped)
