@@ -197,7 +197,11 @@ fn run_tests(cargo: &mut Command, skipped: &mut BTreeSet<String>) -> Result<Outc
             println!("   {counts}");
         } else if text.starts_with("Running ") || text.starts_with("Doc-tests ") {
             println!("{text}");
-        } else if text.starts_with("error") || text.contains("... FAILED") || line == "failures:" {
+        } else if line.starts_with("error:")
+            || line.starts_with("error[")
+            || text.contains("... FAILED")
+            || line == "failures:"
+        {
             in_failures |= line == "failures:";
             println!("{line}");
         } else if in_failures {

@@ -47,7 +47,6 @@ enum Command {
     Measure(measure::Args),
     Verify(verify::Args),
     Proxy(proxy::Args),
-    #[command(hide = true)]
     Bench(bench::Args),
 }
 

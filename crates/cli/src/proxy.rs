@@ -34,7 +34,7 @@ use session::Session;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// URL of the service, as its provider gave it to you
-    #[arg(long, value_name = "URL")]
+    #[arg(long, alias = "service", value_name = "URL")]
     enclave: String,
     /// The policy file that says what is accepted; docs/policy.md describes it.
     #[arg(long, value_name = "FILE")]

@@ -32,7 +32,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     policy: PathBuf,
     /// URL of a service, as its provider gave it to you.
-    #[arg(long, value_name = "URL", group = "subject")]
+    #[arg(long, alias = "enclave", value_name = "URL", group = "subject")]
     service: Option<String>,
     /// PEM file of the certificate authorities for https, instead of the system's. Trust in the service does not rest
     /// on them.
