@@ -18,7 +18,7 @@ use crate::serving::Serving;
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
 const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (64 << 10);
 
-/// Requests that may be arriving at the same time, each with its buffer of at most [`MAX_ENCAPSULATED`] bytes.
+/// Requests that may be arriving at the same time, each with its buffer.
 pub const ARRIVING: usize = 64;
 /// Longest time for a request to arrive.
 const ARRIVAL: Duration = Duration::from_secs(30);
