@@ -44,7 +44,7 @@ fn api() -> Api {
         threads: 1,
         max_context: 256,
         max_batch: 4,
-        max_waiting: 4,
+        max_waiting: 16,
         kv_bytes: None,
     };
     let engine = Engine::load(tiny_model(), &options, &Silent).unwrap();
