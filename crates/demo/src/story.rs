@@ -220,7 +220,7 @@ fn keep(
         proxy.url
     );
     println!(
-        "    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'\n"
+        "    -d '{{\"model\": \"{model}\", \"temperature\": 0, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'\n"
     );
     println!("  from openai import OpenAI");
     println!(
