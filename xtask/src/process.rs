@@ -34,11 +34,14 @@ pub(crate) fn run_quiet(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Whether `program` can be started at all.
-pub(crate) fn exists(program: &str) -> bool {
+/// Whether a command, program first, can be started and succeeds.
+pub(crate) fn succeeds(line: &[&str]) -> bool {
+    let [program, arguments @ ..] = line else {
+        return false;
+    };
     let mut command = Command::new(program);
+    command.args(arguments);
     command
-        .arg("--version")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

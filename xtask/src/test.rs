@@ -11,8 +11,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::{fetch, licences, process, rooms, workspace};
 
-/// Debian packages that tests use, with the program that shows each is there. Rust, Python 3 and pip are expected.
-const DEBIAN: &[(&str, &str)] = &[("npm", "npm")];
+/// Debian packages that tests use, each with a command that succeeds where it is there. Rust, Python 3 and pip are
+/// expected.
+const DEBIAN: &[(&str, &[&str])] = &[
+    ("npm", &["npm", "--version"]),
+    ("python3-venv", &["python3", "-c", "import ensurepip, venv"]),
+];
 
 /// Packages of the virtual environment for the client tests.
 const PYTHON: &[&str] = &["openai==3.52.0"];
@@ -94,8 +98,8 @@ fn data_folder() -> PathBuf {
 fn prepare(skipped: &mut BTreeSet<String>) -> Result<Option<PathBuf>> {
     let missing: Vec<_> = DEBIAN
         .iter()
-        .filter(|(_, program)| !process::exists(program))
-        .map(|(p, _)| *p)
+        .filter(|(_, probe)| !process::succeeds(probe))
+        .map(|(package, _)| *package)
         .collect();
     if !missing.is_empty()
         && let Err(error) = install(&missing)
