@@ -54,62 +54,58 @@ fn a_configuration_changed_after_measuring_gets_no_key() {
     assert_eq!(decision["verdict"], "denied", "{decision}");
 }
 
+/// Starts `executable` as the prepared enclave, altered by `change`; it must end, naming the register that differs.
+fn refused_for(
+    register: &str,
+    stage: &Stage,
+    executable: &std::path::Path,
+    change: impl FnOnce(&mut Command) -> &mut Command,
+) {
+    let mut command = Command::new(executable);
+    command
+        .env_clear()
+        .arg("--config")
+        .arg(stage.path("enclave.toml"));
+    let output = change(&mut command).output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(log.contains(register), "{log}");
+}
+
+fn enclave() -> std::path::PathBuf {
+    let programs = Deployment::programs_of_this_build().unwrap();
+    programs.join("casemate-enclave")
+}
+
 #[test]
 fn another_executable_gets_no_key() {
     let stage = Stage::until_enclave().unwrap();
-    // The same program with one byte more at its end, in a directory with links to the others.
-    let programs = Deployment::programs_of_this_build().unwrap();
+    // The same program with one byte more at its end.
     let other = stage.path("casemate-enclave");
-    fs::copy(programs.join("casemate-enclave"), &other).unwrap();
+    fs::copy(enclave(), &other).unwrap();
     OpenOptions::new()
         .append(true)
         .open(&other)
         .unwrap()
         .write_all(&[0])
         .unwrap();
-    let config = stage.path("enclave.toml");
-    let output = Command::new(other)
-        .env_clear()
-        .arg("--config")
-        .arg(config)
-        .output()
-        .unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success());
-    assert!(log.contains("mr_td"), "{log}");
+    refused_for("mr_td", &stage, &other, |command| command);
 }
 
 #[test]
 fn another_environment_gets_no_key() {
     let stage = Stage::until_enclave().unwrap();
-    let programs = Deployment::programs_of_this_build().unwrap();
-    let config = stage.path("enclave.toml");
-    let output = Command::new(programs.join("casemate-enclave"))
-        .env_clear()
-        .env("LD_LIBRARY_PATH", "/nowhere")
-        .arg("--config")
-        .arg(config)
-        .output()
-        .unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success());
-    assert!(log.contains("rtmr2"), "{log}");
+    refused_for("rtmr2", &stage, &enclave(), |command| {
+        command.env("LD_LIBRARY_PATH", "/nowhere")
+    });
 }
 
 #[test]
 fn another_argument_gets_no_key() {
     let stage = Stage::until_enclave().unwrap();
-    let programs = Deployment::programs_of_this_build().unwrap();
-    let output = Command::new(programs.join("casemate-enclave"))
-        .env_clear()
-        .arg("--config")
-        .arg(stage.path("enclave.toml"))
-        .args(["--log", "trace"])
-        .output()
-        .unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success());
-    assert!(log.contains("rtmr1"), "{log}");
+    refused_for("rtmr1", &stage, &enclave(), |command| {
+        command.args(["--log", "trace"])
+    });
 }
 
 #[test]
