@@ -11,6 +11,7 @@ mod licences;
 mod process;
 mod rooms;
 mod test;
+mod threats;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

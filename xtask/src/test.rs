@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{fetch, licences, process, rooms, workspace};
+use crate::{fetch, licences, process, rooms, threats, workspace};
 
 /// Debian packages that tests use, each with a command that succeeds where it is there. Rust, Python 3 and pip are
 /// expected.
@@ -45,6 +45,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         println!("{} packages, every licence on the list", licences::check()?);
         step("rooms");
         println!("{} claims about who links what hold", rooms::check()?);
+        step("threat model");
+        println!("{} tests named, every one exists", threats::check()?);
         step("format");
         process::run(process::cargo().args(["fmt", "--all", "--check"]))?;
         step("lints");
