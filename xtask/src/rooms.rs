@@ -38,6 +38,11 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
         &["tokio", "reqwest", "rustix"],
         "appraisal does no I/O",
     ),
+    (
+        "casemate-listen",
+        &["casemate-attest", "casemate-release", "casemate-engine"],
+        "connections know nothing of what is said on them",
+    ),
     ("casemate-release", &["tokio", "reqwest"], "no sockets"),
     ("casemate-channel", &["tokio", "reqwest"], "no sockets"),
     (

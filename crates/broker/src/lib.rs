@@ -10,7 +10,6 @@
 //! | [`token`] | attestation results tokens |
 //! | [`api`] | the public HTTP interface |
 //! | [`admin`] | administration over a Unix socket |
-//! | [`server`] | accepting connections |
 //! | [`metrics`], [`clock`] | counters; the time |
 //!
 //! The protocol's messages and formats are `casemate-release`'s; appraisal and policy are `casemate-attest`'s.
@@ -23,7 +22,6 @@ pub mod broker;
 pub mod clock;
 pub mod log;
 pub mod metrics;
-pub mod server;
 pub mod sessions;
 pub mod state;
 pub mod store;

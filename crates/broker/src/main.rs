@@ -16,8 +16,9 @@ use casemate_broker::clock::{Clock, SystemClock};
 use casemate_broker::log::Anchor;
 use casemate_broker::sessions::SessionLimits;
 use casemate_broker::state::{State, database, issuer_public_key};
-use casemate_broker::{api, server, store};
+use casemate_broker::{api, store};
 use casemate_container::signing::VerifyingKey;
+use casemate_listen::{Limits, Server};
 use casemate_release::credential::MAX_LIFETIME_SECONDS;
 use casemate_release::random::SystemRandom;
 use casemate_release::rcar::ResourcePath;
@@ -245,15 +246,20 @@ async fn serve(options: Serve) -> Result<()> {
             let _ = stopped.wait_for(|stopped| *stopped).await;
         }
     };
-    let public = server::serve(listener, api::router(broker.clone()), until_stopped());
-    let private = server::serve(
+    let limits = Limits::default().within_descriptors();
+    let public =
+        Server::new(limits.clone()).serve(listener, api::router(broker.clone()), until_stopped());
+    let private = Server::new(limits).serve(
         admin_listener,
         admin::router(broker.clone()),
         until_stopped(),
     );
     println!("listening on {address}");
     std::io::stdout().flush().context("standard output")?;
-    tokio::join!(public, private);
+    let (public, private) = tokio::join!(public, private);
+    if public.cut_off + private.cut_off > 0 {
+        tracing::warn!("requests were cut off at shutdown");
+    }
     let _ = std::fs::remove_file(&socket);
     tracing::info!("stopped");
     Ok(())

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::serve::ListenerExt as _;
+use casemate_listen::{Limits, Server};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -90,12 +91,19 @@ async fn serve(service: Service, listen: SocketAddr) -> Result<(), Failure> {
     let listener = listener.tap_io(|stream| {
         let _ = stream.set_nodelay(true);
     });
-    let server = axum::serve(listener, forward::router(session, address));
-    let result = tokio::select! {
-        result = server => result,
-        _ = terminate.recv() => Ok(()),
-        result = tokio::signal::ctrl_c() => result,
+    let shutdown = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
     };
+    let server = Server::new(Limits::default().within_descriptors());
+    let ended = server
+        .serve(listener, forward::router(session, address), shutdown)
+        .await;
     renewal.abort();
-    result.map_err(Failure::io)
+    if ended.cut_off > 0 {
+        tracing::warn!("answers were cut off at shutdown");
+    }
+    Ok(())
 }

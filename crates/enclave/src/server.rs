@@ -1,6 +1,7 @@
 //! The routes anybody may call: evidence, the encrypted gateway, health and metrics. Prompts are never accepted here in
 //! clear.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use axum::Router;
@@ -20,6 +21,8 @@ use crate::serving::Serving;
 pub struct Shared {
     /// Set once model, keyset and credential are there.
     pub ready: OnceLock<Ready>,
+    /// Set when the program was asked to end: nobody should send it anything new.
+    pub stopping: AtomicBool,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// Seconds since the Unix epoch.
@@ -59,6 +62,9 @@ async fn fallback(request: Request<Body>) -> Response<Body> {
 }
 
 async fn ready(State(shared): State<Arc<Shared>>) -> (StatusCode, &'static str) {
+    if shared.stopping.load(Ordering::Relaxed) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "stopping\n");
+    }
     match shared.ready.get() {
         Some(ready) if ready.serving.is_valid((shared.clock)()) => (StatusCode::OK, "ready\n"),
         Some(_) => (
@@ -131,17 +137,33 @@ mod tests {
     use axum::body::to_bytes;
     use tower::ServiceExt;
 
-    async fn get(path: &str) -> (StatusCode, String) {
-        let shared = Shared {
+    fn starting() -> Arc<Shared> {
+        Arc::new(Shared {
             ready: OnceLock::new(),
+            stopping: AtomicBool::new(false),
             metrics: Arc::default(),
             clock: || 0,
-        };
+        })
+    }
+
+    async fn get(path: &str) -> (StatusCode, String) {
+        get_from(starting(), path).await
+    }
+
+    async fn get_from(shared: Arc<Shared>, path: &str) -> (StatusCode, String) {
         let request = Request::get(path).body(Body::empty()).unwrap();
-        let response = router(Arc::new(shared)).oneshot(request).await.unwrap();
+        let response = router(shared).oneshot(request).await.unwrap();
         let status = response.status();
         let body = to_bytes(response.into_body(), 1 << 20).await.unwrap();
         (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn is_not_ready_once_it_is_stopping() {
+        let shared = starting();
+        shared.stopping.store(true, Ordering::Relaxed);
+        let stopping = (StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned());
+        assert_eq!(get_from(shared, "/readyz").await, stopping);
     }
 
     #[tokio::test]

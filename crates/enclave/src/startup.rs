@@ -7,6 +7,7 @@
 //! The address is taken first, so that a port in use ends the start before a key is released.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,6 +16,7 @@ use axum::serve::ListenerExt as _;
 use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
 use casemate_engine::{Engine, EngineOptions};
+use casemate_listen::{Limits, Server};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -36,6 +38,8 @@ const QUOTE_TIMEOUT: Duration = Duration::from_secs(10);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
 /// How long running answers may take to finish after a request to stop.
 const GRACE: Duration = Duration::from_secs(20);
+/// Connections served at once, where the system grants as many descriptors.
+const CONNECTIONS: usize = 4096;
 
 /// Seconds since the Unix epoch by the system's clock.
 pub fn system_clock() -> u64 {
@@ -58,19 +62,27 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
     let shared = Arc::new(Shared {
         ready: OnceLock::new(),
+        stopping: AtomicBool::new(false),
         metrics: Arc::clone(&metrics),
         clock: system_clock,
     });
-    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     // A token must not wait for the next one to fill a packet.
     let listener = listener.tap_io(|stream| {
         let _ = stream.set_nodelay(true);
     });
-    let mut server = tokio::spawn(
-        axum::serve(listener, server::router(Arc::clone(&shared)))
-            .with_graceful_shutdown(wait_for(stopped))
-            .into_future(),
-    );
+    let limits = Limits {
+        connections: CONNECTIONS,
+        grace: GRACE,
+        ..Limits::default()
+    };
+    let connections = Server::new(limits.within_descriptors());
+    let server =
+        tokio::spawn(
+            connections.serve(listener, server::router(Arc::clone(&shared)), async {
+                let _ = stopped.await;
+            }),
+        );
     println!("listening on {bound}");
     std::io::stdout().flush()?;
 
@@ -89,8 +101,9 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
         GRACE.as_secs()
     );
     renewal.abort();
-    let _ = stop.send(true);
-    if tokio::time::timeout(GRACE, &mut server).await.is_err() {
+    shared.stopping.store(true, Ordering::Relaxed);
+    let _ = stop.send(());
+    if server.await.is_ok_and(|ended| ended.cut_off > 0) {
         warn!("answers were still running and are cut off");
     }
     Ok(())
@@ -227,10 +240,6 @@ async fn renew(serving: Arc<Serving>) {
             Err(error) => error!(%error, "keyset and credential could not be renewed"),
         }
     }
-}
-
-async fn wait_for(mut flag: tokio::sync::watch::Receiver<bool>) {
-    let _ = flag.wait_for(|stop| *stop).await;
 }
 
 async fn termination() {

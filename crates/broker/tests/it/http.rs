@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use casemate_attest::TeeKind;
-use casemate_broker::{api, server};
+use casemate_broker::api;
+use casemate_listen::{Ended, Limits, Server};
 use casemate_release::client::{Attested, Challenged, Exchange};
 use casemate_release::credential::VerifiedCredential;
 use casemate_release::issuance::{self, CredentialResponse, IssuanceChallenge};
@@ -24,7 +25,7 @@ struct Served {
     address: SocketAddr,
     client: Client,
     stop: oneshot::Sender<()>,
-    server: JoinHandle<()>,
+    server: JoinHandle<Ended>,
 }
 
 impl Served {
@@ -37,9 +38,11 @@ impl Served {
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
         let router = api::router_with(rig.broker.clone(), body_timeout);
-        let server = tokio::spawn(server::serve(listener, router, async {
-            let _ = stopped.await;
-        }));
+        let server = tokio::spawn(
+            Server::new(Limits::default()).serve(listener, router, async {
+                let _ = stopped.await;
+            }),
+        );
         let client = Client::builder().no_proxy().build().unwrap();
         Self {
             rig,
