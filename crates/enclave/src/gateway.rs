@@ -12,6 +12,7 @@ use casemate_channel::ohttp::{
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
+use crate::access::Caller;
 use crate::metrics::Metrics;
 use crate::serving::Serving;
 
@@ -84,7 +85,8 @@ impl Gateway {
     }
 
     async fn call(&self, request: Request<Bytes>) -> Response<Body> {
-        let request = request.map(Body::from);
+        let mut request = request.map(Body::from);
+        request.extensions_mut().insert(Caller::anonymous());
         match self.api.clone().oneshot(request).await {
             Ok(response) => response,
             Err(never) => match never {},

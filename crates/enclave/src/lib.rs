@@ -7,6 +7,7 @@
 //! | [`provision`] | conversations with the key broker |
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
+//! | [`access`] | who asks |
 //! | [`api`] | the OpenAI-compatible API behind that door |
 //! | [`hardening`], [`metrics`] | what the system granted, and counters |
 //!
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod api;
 pub mod config;
 pub mod gateway;
