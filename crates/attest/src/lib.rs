@@ -21,6 +21,7 @@ mod tcb_status;
 mod td_attributes;
 mod text;
 mod transcript;
+mod unique_json;
 mod unix_time;
 
 pub use appraisal::{
@@ -37,4 +38,5 @@ pub use reference::{Measurement, Reference, SgxIdentity, SgxMeasurement, TdMeasu
 pub use report_data::{ReportData, ReportDataError};
 pub use tcb_status::TcbStatus;
 pub use transcript::{Check, Status, Transcript};
+pub use unique_json::UniqueValue;
 pub use unix_time::{InvalidTime, UnixTime};

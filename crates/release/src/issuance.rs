@@ -7,9 +7,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use casemate_attest::Evidence;
+use casemate_attest::{Evidence, UniqueValue};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::error::{Malformed, ReleaseError, bounded};
 
@@ -79,7 +78,7 @@ struct WireRequest {
     nonce: String,
     service: String,
     keyset: String,
-    evidence: Value,
+    evidence: UniqueValue,
 }
 
 impl CredentialRequest {
@@ -94,7 +93,7 @@ impl CredentialRequest {
             nonce: STANDARD.encode(self.nonce),
             service: self.service.clone(),
             keyset: STANDARD.encode(&self.keyset),
-            evidence,
+            evidence: UniqueValue(evidence),
         };
         Ok(serde_json::to_vec(&wire).expect("a JSON value always serialises"))
     }
@@ -109,11 +108,12 @@ impl CredentialRequest {
             what: "credential request",
         })?;
         crate::encoding::check_name("credential request.service", &wire.service)?;
-        let evidence = Evidence::from_json(wire.evidence.to_string().as_bytes()).map_err(|_| {
-            Malformed::Json {
-                what: "credential request.evidence",
-            }
-        })?;
+        let evidence =
+            Evidence::from_json(wire.evidence.0.to_string().as_bytes()).map_err(|_| {
+                Malformed::Json {
+                    what: "credential request.evidence",
+                }
+            })?;
         let keyset = STANDARD
             .decode(&wire.keyset)
             .map_err(|_| Malformed::Base64 {
@@ -180,7 +180,7 @@ fn bytes32(what: &'static str, text: &str) -> Result<[u8; 32], Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -253,6 +253,36 @@ mod tests {
             CredentialRequest::parse(&long),
             Err(ReleaseError::Malformed(Malformed::TooLarge { .. }))
         ));
+    }
+
+    #[test]
+    fn refuses_repeated_members_at_every_depth() {
+        let text = String::from_utf8(request().to_json().unwrap()).unwrap();
+        for (member, repeated) in [
+            (r#""service":"#, r#""service":"smollm2","service":"#),
+            (r#""tee":"#, r#""tee":"sgx","tee":"#),
+            (r#""evidence":"#, r#""evidence":{},"evidence":"#),
+        ] {
+            let changed = text.replacen(member, repeated, 1);
+            assert_ne!(changed, text);
+            let what = "credential request";
+            let refused = CredentialRequest::parse(changed.as_bytes()).unwrap_err();
+            assert_eq!(refused, Malformed::Json { what }.into(), "{repeated}");
+        }
+    }
+
+    #[test]
+    fn every_single_byte_corruption_is_refused_or_another_request() {
+        let message = request().to_json().unwrap();
+        for at in 0..message.len() {
+            for mask in [0x01, 0x20, 0x80] {
+                let mut changed = message.clone();
+                changed[at] ^= mask;
+                if let Ok(parsed) = CredentialRequest::parse(&changed) {
+                    assert_ne!(parsed.to_json().unwrap(), message, "byte {at} ^ {mask:#x}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use aws_lc_rs::digest;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use casemate_attest::{Class, Denial, Evidence, ReportData, TeeKind};
+use casemate_attest::{Class, Denial, Evidence, ReportData, TeeKind, UniqueValue};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -48,7 +48,7 @@ pub struct Request {
     pub tee: String,
     /// `""`, or an object with `supported-hash-algorithms` and `tee-metadata`.
     #[serde(rename = "extra-params")]
-    pub extra_params: Value,
+    pub extra_params: UniqueValue,
 }
 
 impl Request {
@@ -62,7 +62,7 @@ impl Request {
         Self {
             version: VERSION.into(),
             tee: tee_name(tee).into(),
-            extra_params: json!({ SUPPORTED_HASHES: hashes }),
+            extra_params: UniqueValue(json!({ SUPPORTED_HASHES: hashes })),
         }
     }
 
@@ -84,7 +84,7 @@ impl Request {
             .into());
         }
         let tee = parse_tee(&request.tee)?;
-        let params = match &request.extra_params {
+        let params = match &request.extra_params.0 {
             Value::String(text) if text.is_empty() => return Ok((request, tee)),
             Value::Null => return Ok((request, tee)),
             Value::Object(params) => params,
@@ -122,7 +122,7 @@ pub struct Challenge {
     pub nonce: String,
     /// `""`, or an object with `selected-hash-algorithm`.
     #[serde(rename = "extra-params")]
-    pub extra_params: Value,
+    pub extra_params: UniqueValue,
 }
 
 impl Challenge {
@@ -130,7 +130,7 @@ impl Challenge {
     pub fn new(nonce: &[u8; NONCE_BYTES]) -> Self {
         Self {
             nonce: STANDARD.encode(nonce),
-            extra_params: json!({ SELECTED_HASH: HashAlgorithm::Sha384 }),
+            extra_params: UniqueValue(json!({ SELECTED_HASH: HashAlgorithm::Sha384 })),
         }
     }
 
@@ -142,7 +142,7 @@ impl Challenge {
         bounded("challenge", json, MAX_RESPONSE_BYTES)?;
         let challenge: Challenge = from_json("challenge", json)?;
         check_nonce(&challenge.nonce)?;
-        let algorithm = match challenge.extra_params.get(SELECTED_HASH) {
+        let algorithm = match challenge.extra_params.0.get(SELECTED_HASH) {
             None => HashAlgorithm::Sha384,
             Some(Value::String(name)) => HashAlgorithm::parse(name)?,
             Some(_) => {
@@ -276,7 +276,7 @@ pub struct PrimaryEvidence {
     /// Intel's collateral for the quote in the form of [`Evidence`]'s JSON. An extension: other
     /// brokers fetch collateral themselves and ignore this member.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub collateral: Option<Value>,
+    pub collateral: Option<UniqueValue>,
 }
 
 impl Attestation {
@@ -289,7 +289,7 @@ impl Attestation {
             .map_err(|_| ReleaseError::Misuse("evidence does not serialise"))?;
         let collateral = match value.get("collateral") {
             None | Some(Value::Null) => None,
-            Some(collateral) => Some(collateral.clone()),
+            Some(collateral) => Some(UniqueValue(collateral.clone())),
         };
         Ok(Self {
             init_data: None,
@@ -335,7 +335,7 @@ impl Attestation {
         let primary = &attestation.tee_evidence.primary_evidence;
         let mut evidence = json!({ "tee": tee_name(tee), "quote": primary.quote });
         if let Some(collateral) = &primary.collateral {
-            evidence["collateral"] = collateral.clone();
+            evidence["collateral"] = collateral.0.clone();
         }
         let evidence =
             Evidence::from_json(evidence.to_string().as_bytes()).map_err(|_| Malformed::Json {

@@ -1,5 +1,6 @@
 //! Request fields that chat and text completions share, with their ranges and the list of refused ones.
 
+use casemate_attest::UniqueValue;
 use casemate_engine::Sampling;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -150,7 +151,7 @@ pub(super) struct Fields {
     own: Map<String, Value>,
 }
 
-/// A JSON object in which a repeated key is an error instead of "the last one wins".
+/// A JSON object in which a repeated key, at any depth, is an error instead of "the last one wins".
 struct UniqueObject(Map<String, Value>);
 
 impl<'de> Deserialize<'de> for UniqueObject {
@@ -165,8 +166,8 @@ impl<'de> Deserialize<'de> for UniqueObject {
                 self,
                 mut access: A,
             ) -> Result<Self::Value, A::Error> {
-                let mut map = Map::new();
-                while let Some((key, value)) = access.next_entry::<String, Value>()? {
+                let mut map: Map<String, Value> = Map::new();
+                while let Some((key, UniqueValue(value))) = access.next_entry()? {
                     if map.insert(key, value).is_some() {
                         return Err(serde::de::Error::custom("a field is given twice"));
                     }

@@ -290,6 +290,101 @@ fn cookies_are_found_among_others_but_not_when_ambiguous() {
     assert_eq!(session_of_set_cookie("kbs-session-id=a\"b"), None);
 }
 
+/// A parser that takes the first of two and one that takes the last would read two messages.
+#[test]
+fn refuses_repeated_members_at_every_depth() {
+    let request = |extra: &str| {
+        let text = format!(r#"{{"version":"0.4.0","tee":"tdx","extra-params":{extra}}}"#);
+        Request::parse(text.as_bytes()).unwrap_err()
+    };
+    let what = "request";
+    for extra in [
+        r#"{"supported-hash-algorithms":["sha384"],"supported-hash-algorithms":["sha384"]}"#,
+        r#"{"tee-metadata":{"primary_tee":{"tee":"sgx","tee":"tdx"},"additional_tees":[]}}"#,
+        r#""","tee":"tdx""#,
+    ] {
+        assert_eq!(request(extra), Malformed::Json { what }.into(), "{extra}");
+    }
+    let what = "challenge";
+    for text in [
+        r#"{"nonce":"AA==","nonce":"AA==","extra-params":""}"#,
+        r#"{"nonce":"AA==","extra-params":{"selected-hash-algorithm":"sha256","selected-hash-algorithm":"sha384"}}"#,
+    ] {
+        let error = Challenge::parse(text.as_bytes()).unwrap_err();
+        assert_eq!(error, Malformed::Json { what }.into(), "{text}");
+    }
+    let what = "attestation";
+    let text = attestation().to_string();
+    for (member, repeated) in [
+        (r#""nonce":"#, r#""nonce":"AA==","nonce":"#),
+        (r#""kty":"#, r#""kty":"EC","kty":"#),
+        (r#""quote":"#, r#""quote":"AQID","quote":"#),
+        (
+            r#""quote":"#,
+            r#""collateral":{"a":{"b":1,"b":1}},"quote":"#,
+        ),
+    ] {
+        let changed = text.replacen(member, repeated, 1);
+        assert_ne!(changed, text);
+        let error = Attestation::parse(changed.as_bytes(), TeeKind::Tdx).unwrap_err();
+        assert_eq!(error, Malformed::Json { what }.into(), "{repeated}");
+    }
+}
+
+#[test]
+fn deep_nesting_is_malformed_and_harms_nothing() {
+    let deep = format!("{}1{}", "[".repeat(3000), "]".repeat(3000));
+    let text = format!(r#"{{"version":"0.4.0","tee":"tdx","extra-params":{deep}}}"#);
+    let error = Request::parse(text.as_bytes()).unwrap_err();
+    assert_eq!(error, Malformed::Json { what: "request" }.into());
+    let deep = format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000));
+    let collateral = format!(r#""collateral":{deep},"quote":"#);
+    let text = attestation()
+        .to_string()
+        .replacen(r#""quote":"#, &collateral, 1);
+    let error = Attestation::parse(text.as_bytes(), TeeKind::Tdx).unwrap_err();
+    assert_eq!(
+        error,
+        Malformed::Json {
+            what: "attestation"
+        }
+        .into()
+    );
+}
+
+/// Every byte of every message, three changes each: a panic nowhere, and what is still accepted was said differently.
+#[test]
+fn every_single_byte_corruption_of_a_message_is_refused_or_another_message() {
+    let messages: [(Vec<u8>, fn(&[u8]) -> Option<Value>); 4] = [
+        (
+            serde_json::to_vec(&Request::new(TeeKind::Tdx)).unwrap(),
+            |bytes| Some(serde_json::to_value(Request::parse(bytes).ok()?.0).unwrap()),
+        ),
+        (
+            serde_json::to_vec(&Challenge::new(&[7; 32])).unwrap(),
+            |bytes| Some(serde_json::to_value(Challenge::parse(bytes).ok()?.0).unwrap()),
+        ),
+        (attestation().to_string().into_bytes(), |bytes| {
+            Some(serde_json::to_value(Attestation::parse(bytes, TeeKind::Tdx).ok()?.0).unwrap())
+        }),
+        (br#"{"token":"a.b.c"}"#.to_vec(), |bytes| {
+            Some(serde_json::to_value(AttestResponse::parse(bytes).ok()?).unwrap())
+        }),
+    ];
+    for (message, parse) in messages {
+        let honest = parse(&message);
+        assert!(honest.is_some());
+        for at in 0..message.len() {
+            for mask in [0x01, 0x20, 0x80] {
+                let mut changed = message.clone();
+                changed[at] ^= mask;
+                // Between tokens one white space may stand for another; serde_json writes none.
+                assert_ne!(parse(&changed), honest, "byte {at} ^ {mask:#x}");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
