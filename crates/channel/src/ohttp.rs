@@ -28,6 +28,13 @@ pub use frames::{FRAME_BYTES, FRAME_DATA_BYTES, MINIMUM_FRAMES, padded_frames};
 pub use message::{MINIMUM_REQUEST_BYTES, MessageFault, padded_request_bytes};
 pub use server::{Keyring, NoFreeKeyId, PublicKeyConfig, ReceiveError, Received, Responder};
 
+/// What is around the ciphertext and what is inside of it, as pure functions: for fuzzers, and for whoever holds
+/// another implementation against this one.
+pub mod plain {
+    pub use super::chunks::{ChunkFault, ChunkReader, put, put_last};
+    pub use super::message::{AnswerDecoder, AnswerHead, decode_request, encode_request};
+}
+
 /// Media type of an encapsulated request.
 pub const REQUEST_MEDIA_TYPE: &str = "message/ohttp-chunked-req";
 /// Media type of an encapsulated answer.

@@ -15,7 +15,7 @@ const MAX_CHUNK: usize = MAX_CHUNK_PLAINTEXT + TAG_BYTES;
 
 /// Why bytes are not a sequence of chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ChunkFault {
+pub enum ChunkFault {
     /// A length out of range or not in its shortest form, or a last chunk that is too long.
     Malformed,
     /// The transport ended before the last chunk, or too early for it.
@@ -23,19 +23,19 @@ pub(super) enum ChunkFault {
 }
 
 /// Appends a chunk that is not the last.
-pub(super) fn put(chunk: &[u8], out: &mut Vec<u8>) {
+pub fn put(chunk: &[u8], out: &mut Vec<u8>) {
     put_varint(chunk.len() as u64, out);
     out.extend_from_slice(chunk);
 }
 
 /// Appends the last chunk.
-pub(super) fn put_last(chunk: &[u8], out: &mut Vec<u8>) {
+pub fn put_last(chunk: &[u8], out: &mut Vec<u8>) {
     out.push(0);
     out.extend_from_slice(chunk);
 }
 
 /// Splits a transport into chunks, whatever pieces its bytes come in.
-pub(super) struct ChunkReader {
+pub struct ChunkReader {
     state: State,
 }
 
@@ -48,15 +48,25 @@ enum State {
     Last(Vec<u8>),
 }
 
+impl Default for ChunkReader {
+    fn default() -> ChunkReader {
+        ChunkReader::new()
+    }
+}
+
 impl ChunkReader {
-    pub(super) fn new() -> ChunkReader {
+    /// A reader before the first byte.
+    pub fn new() -> ChunkReader {
         ChunkReader {
             state: State::Length(Vec::new()),
         }
     }
 
     /// Takes bytes and returns the chunks they complete, none of them the last.
-    pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<Vec<Vec<u8>>, ChunkFault> {
+    ///
+    /// # Errors
+    /// [`ChunkFault::Malformed`]; the reader is then not worth feeding.
+    pub fn push(&mut self, mut bytes: &[u8]) -> Result<Vec<Vec<u8>>, ChunkFault> {
         let mut chunks = Vec::new();
         while !bytes.is_empty() {
             match &mut self.state {
@@ -100,7 +110,10 @@ impl ChunkReader {
     }
 
     /// Says that the transport has ended, and returns the last chunk.
-    pub(super) fn finish(self) -> Result<Vec<u8>, ChunkFault> {
+    ///
+    /// # Errors
+    /// [`ChunkFault::Truncated`].
+    pub fn finish(self) -> Result<Vec<u8>, ChunkFault> {
         match self.state {
             State::Last(chunk) if chunk.len() >= TAG_BYTES => Ok(chunk),
             _ => Err(ChunkFault::Truncated),

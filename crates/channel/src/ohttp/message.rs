@@ -45,7 +45,10 @@ pub enum MessageFault {
 }
 
 /// Encodes and pads a request.
-pub(super) fn encode_request(request: &Request<Bytes>) -> Result<Vec<u8>, MessageFault> {
+///
+/// # Errors
+/// [`MessageFault`].
+pub fn encode_request(request: &Request<Bytes>) -> Result<Vec<u8>, MessageFault> {
     let path = request.uri().path_and_query().map_or("/", |p| p.as_str());
     let mut message = bhttp::Message::request(
         request.method().as_str().into(),
@@ -67,7 +70,10 @@ pub(super) fn encode_request(request: &Request<Bytes>) -> Result<Vec<u8>, Messag
 }
 
 /// Decodes a padded request.
-pub(super) fn decode_request(bytes: &[u8]) -> Result<Request<Bytes>, MessageFault> {
+///
+/// # Errors
+/// [`MessageFault`].
+pub fn decode_request(bytes: &[u8]) -> Result<Request<Bytes>, MessageFault> {
     if padded_request_bytes(bytes.len()) != bytes.len() {
         return Err(MessageFault::Padding);
     }
@@ -179,13 +185,15 @@ fn take_bytes(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// The head of an answer.
 #[derive(Debug)]
-pub(super) struct AnswerHead {
-    pub(super) status: StatusCode,
-    pub(super) headers: HeaderMap,
+pub struct AnswerHead {
+    /// Its status, 200 to 599.
+    pub status: StatusCode,
+    /// Its fields.
+    pub headers: HeaderMap,
 }
 
 /// Decodes an answer from its bytes in any pieces.
-pub(super) struct AnswerDecoder {
+pub struct AnswerDecoder {
     state: State,
 }
 
@@ -202,23 +210,30 @@ enum State {
     Done,
 }
 
+impl Default for AnswerDecoder {
+    fn default() -> AnswerDecoder {
+        AnswerDecoder::new()
+    }
+}
+
 impl AnswerDecoder {
-    pub(super) fn new() -> AnswerDecoder {
+    /// A decoder before the first byte.
+    pub fn new() -> AnswerDecoder {
         AnswerDecoder {
             state: State::Head(Vec::new()),
         }
     }
 
     /// Whether the whole message has been seen.
-    pub(super) fn is_done(&self) -> bool {
+    pub fn is_done(&self) -> bool {
         matches!(self.state, State::Done)
     }
 
-    /// Takes bytes until the head is complete and returns it; `rest` is what follows the head.
-    pub(super) fn head(
-        &mut self,
-        bytes: &[u8],
-    ) -> Result<Option<(AnswerHead, Vec<u8>)>, MessageFault> {
+    /// Takes bytes until the head is complete and returns it with what follows it.
+    ///
+    /// # Errors
+    /// [`MessageFault`].
+    pub fn head(&mut self, bytes: &[u8]) -> Result<Option<(AnswerHead, Vec<u8>)>, MessageFault> {
         let State::Head(buffer) = &mut self.state else {
             return Err(MessageFault::Encoding);
         };
@@ -235,7 +250,10 @@ impl AnswerDecoder {
     }
 
     /// Takes bytes after the head and returns the part of the body among them.
-    pub(super) fn body(&mut self, mut bytes: &[u8]) -> Result<Vec<u8>, MessageFault> {
+    ///
+    /// # Errors
+    /// [`MessageFault`].
+    pub fn body(&mut self, mut bytes: &[u8]) -> Result<Vec<u8>, MessageFault> {
         let mut body = Vec::new();
         while !bytes.is_empty() {
             match &mut self.state {
