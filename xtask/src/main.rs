@@ -1,4 +1,4 @@
-//! The two commands of the README: `cargo xtask demo` and `cargo xtask test`.
+//! The two commands of the README, `cargo xtask demo` and `cargo xtask test`, and two more: `fuzz` and `fetch`.
 //!
 //! Holds what a person or a build machine starts by hand: fetching models and tools, running every check, walking
 //! through a deployment. Holds no product code; nothing here is part of a released binary.
@@ -7,6 +7,7 @@
 
 mod demo;
 mod fetch;
+mod fuzz;
 mod licences;
 mod process;
 mod rooms;
@@ -31,6 +32,8 @@ enum Command {
     Demo(demo::Options),
     /// Install what the tests need, then check format, lints and licences and run every test
     Test(test::Options),
+    /// Run the fuzzers of `fuzz/` and report how far each got
+    Fuzz(fuzz::Options),
     /// Fetch the models that demo and tests use into the cache, and print where they are
     Fetch,
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Fetch => fetch_all(),
     };
     match result {

@@ -1,0 +1,158 @@
+//! What an enclave reads besides the model: its configuration, and the bodies of decrypted requests.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use casemate_container::signing::SigningKey;
+use casemate_container::{DataKey, SealOptions, SealedFile, Silent, seal};
+use casemate_enclave::api::{Api, router};
+use casemate_enclave::config::MeasuredConfig;
+use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_testkit::models::Tiny;
+use http::Request;
+use tokio::runtime::Runtime;
+use tower::ServiceExt;
+
+use crate::attest::NOW;
+use crate::scratch;
+
+/// A configuration file. What is accepted keeps its bytes: they are what is measured.
+pub(crate) fn config(data: &[u8]) {
+    match MeasuredConfig::parse(data.to_vec()) {
+        Ok(measured) => assert_eq!(measured.bytes, data),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+pub(crate) fn config_seeds() -> Vec<Vec<u8>> {
+    let key = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+    let head = format!(
+        "[service]\nname = \"m\"\nlisten = \"127.0.0.1:0\"\n[model]\npath = \"m.casemate\"\ncompute = \"int8\"\n\
+         threads = 2\nmax_context = 512\nmax_batch = 4\n[broker]\nurl = \"http://127.0.0.1:1\"\nissuer = \"{key}\"\n\
+         provider = \"{key}\"\nresource = \"default/model/m\"\n"
+    );
+    let tees = [
+        "[tee]\nbackend = \"quoting-service\"\nsocket = \"/run/s\"\n",
+        "[tee]\nbackend = \"configfs-tsm\"\ncollateral = \"c.json\"\n",
+    ];
+    tees.map(|tee| format!("{head}{tee}").into_bytes()).into()
+}
+
+/// A tiny model behind the API.
+struct Service {
+    runtime: Runtime,
+    router: Router,
+}
+
+impl Service {
+    fn new() -> Self {
+        let directory = scratch::directory();
+        let path = directory.path().join("tiny.casemate");
+        let (data_key, signing_key) = (DataKey::generate(), SigningKey::generate());
+        let tiny = Tiny {
+            hidden: 32,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            ffn: 32,
+            context: 64,
+            ..Tiny::default()
+        };
+        let options = SealOptions {
+            version: 1,
+            ..SealOptions::default()
+        };
+        seal(
+            &tiny.build(),
+            &options,
+            &data_key,
+            &signing_key,
+            &path,
+            &Silent,
+        )
+        .expect("a sealed model");
+        let file = SealedFile::open(&path).expect("a sealed model");
+        let unlocked = file.unlock(&data_key, &signing_key.verifying_key());
+        let model = unlocked
+            .and_then(|u| u.load(1, &Silent))
+            .expect("a sealed model");
+        let options = EngineOptions {
+            compute: Compute::F32,
+            threads: 1,
+            max_context: 64,
+            max_batch: 4,
+            max_waiting: 16,
+            kv_bytes: None,
+        };
+        let engine = Engine::load(model, &options, &Silent).expect("a tiny engine");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        Service {
+            runtime: runtime.expect("a runtime"),
+            router: router(Api::new(engine, "tiny".into(), "fp_0".into(), || NOW)),
+        }
+    }
+}
+
+/// Answers that are not the service's fault.
+const EXPECTED: [u16; 7] = [200, 400, 404, 413, 415, 422, 503];
+
+/// The body of a request; the first byte chooses between chat and completions. The answer is one of the documented
+/// ones and JSON or events, in time.
+pub(crate) fn api(data: &[u8]) {
+    static SERVICE: LazyLock<Service> = LazyLock::new(Service::new);
+    let (which, body) = data.split_first().unwrap_or((&0, &[]));
+    let path = match which % 2 {
+        0 => "/v1/chat/completions",
+        _ => "/v1/completions",
+    };
+    let request = Request::post(path)
+        .header("content-type", "application/json")
+        .body(Body::from(body.to_vec()))
+        .expect("a plain request");
+    let answer = async {
+        let response = SERVICE
+            .router
+            .clone()
+            .oneshot(request)
+            .await
+            .expect("a router answers");
+        let (head, body) = response.into_parts();
+        (
+            head,
+            to_bytes(body, 16 << 20).await.expect("a whole answer"),
+        )
+    };
+    let answer = SERVICE
+        .runtime
+        .block_on(async { tokio::time::timeout(Duration::from_secs(30), answer).await });
+    let (head, body) = answer.expect("an answer in time");
+    assert!(EXPECTED.contains(&head.status.as_u16()), "{}", head.status);
+    let events = head
+        .headers
+        .get("content-type")
+        .is_some_and(|t| t == "text/event-stream");
+    if events {
+        assert!(body.ends_with(b"data: [DONE]\n\n"));
+    } else {
+        serde_json::from_slice::<serde_json::Value>(&body).expect("a JSON answer");
+    }
+}
+
+pub(crate) fn api_seeds() -> Vec<Vec<u8>> {
+    let chat = r#"{"model":"tiny","messages":[{"role":"system","content":"a"},{"role":"user","content":[{"type":"text",
+        "text":"b"}]}],"max_tokens":3,"stream":true,"stream_options":{"include_usage":true},"temperature":0.5,"top_p":0.9,
+        "top_k":5,"min_p":0.1,"presence_penalty":1,"frequency_penalty":-1,"repetition_penalty":1.1,"seed":7,"n":2,
+        "stop":["x","y"]}"#;
+    let tools = r#"{"model":"tiny","messages":[{"role":"user","content":"b"}],"max_completion_tokens":2,"logprobs":true,
+        "top_logprobs":2,"logit_bias":{"5":-100},"response_format":{"type":"json_object"},"tools":[{"type":"function",
+        "function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto"}"#;
+    let text = r#"{"model":"tiny","prompt":["a","b"],"max_tokens":2,"stop":"z","logprobs":1,"echo":false}"#;
+    let tokens = r#"{"model":"tiny","prompt":[[1,2],[3]],"max_tokens":1}"#;
+    [(0, chat), (0, tools), (1, text), (1, tokens)]
+        .map(|(which, body)| [&[which], body.as_bytes()].concat())
+        .into()
+}

@@ -1,0 +1,74 @@
+//! Every byte of every signed, encrypted or chained object changed: nothing panics, and nothing that was changed counts
+//! as what it was. What "counts as" means is in each target; for all but the following it is that nothing changed is
+//! accepted at all.
+//!
+//! | object | changes that are accepted, and why they are harmless |
+//! |---|---|
+//! | quote, PEM chains | white space, the zero byte behind a quote, text around certificates: the claims are the same |
+//! | JWE | none of these change the payload |
+//! | attestation response | inside the collateral as above; keyset and credential are the same |
+
+use casemate_fuzzing::walks;
+
+/// Changes `step`th bytes of what belongs to `target`, each with every mask.
+fn walk(target: &str, step: usize, masks: &[u8]) {
+    let found: Vec<_> = walks()
+        .into_iter()
+        .filter(|walk| walk.target == target)
+        .collect();
+    assert!(!found.is_empty());
+    for walk in found {
+        eprintln!("{target}: {} of {} bytes", walk.what, walk.len);
+        for at in (0..walk.len).step_by(step) {
+            masks.iter().for_each(|&mask| walk.flip(at, mask));
+        }
+    }
+}
+
+const BITS: [u8; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+
+#[test]
+fn no_corrupted_container_opens() {
+    walk("container_damage", 1, &BITS);
+}
+
+#[test]
+fn no_corrupted_grant_is_accepted() {
+    walk("grant", 1, &BITS);
+}
+
+#[test]
+fn no_corrupted_credential_is_accepted() {
+    walk("credential", 1, &BITS);
+}
+
+#[test]
+fn no_corrupted_jwe_yields_another_payload() {
+    walk("jwe", 1, &BITS);
+}
+
+#[test]
+fn no_corrupted_log_entry_continues_its_chain() {
+    walk("broker_log", 1, &BITS);
+}
+
+#[test]
+fn no_corrupted_request_is_received() {
+    walk("ohttp_request", 1, &[0x01]);
+}
+
+#[test]
+fn no_corrupted_answer_is_believed() {
+    walk("ohttp_answer", 1, &[0x01]);
+}
+
+/// Verification costs milliseconds here, so it is every third byte; `appraisal` and `service_damage` in `fuzz/` go on.
+#[test]
+fn no_corrupted_evidence_changes_a_claim() {
+    walk("appraisal", 3, &[0x04]);
+}
+
+#[test]
+fn no_corrupted_service_is_another_service() {
+    walk("service_damage", 7, &[0x01]);
+}
