@@ -52,6 +52,33 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
     ),
 ];
 
+/// Packages that read what strangers send, and libraries that decompress: a few bytes must stay a few bytes.
+const COMPRESSION_FREE: &[&str] = &[
+    "casemate-enclave",
+    "casemate-broker",
+    "casemate-cli",
+    "casemate-channel",
+    "casemate-release",
+    "casemate-import",
+];
+const DECOMPRESSORS: &[&str] = &[
+    "async-compression",
+    "brotli",
+    "brotli-decompressor",
+    "bzip2",
+    "compression-codecs",
+    "flate2",
+    "libz-sys",
+    "lz4_flex",
+    "miniz_oxide",
+    "ruzstd",
+    "snap",
+    "xz2",
+    "zlib-rs",
+    "zstd",
+    "zstd-safe",
+];
+
 /// The one room that may hold `unsafe`.
 const UNSAFE_ROOM: &str = "kernels";
 
@@ -65,6 +92,17 @@ pub(crate) fn check() -> Result<usize> {
             .filter(|name| linked.iter().any(|l| l == *name))
         {
             broken.push(format!("{package} links {name}: {why}"));
+        }
+    }
+    for package in COMPRESSION_FREE {
+        let linked = linked_by(package)?;
+        for name in DECOMPRESSORS
+            .iter()
+            .filter(|name| linked.iter().any(|l| l == *name))
+        {
+            broken.push(format!(
+                "{package} links {name}: nothing decompresses what strangers send"
+            ));
         }
     }
     let mut rooms = 0;
@@ -92,7 +130,7 @@ pub(crate) fn check() -> Result<usize> {
             broken.join("\n  ")
         );
     }
-    Ok(UNREACHABLE.len() + rooms)
+    Ok(UNREACHABLE.len() + COMPRESSION_FREE.len() + rooms)
 }
 
 /// Names of all packages that `package` links.
