@@ -111,13 +111,16 @@ impl Engine {
             .ok_or(LoadError::MissingAsset {
                 name: "tokenizer.json",
             })?;
-        let tokenizer =
-            Tokenizer::from_json(json, config.vocab, config.bos.filter(|_| config.add_bos))?;
+        let control: Vec<u32> = config.bos.iter().chain(&config.eos).copied().collect();
+        let bos = config.bos.filter(|_| config.add_bos);
+        let tokenizer = Tokenizer::for_model(json, config.vocab, bos, &control)?;
         let name = |id: Option<u32>| id.and_then(|id| tokenizer.token_name(id));
         let chat = model
             .asset("chat_template.jinja")
             .map(|source| {
-                ChatTemplate::new(source, name(config.bos), name(config.eos.first().copied()))
+                let eos = name(config.eos.first().copied());
+                let control = tokenizer.control_names().clone();
+                ChatTemplate::new(source, name(config.bos), eos, control)
             })
             .transpose()?;
 

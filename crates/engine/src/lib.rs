@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chat;
+mod control;
 mod dequant;
 mod engine;
 mod error;
@@ -28,6 +29,7 @@ mod tokenizer;
 mod weights;
 
 pub use chat::{ChatError, ChatMessage, ChatTemplate};
+pub use control::{ControlNames, Prompt};
 pub use engine::{Engine, EngineOptions, Stats};
 pub use error::{LoadError, RequestError, SubmitError};
 pub use request::{

@@ -1,17 +1,23 @@
 //! Text to token ids and back. Encoding is the `tokenizers` library's; decoding uses a table of
 //! each token's bytes made once at load, so that a stream of tokens costs no search and never cuts
-//! a character. It holds no chat format: see [`crate::chat`].
+//! a character. Ordinary text never becomes a control token; how a chat template's text does is
+//! [`crate::control`]'s. It holds no chat format: see [`crate::chat`].
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::Value;
+
+use crate::control::{ControlNames, Prompt, plain};
 
 /// The model's tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer(Arc<Inner>);
 
 struct Inner {
+    /// Knows control tokens by their internal names only.
     encoder: tokenizers::Tokenizer,
+    control: ControlNames,
     /// Prepended by `encode` with `add_special`, unless the tokenizer's own rules did so.
     bos: Option<u32>,
     pieces: Pieces,
@@ -34,6 +40,11 @@ pub enum TokenizerError {
         /// The model's vocabulary.
         vocab: u32,
     },
+    /// A control token could not be told from ordinary text.
+    #[error(
+        "tokenizer.json has a control token whose name is a single character, or too many of them"
+    )]
+    ControlName,
     /// The text could not be encoded.
     #[error("the text cannot be encoded")]
     Encode,
@@ -46,33 +57,64 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError`]: the file is malformed, unsupported, or does not belong to this model.
     pub fn from_json(json: &[u8], vocab: u32, bos: Option<u32>) -> Result<Self, TokenizerError> {
+        Self::for_model(json, vocab, bos, &[])
+    }
+
+    /// As [`Self::from_json`]; the tokens in `control` are control tokens even if the file does not
+    /// say so.
+    ///
+    /// # Errors
+    /// As [`Self::from_json`].
+    pub fn for_model(
+        json: &[u8],
+        vocab: u32,
+        bos: Option<u32>,
+        control: &[u32],
+    ) -> Result<Self, TokenizerError> {
         let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(e.to_string());
-        let parsed: Value = serde_json::from_slice(json).map_err(|e| malformed(&e))?;
+        let mut parsed: Value = serde_json::from_slice(json).map_err(|e| malformed(&e))?;
         let decoder = DecoderRules::from_json(&parsed["decoder"])?;
+        let control = ControlNames::new(control_names(&parsed, control))
+            .ok_or(TokenizerError::ControlName)?;
+        hide_control_tokens(&mut parsed, &control);
+        let json = serde_json::to_vec(&parsed).map_err(|e| malformed(&e))?;
         drop(parsed);
-        let mut encoder = tokenizers::Tokenizer::from_bytes(json).map_err(|e| malformed(&e))?;
+        let mut encoder = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| malformed(&e))?;
         // Some published files carry the limits of a training run; a prompt must never be cut or
         // padded silently.
         encoder.with_truncation(None).map_err(|e| malformed(&e))?;
         encoder.with_padding(None);
-        let pieces = Pieces::new(&encoder, &decoder, vocab)?;
+        let pieces = Pieces::new(&encoder, &decoder, &control, vocab)?;
         if let Some(bos) = bos.filter(|&b| b >= vocab) {
             return Err(TokenizerError::IdOutsideVocabulary { id: bos, vocab });
         }
         Ok(Self(Arc::new(Inner {
             encoder,
+            control,
             bos,
             pieces,
         })))
     }
 
-    /// The token ids of `text`. Names of special tokens in the text become those tokens, as chat
-    /// templates need. `add_special` puts the beginning-of-sequence token first where the model
-    /// wants one.
+    /// The token ids of ordinary text. It never becomes a control token, whatever it spells.
+    /// `add_special` puts the beginning-of-sequence token first where the model wants one.
     ///
     /// # Errors
     /// [`TokenizerError::Encode`]: the tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_translated(&plain(text), add_special)
+    }
+
+    /// The token ids of a rendered conversation: names of control tokens that the template wrote
+    /// become those tokens, names in the text of clients do not. Nothing is added.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_translated(&self.0.control.translate(prompt), false)
+    }
+
+    fn encode_translated(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self
             .0
             .encoder
@@ -88,6 +130,12 @@ impl Tokenizer {
             }
             _ => Ok(ids.to_vec()),
         }
+    }
+
+    /// The names that text cannot use.
+    #[must_use]
+    pub fn control_names(&self) -> &ControlNames {
+        &self.0.control
     }
 
     /// The text of `ids`, special tokens left out. Bytes that are not UTF-8 become U+FFFD; unknown
@@ -116,13 +164,16 @@ impl Tokenizer {
     /// The token's name in the vocabulary, such as `<|im_end|>`.
     #[must_use]
     pub fn token_name(&self, id: u32) -> Option<String> {
-        self.0.encoder.id_to_token(id)
+        let name = self.0.encoder.id_to_token(id)?;
+        let known = self.0.control.name(&name).map(str::to_owned);
+        Some(known.unwrap_or(name))
     }
 
     /// The id of the token with this name.
     #[must_use]
     pub fn token_id(&self, name: &str) -> Option<u32> {
-        self.0.encoder.token_to_id(name)
+        let internal = self.0.control.internal(name);
+        self.0.encoder.token_to_id(internal.unwrap_or(name))
     }
 
     /// A decoder for one answer that continues a prompt.
@@ -177,6 +228,83 @@ impl StreamDecoder {
     }
 }
 
+/// The names of the tokens that the file calls special and of those in `ids`.
+fn control_names(file: &Value, ids: &[u32]) -> BTreeSet<String> {
+    let added = file["added_tokens"].as_array().into_iter().flatten();
+    let mut names: BTreeSet<String> = added
+        .filter(|token| {
+            let id = token["id"].as_u64();
+            token["special"] == true || ids.iter().any(|&control| id == Some(control.into()))
+        })
+        .filter_map(|token| token["content"].as_str().map(str::to_owned))
+        .filter(|name| !name.is_empty())
+        .collect();
+    if let Some(vocab) = file["model"]["vocab"].as_object() {
+        let listed = |id: &Value| ids.iter().any(|&control| *id == control);
+        names.extend(
+            vocab
+                .iter()
+                .filter(|(_, id)| listed(id))
+                .map(|(name, _)| name.clone()),
+        );
+    }
+    names
+}
+
+/// Gives every control token its internal name, so that nothing else stands for it: ids stay, and
+/// merges that would spell one are left out.
+fn hide_control_tokens(file: &mut Value, control: &ControlNames) {
+    for token in file["added_tokens"].as_array_mut().into_iter().flatten() {
+        if let Some(internal) = token["content"]
+            .as_str()
+            .and_then(|name| control.internal(name))
+        {
+            token["content"] = internal.into();
+            // The internal name is put in after clients had their say: it is never normalized text.
+            token["normalized"] = false.into();
+        }
+    }
+    let model = &mut file["model"];
+    if let Some(internal) = model["unk_token"]
+        .as_str()
+        .and_then(|name| control.internal(name))
+    {
+        model["unk_token"] = internal.into();
+    }
+    match &mut model["vocab"] {
+        Value::Object(vocab) => {
+            *vocab = std::mem::take(vocab)
+                .into_iter()
+                .map(|(name, id)| match control.internal(&name) {
+                    Some(internal) => (internal.to_owned(), id),
+                    None => (name, id),
+                })
+                .collect();
+        }
+        Value::Array(pieces) => {
+            for piece in pieces {
+                if let Some(internal) = piece[0].as_str().and_then(|name| control.internal(name)) {
+                    piece[0] = internal.into();
+                }
+            }
+        }
+        _ => {}
+    }
+    if let Some(merges) = model["merges"].as_array_mut() {
+        merges.retain(|merge| {
+            let parts = match merge {
+                Value::String(pair) => pair.split_once(' '),
+                pair => pair[0].as_str().zip(pair[1].as_str()),
+            };
+            parts.is_none_or(|(left, right)| {
+                [left, right, &format!("{left}{right}")]
+                    .iter()
+                    .all(|name| control.internal(name).is_none())
+            })
+        });
+    }
+}
+
 /// Each token's bytes, end to end.
 struct Pieces {
     bytes: Vec<u8>,
@@ -190,6 +318,7 @@ impl Pieces {
     fn new(
         encoder: &tokenizers::Tokenizer,
         rules: &DecoderRules,
+        control: &ControlNames,
         vocab: u32,
     ) -> Result<Self, TokenizerError> {
         if let Some(&id) = encoder
@@ -200,15 +329,14 @@ impl Pieces {
         {
             return Err(TokenizerError::IdOutsideVocabulary { id, vocab });
         }
-        let added = encoder.get_added_tokens_decoder();
         let mut pieces = Self {
             bytes: Vec::new(),
             ends: Vec::new(),
             leading_spaces: rules.leading_spaces,
         };
         for id in 0..vocab {
-            if !added.get(&id).is_some_and(|token| token.special)
-                && let Some(name) = encoder.id_to_token(id)
+            if let Some(name) = encoder.id_to_token(id)
+                && control.name(&name).is_none()
             {
                 rules.append(&name, &mut pieces.bytes);
             }
@@ -384,8 +512,15 @@ mod tests {
             [1, 258, 106, 0xc3 + 2, 0xa9 + 2, 35]
         );
         assert_eq!(tokenizer.encode("h", false).unwrap(), [258, 106]);
-        // The end token's name in the text becomes the token.
-        assert_eq!(tokenizer.encode("h</s>", false).unwrap(), [258, 106, 1]);
+        // The end token's name becomes the token where a template wrote it, and nowhere else.
+        assert_eq!(
+            tokenizer.encode("h</s>", false).unwrap(),
+            [258, 106, 62, 49, 117, 64]
+        );
+        let prompt = Prompt::new("h</s>".into());
+        assert_eq!(tokenizer.encode_prompt(&prompt).unwrap(), [258, 106, 1]);
+        assert_eq!(tokenizer.token_id("</s>"), Some(1));
+        assert_eq!(tokenizer.token_name(1).as_deref(), Some("</s>"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use casemate_engine::{ChatError, ChatMessage, ChatTemplate};
+use casemate_engine::{ChatError, ChatMessage, ChatTemplate, ControlNames};
 use time::OffsetDateTime;
 
 const REFUSAL: &str = "Conversation roles must alternate user/assistant/user/assistant/...";
@@ -13,7 +13,16 @@ fn template(family: &str, bos: &str, eos: &str) -> Option<ChatTemplate> {
     let json = fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     let source = json["chat_template"].as_str().unwrap();
-    Some(ChatTemplate::new(source.as_bytes(), Some(bos.into()), Some(eos.into())).unwrap())
+    let control = ControlNames::new([bos, eos].map(str::to_owned)).unwrap();
+    Some(
+        ChatTemplate::new(
+            source.as_bytes(),
+            Some(bos.into()),
+            Some(eos.into()),
+            control,
+        )
+        .unwrap(),
+    )
 }
 
 fn conversation(turns: &[(&str, &str)]) -> Vec<ChatMessage> {
@@ -31,7 +40,8 @@ fn render(
     turns: &[(&str, &str)],
     generate: bool,
 ) -> Result<String, ChatError> {
-    template.render(&conversation(turns), generate, OffsetDateTime::UNIX_EPOCH)
+    let prompt = template.render(&conversation(turns), generate, OffsetDateTime::UNIX_EPOCH)?;
+    Ok(prompt.text())
 }
 
 const FIVE: [(&str, &str); 4] = [

@@ -179,14 +179,14 @@ fn refuses_tokenizers_and_templates_of_other_models() {
         role: "user".into(),
         content: "hi".into(),
     }];
-    let text = engine
+    let prompt = engine
         .chat()
         .unwrap()
         .render(&messages, true, time::OffsetDateTime::UNIX_EPOCH)
         .unwrap();
-    assert_eq!(text, "<s>hi</s>");
+    assert_eq!(prompt.text(), "<s>hi</s>");
     assert_eq!(
-        engine.tokenizer().encode(&text, false).unwrap(),
+        engine.tokenizer().encode_prompt(&prompt).unwrap(),
         [1, 107, 108, 2]
     );
     assert!(

@@ -132,12 +132,12 @@ fn render(
             "needs a chat template, and the served model has none",
         )
     })?;
-    let text = template
+    let prompt = template
         .render(messages, true, now)
         .map_err(|error| ApiError::value("messages", error))?;
-    // The template writes the special tokens itself, the beginning-of-sequence token included.
+    // The template writes the control tokens itself, the beginning-of-sequence token included.
     engine
         .tokenizer()
-        .encode(&text, false)
+        .encode_prompt(&prompt)
         .map_err(|error| ApiError::value("messages", error))
 }

@@ -1,0 +1,274 @@
+//! Control tokens and who may write them. A model's control tokens (`<|im_end|>`, `</s>`) are what
+//! separates the roles of a conversation; whoever writes one speaks for another role. So their names
+//! mean nothing in ordinary text: the encoder is loaded with each control token under an internal
+//! name, which text cannot hold, and only what a chat template itself wrote is translated to it.
+//!
+//! To tell a template's text from the text of clients, every string of a client is marked before
+//! the template sees it: U+FDD2 is put inside of whatever spells a control token, or could become a
+//! part of one beside other text. Marked names are not translated, and marks are removed before
+//! encoding, so the text of both is tokenized together, exactly as without marks.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+
+/// Begins an internal name. This and the next two are noncharacters, which Unicode keeps for
+/// internal use; in text of clients they become U+FFFD.
+const BEGIN: char = '\u{fdd0}';
+const END: char = '\u{fdd1}';
+/// Says that the text around it is a client's.
+const MARK: char = '\u{fdd2}';
+
+/// The names of a model's control tokens. Cheap to clone.
+#[derive(Clone)]
+pub struct ControlNames(Arc<Names>);
+
+struct Names {
+    /// In the order of their internal names.
+    names: Vec<String>,
+    internal: Vec<String>,
+    /// Finds what the encoder must see as a control token: the longest name that begins first.
+    exact: AhoCorasick,
+    /// Finds every name, overlapping ones too, in any case of its letters: templates may change it.
+    any_case: AhoCorasick,
+}
+
+impl ControlNames {
+    /// Names in any order; repeated ones count once. `None` if one is a single character, which
+    /// cannot be told from ordinary text, or if there are more than can be searched for.
+    #[must_use]
+    pub fn new(names: impl IntoIterator<Item = String>) -> Option<Self> {
+        let names: Vec<String> = names
+            .into_iter()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        if names.iter().any(|name| name.chars().nth(1).is_none()) {
+            return None;
+        }
+        let exact = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(&names)
+            .ok()?;
+        let any_case = AhoCorasick::builder()
+            .ascii_case_insensitive(true)
+            .build(&names)
+            .ok()?;
+        let internal = (0..names.len()).map(|n| format!("{BEGIN}{n}{END}"));
+        Some(Self(Arc::new(Names {
+            internal: internal.collect(),
+            names,
+            exact,
+            any_case,
+        })))
+    }
+
+    /// No names at all.
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self::new([]).expect("nothing is searched for")
+    }
+
+    /// Whether this is the name of a control token.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.internal(name).is_some()
+    }
+
+    /// The internal name of a control token.
+    pub(crate) fn internal(&self, name: &str) -> Option<&str> {
+        let at = self.0.names.binary_search_by(|n| n.as_str().cmp(name));
+        at.ok().map(|at| self.0.internal[at].as_str())
+    }
+
+    /// The name behind an internal one.
+    pub(crate) fn name(&self, internal: &str) -> Option<&str> {
+        let number = internal.strip_prefix(BEGIN)?.strip_suffix(END)?;
+        let at: usize = number.parse().ok()?;
+        self.0.names.get(at).map(String::as_str)
+    }
+
+    /// A client's text as a template may see it.
+    pub(crate) fn guard<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let text = plain(text);
+        let mut cuts: Vec<usize> = self
+            .0
+            .any_case
+            .find_overlapping_iter(&*text)
+            .map(|found| after_first_char(&text, found.start()))
+            .collect();
+        // What is a name only together with what a template puts before or behind it, after
+        // trimming perhaps.
+        let trimmed = text.trim_end();
+        if self
+            .0
+            .names
+            .iter()
+            .any(|name| ends_with_beginning(trimmed, name))
+        {
+            cuts.push(trimmed.len());
+        }
+        let start = text.len() - text.trim_start().len();
+        if self
+            .0
+            .names
+            .iter()
+            .any(|name| begins_with_end(&text[start..], name))
+        {
+            cuts.push(start);
+        }
+        if cuts.is_empty() {
+            return text;
+        }
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut guarded = String::with_capacity(text.len() + cuts.len() * MARK.len_utf8());
+        let mut from = 0;
+        for cut in cuts {
+            guarded.push_str(&text[from..cut]);
+            guarded.push(MARK);
+            from = cut;
+        }
+        guarded.push_str(&text[from..]);
+        Cow::Owned(guarded)
+    }
+
+    /// What the encoder reads for a prompt: internal names where the template wrote control tokens,
+    /// and no marks.
+    pub(crate) fn translate(&self, prompt: &Prompt) -> String {
+        let mut text = self.0.exact.replace_all(&prompt.0, &self.0.internal);
+        text.retain(|c| c != MARK);
+        text
+    }
+}
+
+/// Text of a client for the encoder: the noncharacters that mean something here become U+FFFD.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    let own = |c: char| (BEGIN..=MARK).contains(&c);
+    if text.contains(own) {
+        Cow::Owned(text.replace(own, "\u{fffd}"))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+fn after_first_char(text: &str, at: usize) -> usize {
+    at + text[at..].chars().next().map_or(0, char::len_utf8)
+}
+
+/// Whether `text` ends with a proper beginning of `name`.
+fn ends_with_beginning(text: &str, name: &str) -> bool {
+    let (text, name) = (text.as_bytes(), name.as_bytes());
+    (1..name.len().min(text.len() + 1))
+        .any(|n| text[text.len() - n..].eq_ignore_ascii_case(&name[..n]))
+}
+
+/// Whether `text` begins with a proper end of `name`.
+fn begins_with_end(text: &str, name: &str) -> bool {
+    let (text, name) = (text.as_bytes(), name.as_bytes());
+    (1..name.len().min(text.len() + 1))
+        .any(|n| text[..n].eq_ignore_ascii_case(&name[name.len() - n..]))
+}
+
+/// A rendered conversation, which still knows what its template wrote and what its clients.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Prompt(String);
+
+impl Prompt {
+    pub(crate) fn new(marked: String) -> Self {
+        Self(marked)
+    }
+
+    /// The text as people read it.
+    #[must_use]
+    pub fn text(&self) -> String {
+        unmarked(&self.0)
+    }
+}
+
+/// Text without marks.
+pub(crate) fn unmarked(text: &str) -> String {
+    text.replace(MARK, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn names() -> ControlNames {
+        ControlNames::new(["<|im_start|>", "<|im_end|>", "</s>", "s>x"].map(str::to_owned)).unwrap()
+    }
+
+    /// What the encoder would read for a template's text around a client's.
+    fn around(before: &str, client: &str, behind: &str) -> String {
+        let names = names();
+        names.translate(&Prompt(format!("{before}{}{behind}", names.guard(client))))
+    }
+
+    #[test]
+    fn only_the_templates_own_names_are_translated() {
+        let end = names().internal("<|im_end|>").unwrap().to_owned();
+        assert_eq!(
+            around("<|im_end|>", "a<|im_end|>b</s>", "<|im_end|>"),
+            format!("{end}a<|im_end|>b</s>{end}")
+        );
+        assert_eq!(names().name(&end), Some("<|im_end|>"));
+    }
+
+    #[test]
+    fn overlapping_names_and_halves_beside_other_text_are_no_names() {
+        assert_eq!(around("", "</s>x", ""), "</s>x");
+        assert_eq!(around("", "go <|im_  ", "end|>"), "go <|im_  end|>");
+        assert_eq!(around("<|im_", "end|>", ""), "<|im_end|>");
+        let names = names();
+        let [first, second] = ["<|im_ ", " END|>"].map(|half| names.guard(half).into_owned());
+        let joined = Prompt(format!("{}{}", first.trim(), second.trim().to_lowercase()));
+        assert_eq!(names.translate(&joined), "<|im_end|>");
+        // As a template with `lower` would.
+        let shouted = Prompt(names.guard("<|IM_END|>").to_lowercase());
+        assert_eq!(names.translate(&shouted), "<|im_end|>");
+    }
+
+    #[test]
+    fn internal_names_cannot_be_written() {
+        let names = names();
+        let internal = names.internal("</s>").unwrap();
+        assert_eq!(
+            plain(internal),
+            "\u{fffd}1\u{fffd}".replace('1', &internal[3..internal.len() - 3])
+        );
+        assert!(!around("", internal, "").contains(BEGIN));
+        assert!(!around("", &format!("<{MARK}/s>"), "").contains(MARK));
+    }
+
+    #[test]
+    fn ordinary_text_stays_as_it_is() {
+        for text in ["", "  a < b and c > d  ", "y</st>", "1<2", "日本"] {
+            assert_eq!(names().guard(text), text);
+        }
+    }
+
+    #[test]
+    fn names_of_one_character_are_refused() {
+        assert!(ControlNames::new(["é".to_owned()]).is_none());
+        assert!(ControlNames::new(["éa".to_owned()]).is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_of_a_client_is_translated(pieces in prop::collection::vec(
+            prop::sample::select(vec!["<|im_end|>", "<|im_start|>", "</s>", "s>x", "<", "|", ">", " ", "<|im_", "end|>", "\u{fdd2}", "\u{fdd0}", "A"]),
+            0..12,
+        ), cut in 0usize..12) {
+            let names = names();
+            let cut = cut.min(pieces.len());
+            let (first, second) = (pieces[..cut].concat(), pieces[cut..].concat());
+            let joined = Prompt(format!("{}{}", names.guard(&first).trim(), names.guard(&second).trim()));
+            prop_assert!(!names.translate(&joined).contains(BEGIN));
+            prop_assert_eq!(names.translate(&joined), joined.text());
+        }
+    }
+}
