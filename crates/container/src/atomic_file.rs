@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 /// Who may read the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// 0600.
     OwnerOnly,
     /// 0644, less the process's umask.
@@ -21,7 +21,7 @@ pub(crate) enum Mode {
 
 /// What may already stand where the file is to appear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Replace {
+pub enum Replace {
     /// Nothing: `AlreadyExists` otherwise, also when it appears while this file is being written.
     Nothing,
     /// A file, which stays as it is until the new one is complete.
@@ -30,7 +30,7 @@ pub(crate) enum Replace {
 
 /// A file in the making. Dropped before [`Self::commit`], it leaves no trace.
 #[derive(Debug)]
-pub(crate) struct AtomicFile {
+pub struct AtomicFile {
     file: File,
     temporary: PathBuf,
     target: PathBuf,
@@ -39,7 +39,11 @@ pub(crate) struct AtomicFile {
 }
 
 impl AtomicFile {
-    pub(crate) fn create(target: &Path, replace: Replace, mode: Mode) -> io::Result<Self> {
+    /// Begins to write beside `target`.
+    ///
+    /// # Errors
+    /// When the directory cannot be written, or `target` exists and must not be replaced.
+    pub fn create(target: &Path, replace: Replace, mode: Mode) -> io::Result<Self> {
         // Early, so that nobody waits for minutes of sealing to learn it; `commit` decides.
         if replace == Replace::Nothing && fs::symlink_metadata(target).is_ok() {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -68,12 +72,19 @@ impl AtomicFile {
         })
     }
 
-    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    /// Writes at an offset.
+    ///
+    /// # Errors
+    /// When the system cannot.
+    pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_all_at(bytes, offset)
     }
 
     /// Flushes, renames into place and flushes the directory.
-    pub(crate) fn commit(mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the system cannot, or when something must not be replaced and has appeared meanwhile.
+    pub fn commit(mut self) -> io::Result<()> {
         self.file.sync_all()?;
         match self.replace {
             Replace::Existing => fs::rename(&self.temporary, &self.target)?,

@@ -16,7 +16,7 @@
 
 #![forbid(unsafe_code)]
 
-mod atomic_file;
+pub mod atomic_file;
 pub mod bench;
 mod config;
 mod data_key;
