@@ -5,8 +5,12 @@ use zeroize::Zeroizing;
 
 use crate::error::{Malformed, bounded};
 
-/// Encodes into a buffer that is wiped when dropped and never grows (growing would leave copies behind).
-pub(crate) fn encode<T: Encode<()>>(value: &T, capacity: usize) -> Zeroizing<Vec<u8>> {
+/// Encodes into a buffer that is wiped when dropped and never grows (growing would leave copies behind): `capacity` is
+/// the most that the value takes.
+///
+/// # Panics
+/// Never: writing to memory does not fail.
+pub fn encode<T: Encode<()>>(value: &T, capacity: usize) -> Zeroizing<Vec<u8>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(capacity));
     minicbor::encode(value, &mut *bytes).expect("writing to memory cannot fail");
     debug_assert!(bytes.len() <= capacity, "the buffer must not have grown");
@@ -14,8 +18,11 @@ pub(crate) fn encode<T: Encode<()>>(value: &T, capacity: usize) -> Zeroizing<Vec
 }
 
 /// Decodes and refuses what [`encode`] would not have written: trailing bytes, unknown or repeated
-/// keys, other orders, long forms, indefinite lengths.
-pub(crate) fn decode<T>(what: &'static str, bytes: &[u8], limit: usize) -> Result<T, Malformed>
+/// keys, other orders, long forms, indefinite lengths. `what` names the object in errors.
+///
+/// # Errors
+/// [`Malformed::TooLarge`], [`Malformed::Cbor`], [`Malformed::NotDeterministic`].
+pub fn decode<T>(what: &'static str, bytes: &[u8], limit: usize) -> Result<T, Malformed>
 where
     T: Encode<()> + for<'b> Decode<'b, ()>,
 {

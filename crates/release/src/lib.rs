@@ -6,6 +6,7 @@
 //! | [`jwe`] | ECDH-ES+A256KW with A256GCM |
 //! | [`grant`] | a model's data key, signed by its provider |
 //! | [`credential`] | the short-lived statement that a keyset belongs to an issuer's deployment |
+//! | [`encoding`] | deterministic CBOR |
 //! | [`issuance`] | messages by which an enclave obtains a credential |
 //! | [`client`] | the enclave's half of the exchange, without input or output |
 //!
@@ -16,7 +17,7 @@
 
 pub mod client;
 pub mod credential;
-mod encoding;
+pub mod encoding;
 pub mod error;
 pub mod grant;
 pub mod issuance;
