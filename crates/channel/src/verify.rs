@@ -83,9 +83,10 @@ pub struct AttestationResponse {
     pub credential: Vec<u8>,
 }
 
+/// The JSON form, as it is read.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WireIn {
+pub(crate) struct WireResponse {
     evidence: Evidence,
     keyset: String,
     credential: String,
@@ -104,18 +105,16 @@ impl AttestationResponse {
     /// # Errors
     /// A [`Denial`] of class malformed.
     pub fn from_json(json: &[u8]) -> Result<AttestationResponse, Denial> {
-        let malformed = |found: String| {
-            Denial::malformed(
-                "response.structure",
-                found,
-                "a JSON object with evidence, keyset and credential",
-                "check that the URL is that of a Casemate enclave and that nothing alters its answers",
-            )
-        };
         if json.len() > MAX_RESPONSE {
             return Err(malformed(format!("{} bytes", json.len())));
         }
-        let wire: WireIn = serde_json::from_slice(json).map_err(|e| malformed(e.to_string()))?;
+        AttestationResponse::from_wire(
+            serde_json::from_slice(json).map_err(|e| malformed(e.to_string()))?,
+        )
+    }
+
+    /// What a JSON document that was read holds, within its limits.
+    pub(crate) fn from_wire(wire: WireResponse) -> Result<AttestationResponse, Denial> {
         wire.evidence.check_limits()?;
         let decode = |field: &str, text: &str, limit: usize| match STANDARD.decode(text) {
             Ok(bytes) if bytes.len() <= limit => Ok(bytes),
@@ -131,13 +130,27 @@ impl AttestationResponse {
 
     /// The document that [`AttestationResponse::from_json`] reads.
     pub fn to_json(&self) -> String {
-        let wire = WireOut {
+        serde_json::to_string(&self.to_wire())
+            .expect("strings and byte strings always have a JSON form")
+    }
+
+    /// The same document, as part of another.
+    pub(crate) fn to_wire(&self) -> impl Serialize {
+        WireOut {
             evidence: &self.evidence,
             keyset: STANDARD.encode(&self.keyset),
             credential: STANDARD.encode(&self.credential),
-        };
-        serde_json::to_string(&wire).expect("strings and byte strings always have a JSON form")
+        }
     }
+}
+
+fn malformed(found: String) -> Denial {
+    Denial::malformed(
+        "response.structure",
+        found,
+        "a JSON object with evidence, keyset and credential",
+        "check that the URL is that of a Casemate enclave and that nothing alters its answers",
+    )
 }
 
 /// Proof that a service was verified and that the user's policy accepts it. Only [`verify_service`]
@@ -234,33 +247,15 @@ pub fn verify_service(
         &ChannelBinding::Key,
     );
     let appraisal = appraise(&response.evidence, &expected, policy, now);
-    let mut judge = Judge {
-        transcript: appraisal.transcript,
-        first: None,
-    };
+    let mut judge = Judge::continuing(appraisal.transcript);
     let outcome = match appraisal.outcome {
         Err(denial) => {
-            judge.first = Some(denial);
+            judge.stop(denial);
             None
         }
         Ok(appraised) => judge.service(response, keyset_digest, challenge, policy, now, appraised),
     };
-    let Judge {
-        mut transcript,
-        first,
-    } = judge;
-    match (first, outcome) {
-        (None, Some(service)) => (transcript, Ok(service)),
-        (first, _) => {
-            let denial = first.unwrap_or_else(unexplained);
-            for name in CHECKS {
-                if !transcript.checks().iter().any(|check| check.name == name) {
-                    transcript.skip(name, "", format!("not reached: {} failed", denial.claim));
-                }
-            }
-            (transcript, Err(denial))
-        }
-    }
+    judge.conclude(outcome, &CHECKS)
 }
 
 /// Every path without a service records a denial; this stands in for one that a change forgot.
@@ -274,18 +269,68 @@ fn unexplained() -> Denial {
 }
 
 /// Makes checks, remembers the first that failed.
-struct Judge {
+pub(crate) struct Judge {
     transcript: Transcript,
     first: Option<Denial>,
 }
 
 impl Judge {
-    fn deny(&mut self, denial: Denial) {
+    /// Goes on where another judge ended without a denial.
+    pub(crate) fn continuing(transcript: Transcript) -> Judge {
+        Judge {
+            transcript,
+            first: None,
+        }
+    }
+
+    /// Takes over a denial that the transcript shows already.
+    pub(crate) fn stop(&mut self, denial: Denial) {
+        self.first.get_or_insert(denial);
+    }
+
+    /// The verdict: `proof` if nothing was denied. Those of `checks` that were not made are shown as skipped.
+    pub(crate) fn conclude<T>(
+        self,
+        proof: Option<T>,
+        checks: &[&'static str],
+    ) -> (Transcript, Result<T, Denial>) {
+        let Judge {
+            mut transcript,
+            first,
+        } = self;
+        match (first, proof) {
+            (None, Some(proof)) => (transcript, Ok(proof)),
+            (first, _) => {
+                let denial = first.unwrap_or_else(unexplained);
+                for name in checks {
+                    if !transcript.checks().iter().any(|check| check.name == *name) {
+                        transcript.skip(name, "", format!("not reached: {} failed", denial.claim));
+                    }
+                }
+                (transcript, Err(denial))
+            }
+        }
+    }
+
+    pub(crate) fn pass(
+        &mut self,
+        claim: &'static str,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+    ) {
+        self.transcript.pass(claim, found, expected);
+    }
+
+    pub(crate) fn skip(&mut self, claim: &'static str, found: &str, why: &str) {
+        self.transcript.skip(claim, found, why);
+    }
+
+    pub(crate) fn deny(&mut self, denial: Denial) {
         self.transcript.fail(&denial);
         self.first.get_or_insert(denial);
     }
 
-    fn check(
+    pub(crate) fn check(
         &mut self,
         claim: &'static str,
         holds: bool,

@@ -169,6 +169,8 @@ impl From<CryptoFailure> for ReceiveError {
 pub struct Received {
     /// The request; or, if what was decrypted is not one, what to tell its sender inside the channel.
     pub request: Result<Request<Bytes>, MessageFault>,
+    /// Which of the keys opened it.
+    pub key_id: u8,
     /// Answers it.
     pub responder: Responder,
 }
@@ -321,6 +323,7 @@ impl Keyring {
         };
         Ok(Received {
             request: message::decode_request(&plaintext),
+            key_id: key.id,
             responder: Responder { sealer },
         })
     }

@@ -304,11 +304,12 @@ async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Respo
     }
     let transport = request.into_body().into_data_stream();
     let now = enclave.now().as_secs();
-    let Received { request, responder } =
-        match enclave.keyring.receive(transport, 1 << 25, now).await {
-            Ok(received) => received,
-            Err(error) => return problem(&error),
-        };
+    let Received {
+        request, responder, ..
+    } = match enclave.keyring.receive(transport, 1 << 25, now).await {
+        Ok(received) => received,
+        Err(error) => return problem(&error),
+    };
     let request = request.unwrap();
     if request.uri().path() == "/v1/silent" {
         let _guard = DropGuard(enclave.clone());

@@ -1,0 +1,137 @@
+//! A service as an honest enclave and broker would set it up under the fake TEE, every part open to meddling.
+
+#![allow(dead_code, reason = "two test programs use it, each a part")]
+
+use casemate_attest::measure::Measurement;
+use casemate_attest::{Denial, Evidence, Policy, Transcript, UnixTime};
+use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
+use casemate_channel::ohttp::Keyring;
+use casemate_channel::verify::{AttestationResponse, Challenge, VerifiedService, verify_service};
+use casemate_container::ModelDigest;
+use casemate_container::signing::{SigningKey, VerifyingKey};
+use casemate_release::credential::Credential;
+use casemate_testkit::fake_tee::FakeTee;
+
+pub(crate) const NOW: u64 = 1_795_000_000;
+pub(crate) const MAXIMUM_AGE: u64 = 300;
+
+/// The service.
+pub(crate) struct Service {
+    pub(crate) tee: FakeTee,
+    pub(crate) measurement: Measurement,
+    pub(crate) issuer: SigningKey,
+    pub(crate) keyset: Keyset,
+    pub(crate) credential: Credential,
+    /// The issuer that the user's policy pins.
+    pub(crate) pinned: VerifyingKey,
+    /// Purpose that the quote is made for.
+    pub(crate) purpose: Purpose,
+    pub(crate) challenge: Challenge,
+}
+
+impl Service {
+    pub(crate) fn new() -> Service {
+        let issuer = SigningKey::from_seed(&[1; 32]);
+        let keyring = Keyring::default();
+        let config = keyring.generate(NOW + 3600).unwrap();
+        Service {
+            tee: FakeTee::ephemeral(NOW).unwrap(),
+            measurement: Measurement {
+                mr_td: [1; 48],
+                mr_config_id: [2; 48],
+                rtmr: [[3; 48]; 4],
+            },
+            pinned: issuer.verifying_key(),
+            issuer,
+            keyset: Keyset {
+                ohttp_config: config.encoded,
+                receipt_key: [4; 32],
+                tls_key_digest: None,
+                model_name: "smollm2".into(),
+                model_digest: [5; 32],
+                model_version: 7,
+                adapter_digests: vec![],
+                compute: "int8-g32".into(),
+                policy_version: 3,
+                not_before: NOW,
+                expires_at: NOW + 3600,
+            },
+            credential: Credential {
+                evidence_digest: [6; 32],
+                keyset_digest: [0; 32],
+                model_digest: ModelDigest([5; 32]),
+                model_version: 7,
+                adapter_digests: vec![],
+                service: "demo".into(),
+                policy_version: 3,
+                log_size: 1,
+                log_head: [8; 32],
+                issued_at: NOW,
+                expires_at: NOW + 1800,
+            },
+            purpose: Purpose::Serving,
+            challenge: Challenge::from_parts([9; 32], UnixTime::from_secs(NOW)),
+        }
+    }
+
+    pub(crate) fn policy_text(&self) -> String {
+        format!(
+            "version = 3\n\
+             tee = [\"tdx\"]\n\
+             dangerous_development_root = \"{}\"\n\
+             [tcb]\n\
+             minimum_evaluation_data_number = 17\n\
+             {}\
+             [model]\n\
+             digests = [\"{}\"]\n\
+             minimum_version = 7\n\
+             [service]\n\
+             issuer = \"{}\"\n\
+             name = \"demo\"\n\
+             maximum_evidence_age_seconds = {MAXIMUM_AGE}\n",
+            hex::encode(self.tee.root_spki_sha256()),
+            self.measurement.to_policy_entry("enclave").unwrap(),
+            "05".repeat(32),
+            self.pinned,
+        )
+    }
+
+    pub(crate) fn policy(&self) -> Policy {
+        Policy::from_toml(&self.policy_text()).unwrap()
+    }
+
+    pub(crate) fn evidence(&self, keyset: &[u8], nonce: &[u8; 32]) -> Evidence {
+        let digest = KeysetDigest::of(keyset);
+        let data = report_data(
+            self.purpose,
+            Role::Service,
+            &digest,
+            nonce,
+            &ChannelBinding::Key,
+        );
+        self.tee.quote(&self.measurement, &data, NOW).unwrap()
+    }
+
+    /// What the service answers; a keyset digest of zeros in the credential stands for the real one.
+    pub(crate) fn response(&self) -> AttestationResponse {
+        let keyset = self.keyset.encode().unwrap();
+        let mut credential = self.credential.clone();
+        if credential.keyset_digest == [0; 32] {
+            credential.keyset_digest = KeysetDigest::of(&keyset).0;
+        }
+        AttestationResponse {
+            evidence: self.evidence(&keyset, self.challenge.nonce()),
+            credential: credential.issue(&self.issuer).unwrap(),
+            keyset,
+        }
+    }
+
+    pub(crate) fn verify_at(&self, now: u64) -> (Transcript, Result<VerifiedService, Denial>) {
+        verify_service(
+            &self.response(),
+            &self.challenge,
+            &self.policy(),
+            UnixTime::from_secs(now),
+        )
+    }
+}
