@@ -1,22 +1,22 @@
 //! `casemate grant`: the key of a sealed model, signed for its release.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::anyhow;
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, SealedFile};
+use casemate_release::api_key::ApiKeys;
 use casemate_release::grant::KeyGrant;
 use serde_json::json;
 
+use crate::apikey::file;
 use crate::exit::{self, Class, Failure, InJson};
+use crate::secret_file;
 
 /// Grant a sealed model's key to whichever enclave the broker's policy accepts.
 ///
 /// Opens the model with the data key, verifies that the signing key signed it, and writes a key grant: the data key,
-/// the model's digest and the lowest version that may be served, signed. The grant is a secret file; store it with
+/// the model's digest, the lowest version that may be served and the hashes of the API keys, signed. The grant is a secret file; store it with
 /// `casemate-broker admin resource put`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -32,6 +32,10 @@ pub(crate) struct Args {
     /// The lowest version of the model that may be served [default: this one's].
     #[arg(long, value_name = "N")]
     minimum_version: Option<u64>,
+    /// API keys that the enclave shall ask for, as `casemate apikey new` lists them; without it, whoever reaches the
+    /// enclave may use the model.
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<PathBuf>,
     /// The grant to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -61,16 +65,35 @@ fn grant(args: &Args) -> Result<(), Failure> {
             anyhow!("minimum version {minimum_version} is above the model's own version {version}"),
         ));
     }
+    let api_keys = match &args.api_keys {
+        None => ApiKeys::default(),
+        Some(path) => {
+            let keys = file::read(path)?;
+            if keys.as_slice().is_empty() {
+                return Err(Failure::new(
+                    Class::Usage,
+                    "no-api-keys",
+                    anyhow!(
+                        "{} lists no API key, and a grant without any lets everybody in; leave --api-keys away if that \
+                         is meant",
+                        path.display()
+                    ),
+                ));
+            }
+            keys
+        }
+    };
     let grant = KeyGrant {
         model_digest: digest,
         model_name: manifest.name().to_owned(),
         minimum_version,
         data_key,
+        api_keys,
     };
     let envelope = grant
         .sign(&provider)
         .map_err(|error| Failure::new(Class::Malformed, "grant", error))?;
-    write_secret(&args.out, &envelope, args.force)?;
+    secret_file::write(&args.out, &envelope, args.force)?;
 
     let provider = provider.verifying_key();
     if args.json {
@@ -80,49 +103,17 @@ fn grant(args: &Args) -> Result<(), Failure> {
             "model_digest": digest.to_string(),
             "model_name": grant.model_name,
             "minimum_version": minimum_version,
+            "api_keys": grant.api_keys.as_slice().len(),
         }));
     }
+    let access = match grant.api_keys.as_slice().len() {
+        0 => "open: no API key is needed".to_owned(),
+        count => format!("{count} API keys"),
+    };
     exit::print(&format!(
         "grant            {} (secret)\nprovider         {provider}\nmodel            {} {digest}\nminimum version  \
-         {minimum_version}",
+         {minimum_version}\naccess           {access}",
         args.out.display(),
         grant.model_name,
     ))
-}
-
-/// Writes a file that only its owner may read, whole or not at all.
-fn write_secret(path: &Path, bytes: &[u8], force: bool) -> Result<(), Failure> {
-    let failed = |error: io::Error| {
-        let exists = error.kind() == io::ErrorKind::AlreadyExists;
-        let error = anyhow::Error::from(error).context(path.display().to_string());
-        match exists {
-            true => Failure::new(Class::Io, "exists", error.context("--force replaces it")),
-            false => Failure::io(error),
-        }
-    };
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(name);
-    let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        match force {
-            true => fs::rename(&part, path),
-            // A link fails where a rename would replace.
-            false => fs::hard_link(&part, path).and_then(|()| fs::remove_file(&part)),
-        }?;
-        let directory = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&part);
-    }
-    written.map_err(failed)
 }

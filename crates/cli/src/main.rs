@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod apikey;
 mod bench;
 mod check;
 mod exit;
@@ -16,6 +17,7 @@ mod measure;
 mod progress;
 mod proxy;
 mod seal;
+mod secret_file;
 mod service;
 mod verdict;
 mod verify;
@@ -44,6 +46,8 @@ enum Command {
     Inspect(inspect::Args),
     Check(check::Args),
     Grant(grant::Args),
+    #[command(subcommand)]
+    Apikey(apikey::Command),
     Measure(measure::Args),
     Verify(verify::Args),
     Proxy(proxy::Args),
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Grant(args) => grant::run(&args),
+        Command::Apikey(command) => apikey::run(&command),
         Command::Measure(args) => measure::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Proxy(args) => proxy::run(&args),

@@ -153,3 +153,85 @@ fn a_minimum_above_the_models_own_version_is_wrong_usage() {
     );
     assert!(!files.at("tiny.grant").exists());
 }
+
+fn casemate(directory: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_casemate"))
+        .current_dir(directory)
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn new_api_keys_are_printed_once_and_granted_by_their_hash() {
+    let files = Files::new();
+    let new = |name: &str, more: &[&str]| {
+        let arguments = [&["apikey", "new", name], more].concat();
+        let output = casemate(files.directory.path(), &arguments);
+        let text = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), text.trim_end().to_owned())
+    };
+    let (code, bob) = new("bob", &[]);
+    assert_eq!(code, Some(0));
+    let limits = [
+        "--requests-per-minute",
+        "60",
+        "--tokens-per-minute",
+        "9000",
+        "--concurrency",
+        "2",
+    ];
+    let (_, alice) = new("alice", &limits);
+    assert_ne!(alice, bob);
+    // Each name once, and the list stays as it was.
+    let list = files.at("api-keys.toml");
+    let before = std::fs::read_to_string(&list).unwrap();
+    assert_eq!(new("bob", &[]), (Some(10), String::new()));
+    assert_eq!(new("b b", &[]).0, Some(10));
+    assert_eq!(new("carol", &["--concurrency", "0"]).0, Some(2));
+    assert_eq!(std::fs::read_to_string(&list).unwrap(), before);
+    assert!(!before.contains(&bob[3..]), "the key itself is not kept");
+
+    assert!(
+        files
+            .honest(&["--api-keys", list.to_str().unwrap()])
+            .status
+            .success()
+    );
+    let grant = files.verified();
+    let keys = grant.api_keys().as_slice();
+    let hash = |key: &str| casemate_release::api_key::hash(key.as_bytes());
+    assert_eq!((&*keys[0].name, keys[0].hash), ("alice", hash(&alice)));
+    assert_eq!((&*keys[1].name, keys[1].hash), ("bob", hash(&bob)));
+    let limits = keys[0].limits;
+    let numbers = [
+        limits.requests_per_minute,
+        limits.tokens_per_minute,
+        limits.concurrency,
+    ];
+    assert_eq!(numbers.map(|n| n.unwrap().get()), [60, 9000, 2]);
+    assert_eq!(keys[1].limits, casemate_release::api_key::Limits::default());
+}
+
+#[test]
+fn a_list_that_is_empty_or_damaged_grants_nothing() {
+    let files = Files::new();
+    let list = files.at("list.toml");
+    let hash = "00".repeat(32);
+    let entry = format!("[[key]]\nname = \"a\"\nsha256 = \"{hash}\"\n");
+    for (text, code) in [
+        (String::new(), 2),
+        (format!("{entry}requests = 3\n"), 10),
+        (format!("{entry}concurrency = 0\n"), 10),
+        (format!("{entry}{entry}"), 10),
+        (entry.replace("00", "0g"), 10),
+        (entry.replace("name", "nam"), 10),
+    ] {
+        std::fs::write(&list, &text).unwrap();
+        let output = files.honest(&["--api-keys", list.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(!files.at("tiny.grant").exists());
+    }
+    let missing = files.honest(&["--api-keys", "/does/not/exist"]);
+    assert_eq!(missing.status.code(), Some(40));
+}

@@ -1,11 +1,13 @@
 //! RCAR messages, encryption to a guest, key grants, credentials, issuance.
 
+use std::num::NonZeroU32;
 use std::sync::LazyLock;
 
 use aws_lc_rs::digest;
 use casemate_attest::TeeKind;
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, ModelDigest};
+use casemate_release::api_key::{ApiKey, ApiKeys, Limits};
 use casemate_release::credential::{Credential, VerifiedCredential, claimed_issuer};
 use casemate_release::grant::{self, KeyGrant, VerifiedGrant};
 use casemate_release::issuance::{CredentialRequest, CredentialResponse, IssuanceChallenge};
@@ -212,6 +214,22 @@ fn honest_grant() -> KeyGrant {
         model_name: "smollm2".into(),
         minimum_version: 3,
         data_key: DataKey::from_bytes(&[0x33; 32]),
+        api_keys: ApiKeys::new(vec![
+            ApiKey {
+                name: "alice".into(),
+                hash: [0x44; 32],
+                limits: Limits {
+                    requests_per_minute: NonZeroU32::new(60),
+                    ..Limits::default()
+                },
+            },
+            ApiKey {
+                name: "bob".into(),
+                hash: [0x55; 32],
+                limits: Limits::default(),
+            },
+        ])
+        .expect("two keys"),
     }
 }
 
@@ -243,6 +261,7 @@ pub(crate) fn grant(data: &[u8]) {
             model_name: verified.model_name().to_owned(),
             minimum_version: verified.minimum_version(),
             data_key: DataKey::from_bytes(verified.data_key().expose()),
+            api_keys: verified.api_keys().clone(),
         };
         let again = grant.sign(&provider()).expect("an accepted grant");
         assert_eq!(*again, envelope, "a second encoding was accepted");

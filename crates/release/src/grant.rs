@@ -4,7 +4,7 @@
 //! ```text
 //! envelope = { 0: body bstr, 1: provider's Ed25519 key bstr32, 2: signature bstr64 }
 //! body     = { 0: 1, 1: model digest bstr32, 2: model name tstr, 3: minimum version uint,
-//!              4: data key bstr32 }
+//!              4: data key bstr32, ? 5: [+ api key] }
 //! ```
 //! Both are deterministic CBOR; the signature covers the domain [`DOMAIN`] and the body's bytes. An
 //! envelope is secret: it travels inside a JWE and rests in files of mode 0600. Anyone can encrypt to a
@@ -16,13 +16,14 @@ use casemate_container::{DataKey, ModelDigest};
 use minicbor::{Decode, Encode};
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::api_key::{self, ApiKeys, MAX_API_KEYS, MAX_ENTRY_BYTES};
 use crate::encoding::{check_model_name, decode, encode};
 use crate::error::{Malformed, Refused, ReleaseError, Unverified};
 
 /// Domain of the provider's signature.
 pub const DOMAIN: &str = "casemate key grant v1";
 /// Most bytes of an envelope.
-pub const MAX_GRANT_BYTES: usize = 1024;
+pub const MAX_GRANT_BYTES: usize = 1024 + MAX_API_KEYS * MAX_ENTRY_BYTES;
 
 const FORMAT: u32 = 1;
 
@@ -36,6 +37,8 @@ pub struct KeyGrant {
     pub minimum_version: u64,
     /// The key of the sealed file.
     pub data_key: DataKey,
+    /// Who may use the model.
+    pub api_keys: ApiKeys,
 }
 
 /// What a grant says apart from the key itself; for listings and policy.
@@ -49,6 +52,8 @@ pub struct GrantSummary {
     pub model_name: String,
     /// The lowest version that may be served.
     pub minimum_version: u64,
+    /// How many API keys it lists; none means open access.
+    pub api_keys: usize,
 }
 
 /// A grant whose signature by the expected provider verified.
@@ -70,6 +75,7 @@ impl KeyGrant {
             model_name: self.model_name.clone(),
             minimum_version: self.minimum_version,
             data_key: *self.data_key.expose(),
+            api_keys: api_key::to_entries(&self.api_keys),
         };
         let body = encode(&body, MAX_GRANT_BYTES);
         let signature = provider.sign(DOMAIN, &body);
@@ -112,6 +118,7 @@ impl VerifiedGrant {
             model_name: body.model_name.clone(),
             minimum_version: body.minimum_version,
             data_key: DataKey::from_bytes(&body.data_key),
+            api_keys: api_key::from_entries(body.api_keys.as_deref())?,
         };
         Ok(Self {
             grant,
@@ -137,6 +144,11 @@ impl VerifiedGrant {
     /// The lowest version that may be served.
     pub fn minimum_version(&self) -> u64 {
         self.grant.minimum_version
+    }
+
+    /// Who may use the model; nobody in particular if it is empty.
+    pub fn api_keys(&self) -> &ApiKeys {
+        &self.grant.api_keys
     }
 
     /// The provider that signed.
@@ -183,6 +195,7 @@ pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
         model_digest: *verified.model_digest(),
         model_name: verified.model_name().to_owned(),
         minimum_version: verified.minimum_version(),
+        api_keys: verified.api_keys().as_slice().len(),
     })
 }
 
@@ -216,6 +229,8 @@ struct Body {
     minimum_version: u64,
     #[cbor(n(4), with = "minicbor::bytes")]
     data_key: [u8; 32],
+    #[n(5)]
+    api_keys: Option<Vec<api_key::Entry>>,
 }
 
 impl Drop for Body {
@@ -226,10 +241,13 @@ impl Drop for Body {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use proptest::prelude::*;
     use serde_json::Value;
 
     use super::*;
+    use crate::api_key::{ApiKey, Limits, MAX_NAME_BYTES};
 
     const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
 
@@ -243,6 +261,29 @@ mod tests {
             model_name: "smollm2".into(),
             minimum_version: 3,
             data_key: DataKey::from_bytes(&[0x33; 32]),
+            api_keys: ApiKeys::default(),
+        }
+    }
+
+    fn with_keys() -> KeyGrant {
+        let limits = Limits {
+            requests_per_minute: NonZeroU32::new(60),
+            tokens_per_minute: NonZeroU32::new(100_000),
+            concurrency: NonZeroU32::new(4),
+        };
+        let key = |name: &str, key: &[u8], limits| ApiKey {
+            name: name.into(),
+            hash: api_key::hash(key),
+            limits,
+        };
+        let text = |byte: u8| format!("cm-{}", hex::encode([byte; 32]));
+        let keys = vec![
+            key("bob", text(0x66).as_bytes(), Limits::default()),
+            key("alice", text(0x65).as_bytes(), limits),
+        ];
+        KeyGrant {
+            api_keys: ApiKeys::new(keys).unwrap(),
+            ..grant()
         }
     }
 
@@ -262,6 +303,61 @@ mod tests {
             provider().verifying_key().to_string(),
             vectors["grant"]["provider"]
         );
+        let envelope = with_keys().sign(&provider()).unwrap();
+        assert_eq!(
+            hex::encode(&*envelope),
+            vectors["grant"]["envelope_with_api_keys"]
+        );
+    }
+
+    #[test]
+    fn api_keys_are_signed_with_the_grant() {
+        let envelope = with_keys().sign(&provider()).unwrap();
+        let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
+        assert_eq!(verified.api_keys(), &with_keys().api_keys);
+        assert_eq!(inspect(&envelope).unwrap().api_keys, 2);
+
+        // Whoever carries it can neither drop nor add one.
+        let mut other: Envelope = minicbor::decode(&envelope).unwrap();
+        let mut body: Body = minicbor::decode(&other.body).unwrap();
+        for keys in [
+            None,
+            body.api_keys.take().map(|mut keys| {
+                keys.truncate(1);
+                keys
+            }),
+        ] {
+            body.api_keys = keys;
+            other.body = encode(&body, MAX_GRANT_BYTES).to_vec();
+            assert_eq!(
+                refusal(&encode(&other, MAX_GRANT_BYTES)),
+                Unverified::Grant.into()
+            );
+        }
+    }
+
+    #[test]
+    fn the_largest_grant_fits() {
+        let limits = Limits {
+            requests_per_minute: Some(NonZeroU32::MAX),
+            tokens_per_minute: Some(NonZeroU32::MAX),
+            concurrency: Some(NonZeroU32::MAX),
+        };
+        let key = |index: usize| ApiKey {
+            name: format!("{index:0>MAX_NAME_BYTES$}"),
+            hash: api_key::hash(&index.to_be_bytes()),
+            limits,
+        };
+        let grant = KeyGrant {
+            model_name: "x".repeat(128),
+            minimum_version: u64::MAX,
+            api_keys: ApiKeys::new((0..MAX_API_KEYS).map(key).collect()).unwrap(),
+            ..grant()
+        };
+        let envelope = grant.sign(&provider()).unwrap();
+        assert!(envelope.len() <= MAX_GRANT_BYTES);
+        let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
+        assert_eq!(verified.api_keys(), &grant.api_keys);
     }
 
     #[test]
@@ -368,6 +464,7 @@ mod tests {
             model_name: "m".into(),
             minimum_version: 0,
             data_key: [2; 32],
+            api_keys: None,
         };
         let future = encode(&body(2), MAX_GRANT_BYTES).to_vec();
         assert!(matches!(
@@ -382,6 +479,16 @@ mod tests {
         assert_eq!(
             refusal(&sign(trailing)),
             Malformed::NotDeterministic { what: "grant.body" }.into()
+        );
+        // An empty list would be a second way to write that there are no keys.
+        let mut empty = body(1);
+        empty.api_keys = Some(Vec::new());
+        assert_eq!(
+            refusal(&sign(encode(&empty, MAX_GRANT_BYTES).to_vec())),
+            Malformed::NotDeterministic {
+                what: "grant.api_keys"
+            }
+            .into()
         );
     }
 
@@ -446,6 +553,7 @@ mod tests {
                 model_name: name.clone(),
                 minimum_version: version,
                 data_key: DataKey::from_bytes(&key),
+                api_keys: ApiKeys::default(),
             };
             let envelope = grant.sign(&provider()).unwrap();
             let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();

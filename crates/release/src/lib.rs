@@ -5,6 +5,7 @@
 //! | [`rcar`] | messages of the Confidential Containers key broker's protocol and the report data they imply |
 //! | [`jwe`] | ECDH-ES+A256KW with A256GCM |
 //! | [`grant`] | a model's data key, signed by its provider |
+//! | [`api_key`] | who may use a model, as grants list it |
 //! | [`credential`] | the short-lived statement that a keyset belongs to an issuer's deployment |
 //! | [`encoding`] | deterministic CBOR |
 //! | [`issuance`] | messages by which an enclave obtains a credential |
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api_key;
 pub mod client;
 pub mod credential;
 pub mod encoding;

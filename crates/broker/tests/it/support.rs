@@ -12,6 +12,7 @@ use casemate_broker::state::State;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, ModelDigest};
+use casemate_release::api_key::ApiKeys;
 use casemate_release::client::{Attested, Challenged, Exchange};
 use casemate_release::grant::KeyGrant;
 use casemate_release::issuance::CredentialRequest;
@@ -274,6 +275,7 @@ pub(crate) fn grant(provider: &SigningKey, minimum_version: u64) -> Vec<u8> {
         model_name: "smollm2".into(),
         minimum_version,
         data_key: DataKey::from_bytes(&DATA_KEY),
+        api_keys: ApiKeys::default(),
     };
     grant.sign(provider).unwrap().to_vec()
 }

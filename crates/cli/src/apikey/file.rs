@@ -1,0 +1,121 @@
+//! The provider's list of API keys: TOML with one `[[key]]` for each.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use anyhow::anyhow;
+use casemate_release::api_key::{ApiKey, ApiKeys, Limits};
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{Class, Failure};
+use crate::secret_file;
+
+/// Largest list that is read, in bytes: several times what 256 keys need.
+const MAX_BYTES: u64 = 256 << 10;
+
+const INTRODUCTION: &str = "\
+# API keys of users, known by their SHA-256. `casemate apikey new` appends to this list and `casemate grant --api-keys`
+# signs it; take an entry out to revoke a key. What is not named is not limited.
+";
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct List {
+    #[serde(default)]
+    key: Vec<Entry>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: String,
+    sha256: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests_per_minute: Option<NonZeroU32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens_per_minute: Option<NonZeroU32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    concurrency: Option<NonZeroU32>,
+}
+
+/// Reads and checks a list.
+pub(crate) fn read(path: &Path) -> Result<ApiKeys, Failure> {
+    let text = text(path).map_err(|error| io_failure(path, error))?;
+    parse(path, &text)
+}
+
+/// Adds a key to the list, which is made if it does not exist. What is there stays as it was written, remarks included.
+pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
+    let mut text = match text(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => INTRODUCTION.to_owned(),
+        Err(error) => return Err(io_failure(path, error)),
+    };
+    let mut keys = parse(path, &text)?.as_slice().to_vec();
+    let added = List {
+        key: vec![Entry {
+            name: key.name.clone(),
+            sha256: hex::encode(key.hash),
+            requests_per_minute: key.limits.requests_per_minute,
+            tokens_per_minute: key.limits.tokens_per_minute,
+            concurrency: key.limits.concurrency,
+        }],
+    };
+    keys.push(key);
+    checked(path, keys)?;
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    text.push('\n');
+    text.push_str(&toml::to_string(&added).map_err(Failure::io)?);
+    // As one file: a list that is cut in the middle would lock out everybody after the cut.
+    secret_file::write(path, text.as_bytes(), true)
+}
+
+fn text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = File::open(path)?
+        .take(MAX_BYTES + 1)
+        .read_to_string(&mut text)?;
+    if read as u64 > MAX_BYTES {
+        return Err(io::Error::other("the list is too large"));
+    }
+    Ok(text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<ApiKeys, Failure> {
+    let list: List = toml::from_str(text).map_err(|error| malformed(path, error))?;
+    let mut keys = Vec::with_capacity(list.key.len());
+    for entry in list.key {
+        let mut hash = [0; 32];
+        hex::decode_to_slice(&entry.sha256, &mut hash).map_err(|_| {
+            let name = &entry.name;
+            malformed(path, anyhow!("sha256 of {name:?} is not 64 hex digits"))
+        })?;
+        keys.push(ApiKey {
+            name: entry.name,
+            hash,
+            limits: Limits {
+                requests_per_minute: entry.requests_per_minute,
+                tokens_per_minute: entry.tokens_per_minute,
+                concurrency: entry.concurrency,
+            },
+        });
+    }
+    checked(path, keys)
+}
+
+fn checked(path: &Path, keys: Vec<ApiKey>) -> Result<ApiKeys, Failure> {
+    ApiKeys::new(keys).map_err(|error| malformed(path, error))
+}
+
+fn malformed(path: &Path, error: impl Into<anyhow::Error>) -> Failure {
+    let error = error.into().context(path.display().to_string());
+    Failure::new(Class::Malformed, "api-keys", error)
+}
+
+fn io_failure(path: &Path, error: io::Error) -> Failure {
+    Failure::io(anyhow::Error::from(error).context(path.display().to_string()))
+}

@@ -1,0 +1,260 @@
+//! API keys in a key grant: who may use a model, and how much.
+//!
+//! ```text
+//! api key = { 0: name tstr, 1: SHA-256 of the key's text bstr32, ? 2: requests per minute uint32,
+//!             ? 3: tokens per minute uint32, ? 4: answers at the same time uint32 }
+//! ```
+//! A key is the text `cm-` and 64 lowercase hexadecimal digits of 32 random bytes. With that much randomness its plain
+//! hash reveals nothing of it, so hashes may travel and rest where keys must not.
+
+use std::num::NonZeroU32;
+
+use aws_lc_rs::digest::{SHA256, digest};
+use minicbor::{Decode, Encode};
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::error::{Malformed, ReleaseError, shown};
+use crate::random::Random;
+
+/// Most API keys of one grant.
+pub const MAX_API_KEYS: usize = 256;
+/// Most characters of an API key's name.
+pub const MAX_NAME_BYTES: usize = 32;
+/// Most bytes of an encoded entry: its head, name, hash and limits.
+pub(crate) const MAX_ENTRY_BYTES: usize = 1 + (3 + MAX_NAME_BYTES) + (3 + 32) + 3 * (1 + 5);
+/// What every API key begins with, so that people and scanners recognise one.
+pub const PREFIX: &str = "cm-";
+
+/// How much one API key allows; what is absent is not limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests for answers per minute.
+    pub requests_per_minute: Option<NonZeroU32>,
+    /// Tokens of prompts and answers per minute.
+    pub tokens_per_minute: Option<NonZeroU32>,
+    /// Requests that are being answered at the same time.
+    pub concurrency: Option<NonZeroU32>,
+}
+
+/// One API key, known by its hash.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiKey {
+    /// What the provider calls its holder: 1 to 32 ASCII letters, digits, `.`, `_` or `-`.
+    pub name: String,
+    /// [`hash`] of the key.
+    pub hash: [u8; 32],
+    /// How much it allows.
+    pub limits: Limits,
+}
+
+/// The API keys of a grant: at most [`MAX_API_KEYS`], ordered by name, no name and no hash twice. Empty means that
+/// whoever reaches the enclave may use the model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ApiKeys(Vec<ApiKey>);
+
+impl ApiKeys {
+    /// Checks a list and brings it into order.
+    ///
+    /// # Errors
+    /// [`Malformed`] for too many, for a name that is not allowed, and for one that occurs twice.
+    pub fn new(mut keys: Vec<ApiKey>) -> Result<Self, ReleaseError> {
+        keys.sort_by(|a, b| a.name.cmp(&b.name));
+        check(&keys)?;
+        Ok(Self(keys))
+    }
+
+    /// The keys, ordered by name.
+    #[must_use]
+    pub fn as_slice(&self) -> &[ApiKey] {
+        &self.0
+    }
+}
+
+fn check(keys: &[ApiKey]) -> Result<(), Malformed> {
+    let unsupported = |what, found: &str, expected| Malformed::Unsupported {
+        what,
+        found: shown(found),
+        expected,
+    };
+    if keys.len() > MAX_API_KEYS {
+        let what = "number of API keys";
+        return Err(unsupported(what, &keys.len().to_string(), "at most 256"));
+    }
+    for key in keys {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if !(1..=MAX_NAME_BYTES).contains(&key.name.len()) || !key.name.bytes().all(allowed) {
+            return Err(unsupported(
+                "name of an API key",
+                &key.name,
+                "1 to 32 letters, digits, '.', '_' or '-'",
+            ));
+        }
+    }
+    if let Some(two) = keys.windows(2).find(|two| two[0].name >= two[1].name) {
+        let what = "name of an API key";
+        return Err(unsupported(what, &two[1].name, "each once, in order"));
+    }
+    let mut hashes: Vec<_> = keys.iter().map(|key| (key.hash, &key.name)).collect();
+    hashes.sort_unstable();
+    if let Some(two) = hashes.windows(2).find(|two| two[0].0 == two[1].0) {
+        let what = "hash of an API key";
+        return Err(unsupported(what, two[1].1, "each key under one name"));
+    }
+    Ok(())
+}
+
+/// A new API key.
+///
+/// # Errors
+/// [`ReleaseError::Crypto`] when there is no randomness.
+pub fn generate(random: &dyn Random) -> Result<Zeroizing<String>, ReleaseError> {
+    let mut bytes = Zeroizing::new([0; 32]);
+    random.fill(&mut *bytes)?;
+    // With room for all of it, so that growing leaves no copies behind.
+    let mut text = Zeroizing::new(String::with_capacity(PREFIX.len() + 64));
+    text.push_str(PREFIX);
+    let mut digits = hex::encode(*bytes);
+    text.push_str(&digits);
+    digits.zeroize();
+    Ok(text)
+}
+
+/// What is kept of an API key: the SHA-256 of its text.
+#[must_use]
+pub fn hash(key: &[u8]) -> [u8; 32] {
+    let hash = digest(&SHA256, key);
+    hash.as_ref().try_into().expect("SHA-256 has 32 bytes")
+}
+
+/// An API key as it is encoded.
+#[derive(Encode, Decode)]
+#[cbor(map)]
+pub(crate) struct Entry {
+    #[n(0)]
+    name: String,
+    #[cbor(n(1), with = "minicbor::bytes")]
+    hash: [u8; 32],
+    #[n(2)]
+    requests_per_minute: Option<NonZeroU32>,
+    #[n(3)]
+    tokens_per_minute: Option<NonZeroU32>,
+    #[n(4)]
+    concurrency: Option<NonZeroU32>,
+}
+
+/// The list as it is encoded: none at all where there are no keys.
+pub(crate) fn to_entries(keys: &ApiKeys) -> Option<Vec<Entry>> {
+    let entry = |key: &ApiKey| Entry {
+        name: key.name.clone(),
+        hash: key.hash,
+        requests_per_minute: key.limits.requests_per_minute,
+        tokens_per_minute: key.limits.tokens_per_minute,
+        concurrency: key.limits.concurrency,
+    };
+    (!keys.0.is_empty()).then(|| keys.0.iter().map(entry).collect())
+}
+
+/// The opposite of [`to_entries`]; an empty list and another order are refused.
+pub(crate) fn from_entries(entries: Option<&[Entry]>) -> Result<ApiKeys, ReleaseError> {
+    let Some(entries) = entries else {
+        return Ok(ApiKeys::default());
+    };
+    if entries.is_empty() {
+        return Err(Malformed::NotDeterministic {
+            what: "grant.api_keys",
+        }
+        .into());
+    }
+    let key = |entry: &Entry| ApiKey {
+        name: entry.name.clone(),
+        hash: entry.hash,
+        limits: Limits {
+            requests_per_minute: entry.requests_per_minute,
+            tokens_per_minute: entry.tokens_per_minute,
+            concurrency: entry.concurrency,
+        },
+    };
+    let keys: Vec<_> = entries.iter().map(key).collect();
+    check(&keys)?;
+    Ok(ApiKeys(keys))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::SystemRandom;
+
+    fn key(name: &str, byte: u8) -> ApiKey {
+        ApiKey {
+            name: name.into(),
+            hash: [byte; 32],
+            limits: Limits::default(),
+        }
+    }
+
+    #[test]
+    fn a_new_key_has_the_documented_form_and_is_new() {
+        let keys: Vec<_> = (0..2).map(|_| generate(&SystemRandom).unwrap()).collect();
+        for key in &keys {
+            let digits = key.strip_prefix("cm-").unwrap();
+            assert_eq!(digits.len(), 64);
+            let lower = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+            assert!(digits.bytes().all(lower), "{digits}");
+        }
+        assert_ne!(keys[0], keys[1]);
+        assert_ne!(hash(keys[0].as_bytes()), hash(keys[1].as_bytes()));
+    }
+
+    #[test]
+    fn the_hash_is_that_of_the_whole_text() {
+        let text = format!("cm-{}", "00".repeat(32));
+        assert_eq!(
+            hex::encode(hash(text.as_bytes())),
+            "85df6c89d84a868f390ffbac35b4a8b4e6f704b219713aa818bfa828f2e96859"
+        );
+    }
+
+    #[test]
+    fn lists_are_ordered_and_hold_nothing_twice() {
+        let keys = ApiKeys::new(vec![key("b", 1), key("a", 2)]).unwrap();
+        let names: Vec<_> = keys.as_slice().iter().map(|key| &*key.name).collect();
+        assert_eq!(names, ["a", "b"]);
+        for (two, words) in [
+            ([key("a", 1), key("a", 2)], "each once"),
+            ([key("a", 1), key("b", 1)], "each key under one name"),
+        ] {
+            let error = ApiKeys::new(two.to_vec()).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_and_numbers_are_limited() {
+        let longest = "x".repeat(MAX_NAME_BYTES);
+        assert!(ApiKeys::new(vec![key(&longest, 1)]).is_ok());
+        for name in ["", "a b", "ü", "a\n", "a\"", &format!("{longest}x")] {
+            assert!(ApiKeys::new(vec![key(name, 1)]).is_err(), "{name:?}");
+        }
+        let many = |count: usize| {
+            let number = |index: usize| ApiKey {
+                hash: hash(&index.to_be_bytes()),
+                ..key(&format!("key-{index}"), 0)
+            };
+            ApiKeys::new((0..count).map(number).collect())
+        };
+        assert!(many(MAX_API_KEYS).is_ok());
+        assert!(many(MAX_API_KEYS + 1).is_err());
+    }
+
+    #[test]
+    fn another_order_is_not_the_encoding_of_a_list() {
+        let list = ApiKeys::new(vec![key("a", 1), key("b", 2)]).unwrap();
+        let mut entries = to_entries(&list).unwrap();
+        assert_eq!(from_entries(Some(&entries)).unwrap(), list);
+        entries.reverse();
+        assert!(from_entries(Some(&entries)).is_err());
+        assert!(from_entries(Some(&[])).is_err());
+        assert_eq!(from_entries(None).unwrap(), ApiKeys::default());
+        assert!(to_entries(&ApiKeys::default()).is_none());
+    }
+}
