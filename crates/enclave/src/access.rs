@@ -1,6 +1,42 @@
-//! Who asks: known inside the attested channel only, before the API sees a request.
+//! Who may ask, and how much: known inside the attested channel only, before the API sees a request.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `bucket` | token buckets, with time as an argument |
+//! | `keys` | the API keys of the grant, and what each has used |
+//!
+//! The provider lists API keys in the key grant, as hashes; the host can add none. [`Access`] compares the key of a
+//! request with all of them, keeps the limits of its holder, and tells what follows who asks: [`Caller`] for what is
+//! bound to a person, [`Meter`] for what is counted in tokens.
 
-use std::sync::Arc;
+mod bucket;
+mod keys;
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header};
+use axum::response::IntoResponse;
+use casemate_release::api_key::ApiKeys;
+use futures::StreamExt;
+use tower::ServiceExt;
+
+use crate::api::ApiError;
+use crate::metrics::{Denied, Metrics};
+use bucket::Shortage;
+use keys::{Key, Permit, Table};
+
+/// Time since any fixed moment.
+pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// A clock that nobody can set.
+#[must_use]
+pub fn monotonic() -> Clock {
+    let start = Instant::now();
+    Arc::new(move || start.elapsed())
+}
 
 /// Who made an inner request, as a request extension: the holder of an API key of the grant, or anybody, where the grant
 /// lists none.
@@ -25,4 +61,233 @@ impl Caller {
     pub fn name(&self) -> Option<&str> {
         self.0.as_deref()
     }
+}
+
+/// Counts the tokens of one request against its caller's limit, as a request extension.
+#[derive(Clone, Default)]
+pub struct Meter(Option<Arc<Metered>>);
+
+struct Metered {
+    key: Arc<Key>,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+impl Meter {
+    /// Takes the tokens of all prompts of a request, before any of it is computed.
+    ///
+    /// # Errors
+    /// The answer to a caller who has used up its tokens: what was generated beyond the limit counts too.
+    pub(crate) fn take_prompt(&self, tokens: usize) -> Result<(), ApiError> {
+        let Some(metered) = &self.0 else {
+            return Ok(());
+        };
+        let wanted = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let now = (metered.clock)();
+        metered.key.take_tokens(now, wanted).map_err(|(limit, shortage)| {
+            metered.metrics.denied(Denied::Tokens);
+            let message = match shortage {
+                Shortage::Until(_) => format!(
+                    "Rate limit reached on tokens per minute: limit {limit}, requested {tokens} for the prompt"
+                ),
+                Shortage::Never => format!(
+                    "Request too large: its prompt has {tokens} tokens, and the limit is {limit} per minute"
+                ),
+            };
+            ApiError::rate_limited("tokens", message, retry_after(shortage))
+        })
+    }
+
+    /// Counts one token that was generated.
+    pub(crate) fn generated(&self) {
+        if let Some(metered) = &self.0 {
+            metered.key.charge_tokens((metered.clock)(), 1);
+        }
+    }
+}
+
+fn retry_after(shortage: Shortage) -> Option<u32> {
+    match shortage {
+        Shortage::Never => None,
+        Shortage::Until(wait) => Some(seconds(wait).max(1)),
+    }
+}
+
+fn seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis().div_ceil(1000)).unwrap_or(u32::MAX)
+}
+
+/// The API keys in force.
+pub struct Access {
+    table: RwLock<Arc<Table>>,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+impl Access {
+    /// Asks for one of these keys, or for none if there are none.
+    #[must_use]
+    pub fn new(keys: &ApiKeys, clock: Clock, metrics: Arc<Metrics>) -> Self {
+        let table = Table::new(keys, None, clock());
+        Self {
+            table: RwLock::new(Arc::new(table)),
+            clock,
+            metrics,
+        }
+    }
+
+    /// Takes the keys of a newer grant. Keys that stay, with the limits that they had, keep what they have used.
+    /// Requests that are being answered are not interrupted.
+    pub fn replace(&self, keys: &ApiKeys) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        *table = Arc::new(Table::new(keys, Some(&table), (self.clock)()));
+    }
+
+    /// How many keys there are; with none, everybody may ask.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.table().len()
+    }
+
+    fn table(&self) -> Arc<Table> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&table)
+    }
+
+    /// Lets a request of a known caller within its limits through to `next`, and answers any other.
+    pub async fn handle(&self, mut request: Request<Body>, next: Router) -> Response<Body> {
+        let open = self.metrics.open_request();
+        let key = match self.authenticate(request.headers()) {
+            Ok(key) => key,
+            Err(error) => {
+                self.metrics.denied(Denied::Key);
+                return error.into_response();
+            }
+        };
+        // Nothing behind this door has use for it.
+        request.headers_mut().remove(header::AUTHORIZATION);
+        let caller = match &key {
+            None => Caller::anonymous(),
+            Some(key) => Caller::named(Arc::clone(&key.name)),
+        };
+        request.extensions_mut().insert(caller);
+        // Asking what there is, is free.
+        let admitted = match key.filter(|_| request.method() == Method::POST) {
+            None => None,
+            Some(key) => match self.admit(&key) {
+                Ok(permit) => {
+                    let metered = Metered {
+                        key: Arc::clone(&key),
+                        clock: Arc::clone(&self.clock),
+                        metrics: Arc::clone(&self.metrics),
+                    };
+                    request
+                        .extensions_mut()
+                        .insert(Meter(Some(Arc::new(metered))));
+                    Some((key, permit))
+                }
+                Err(error) => {
+                    let mut response = error.into_response();
+                    self.describe(&key, response.headers_mut());
+                    return response;
+                }
+            },
+        };
+        let mut response = match next.oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        };
+        let permit = admitted.map(|(key, permit)| {
+            self.describe(&key, response.headers_mut());
+            permit
+        });
+        // A request is open until its answer is complete or nobody wants the rest.
+        let held = (open, permit);
+        response.map(|body| {
+            Body::from_stream(body.into_data_stream().map(move |piece| {
+                let _held = &held;
+                piece
+            }))
+        })
+    }
+
+    fn authenticate(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, ApiError> {
+        let table = self.table();
+        if table.len() == 0 {
+            return Ok(None);
+        }
+        let presented = bearer(headers).ok_or_else(|| {
+            ApiError::invalid_api_key(
+                "You didn't provide an API key. This service asks for one: Authorization: Bearer cm-…",
+            )
+        })?;
+        match table.find(presented) {
+            Some(key) => Ok(Some(key)),
+            None => Err(ApiError::invalid_api_key(
+                "Incorrect API key provided. Ask the provider of this service for one",
+            )),
+        }
+    }
+
+    fn admit(&self, key: &Arc<Key>) -> Result<Permit, ApiError> {
+        let permit = key.begin().map_err(|limit| {
+            self.metrics.denied(Denied::Concurrency);
+            let message = format!("Rate limit reached on requests at the same time: limit {limit}");
+            ApiError::rate_limited("requests", message, Some(1))
+        })?;
+        key.take_request((self.clock)())
+            .map_err(|(limit, shortage)| {
+                self.metrics.denied(Denied::Requests);
+                let message = format!("Rate limit reached on requests per minute: limit {limit}");
+                ApiError::rate_limited("requests", message, retry_after(shortage))
+            })?;
+        Ok(permit)
+    }
+
+    /// Says what is left, in the fields that clients of OpenAI's service know.
+    fn describe(&self, key: &Key, headers: &mut HeaderMap) {
+        let now = (self.clock)();
+        for (names, state) in [(REQUESTS, key.requests(now)), (TOKENS, key.tokens(now))] {
+            let Some((limit, left, full_in)) = state else {
+                continue;
+            };
+            let [limit_name, left_name, full_name] = names;
+            headers.insert(limit_name, HeaderValue::from(limit));
+            headers.insert(left_name, HeaderValue::from(left));
+            let full = format!("{}s", seconds(full_in));
+            headers.insert(
+                full_name,
+                HeaderValue::from_str(&full).expect("digits are a field's value"),
+            );
+        }
+    }
+}
+
+const REQUESTS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-requests"),
+    HeaderName::from_static("x-ratelimit-remaining-requests"),
+    HeaderName::from_static("x-ratelimit-reset-requests"),
+];
+const TOKENS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-tokens"),
+    HeaderName::from_static("x-ratelimit-remaining-tokens"),
+    HeaderName::from_static("x-ratelimit-reset-tokens"),
+];
+
+/// The fields in which a caller's limits are told.
+pub(crate) fn limit_fields() -> impl Iterator<Item = HeaderName> {
+    REQUESTS.into_iter().chain(TOKENS)
+}
+
+/// The key of `Authorization: Bearer <key>`, if there is exactly one such field.
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let mut fields = headers.get_all(header::AUTHORIZATION).iter();
+    let field = fields.next()?.as_bytes();
+    if fields.next().is_some() {
+        return None;
+    }
+    let (scheme, key) = field.split_at_checked("Bearer ".len())?;
+    scheme
+        .eq_ignore_ascii_case(b"bearer ")
+        .then(|| key.trim_ascii())
 }

@@ -10,9 +10,8 @@ use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder,
 };
 use tokio::sync::Semaphore;
-use tower::ServiceExt;
 
-use crate::access::Caller;
+use crate::access::{self, Access};
 use crate::metrics::Metrics;
 use crate::serving::Serving;
 
@@ -29,6 +28,8 @@ const ARRIVAL: Duration = Duration::from_secs(30);
 pub struct Gateway {
     /// Holds the private keys.
     pub serving: Arc<Serving>,
+    /// Who may ask the API.
+    pub access: Arc<Access>,
     /// The API behind the channel.
     pub api: Router,
     /// One permit for each request that may be arriving.
@@ -52,10 +53,13 @@ impl Gateway {
         }
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             self.metrics.refused();
-            return plain(
+            let mut busy = plain(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "too many requests are arriving",
             );
+            let soon = HeaderValue::from_static("1");
+            busy.headers_mut().insert(header::RETRY_AFTER, soon);
+            return busy;
         };
         let transport = request.into_body().into_data_stream();
         let keyring = &self.serving.keyring;
@@ -85,12 +89,8 @@ impl Gateway {
     }
 
     async fn call(&self, request: Request<Bytes>) -> Response<Body> {
-        let mut request = request.map(Body::from);
-        request.extensions_mut().insert(Caller::anonymous());
-        match self.api.clone().oneshot(request).await {
-            Ok(response) => response,
-            Err(never) => match never {},
-        }
+        let request = request.map(Body::from);
+        self.access.handle(request, self.api.clone()).await
     }
 
     fn refuse(&self, error: &ReceiveError) -> Response<Body> {
@@ -126,6 +126,7 @@ fn answer_headers(headers: &HeaderMap) -> HeaderMap {
         header::RETRY_AFTER,
     ]
     .into_iter()
+    .chain(access::limit_fields())
     .filter_map(|name| headers.get(&name).map(|value| (name, value.clone())))
     .collect()
 }

@@ -1,11 +1,43 @@
 //! Counters for operators. Nothing here depends on what a prompt or an answer says; there are no labels per request.
 
 use std::fmt::Write;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use casemate_engine::Stats;
+use casemate_listen::Counters;
+
+/// Why a caller's request was not let through to the API.
+#[derive(Clone, Copy, Debug)]
+pub enum Denied {
+    /// No API key, or none of the grant.
+    Key,
+    /// Too many requests per minute.
+    Requests,
+    /// Too many tokens per minute.
+    Tokens,
+    /// Too many requests at the same time.
+    Concurrency,
+}
+
+impl Denied {
+    const ALL: [(Denied, &'static str); 4] = [
+        (Denied::Key, "key"),
+        (Denied::Requests, "requests"),
+        (Denied::Tokens, "tokens"),
+        (Denied::Concurrency, "concurrency"),
+    ];
+}
+
+/// A request that is open, until this is dropped.
+pub struct Open(Arc<Metrics>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// What the enclave counts besides the engine's own figures.
 #[derive(Default)]
@@ -13,6 +45,9 @@ pub struct Metrics {
     accepted: AtomicU64,
     refused: AtomicU64,
     attestations: AtomicU64,
+    open: AtomicU64,
+    denied: [AtomicU64; 4],
+    connections: OnceLock<Arc<Counters>>,
     key_release: OnceLock<Duration>,
     model_load: OnceLock<Duration>,
 }
@@ -31,6 +66,23 @@ impl Metrics {
     /// Evidence was given to a user.
     pub fn attested(&self) {
         self.attestations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A decrypted request is with the API until what is returned is dropped.
+    #[must_use]
+    pub fn open_request(self: &Arc<Self>) -> Open {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Open(Arc::clone(self))
+    }
+
+    /// A caller was not let through.
+    pub fn denied(&self, why: Denied) {
+        self.denied[why as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The figures of the listener.
+    pub fn connections(&self, counters: Arc<Counters>) {
+        let _ = self.connections.set(counters);
     }
 
     /// How long obtaining the key took, at start.
@@ -71,6 +123,26 @@ impl Metrics {
             "Evidence given to users.",
             count(&self.attestations),
         );
+        metric(
+            "requests_open",
+            "gauge",
+            "Decrypted requests whose answer is not complete.",
+            count(&self.open),
+        );
+        if let Some(connections) = self.connections.get() {
+            metric(
+                "connections_open",
+                "gauge",
+                "Connections, this one included.",
+                connections.open() as f64,
+            );
+            metric(
+                "connections_evicted_total",
+                "counter",
+                "Idle connections that were closed because their place was needed.",
+                connections.evicted() as f64,
+            );
+        }
         for (name, help, value) in [
             (
                 "key_release_seconds",
@@ -125,6 +197,14 @@ impl Metrics {
                 stats.kv_bytes as f64,
             );
         }
+        out.push_str(
+            "# HELP casemate_denied_total Decrypted requests that were not let through, by what was lacking.\n\
+             # TYPE casemate_denied_total counter\n",
+        );
+        for (why, label) in Denied::ALL {
+            let value = self.denied[why as usize].load(Ordering::Relaxed);
+            let _ = writeln!(out, "casemate_denied_total{{reason=\"{label}\"}} {value}");
+        }
         out
     }
 }
@@ -139,6 +219,15 @@ mod tests {
         metrics.accepted();
         metrics.accepted();
         metrics.refused();
+        metrics.denied(Denied::Tokens);
+        let metrics = Arc::new(metrics);
+        let open = metrics.open_request();
+        assert!(
+            metrics
+                .render(None)
+                .contains("\ncasemate_requests_open 1\n")
+        );
+        drop(open);
         metrics.key_released(Duration::from_millis(250));
         let text = metrics.render(None);
         assert!(text.contains("\ncasemate_requests_total 2\n"), "{text}");
@@ -148,6 +237,11 @@ mod tests {
         );
         assert!(
             text.contains("\ncasemate_key_release_seconds 0.25\n"),
+            "{text}"
+        );
+        assert!(text.contains("\ncasemate_requests_open 0\n"), "{text}");
+        assert!(
+            text.contains("\ncasemate_denied_total{reason=\"tokens\"} 1\n"),
             "{text}"
         );
         assert!(!text.contains("model_load_seconds"), "{text}");

@@ -10,6 +10,7 @@ use casemate_container::signing::SigningKey;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 
+use crate::access::Access;
 use crate::provision::{ProvisionError, Provisioner, Session};
 
 /// Validity of a keyset. It is replaced after half of it, so requests under its predecessor still succeed.
@@ -62,6 +63,7 @@ pub struct Serving {
     pub keyring: Keyring,
     provisioner: Provisioner,
     served: Served,
+    access: Arc<Access>,
     current: RwLock<Arc<Identity>>,
     quotes: Arc<Semaphore>,
 }
@@ -72,6 +74,7 @@ impl Serving {
         provisioner: Provisioner,
         session: &Session,
         served: Served,
+        access: Arc<Access>,
         now: u64,
     ) -> Result<Self, ServingError> {
         let keyring = Keyring::default();
@@ -80,6 +83,7 @@ impl Serving {
             keyring,
             provisioner,
             served,
+            access,
             current: RwLock::new(Arc::new(identity)),
             quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
         })
@@ -115,7 +119,8 @@ impl Serving {
     }
 
     /// Renews what is due at `now`; returns whether anything was. Attests anew for it, so the broker's current policy
-    /// decides, and a withdrawn permission ends the service when the last credential expires.
+    /// decides, and a withdrawn permission ends the service when the last credential expires. The grant is received anew,
+    /// and its API keys are the ones in force from then on.
     pub async fn renew(&self, now: u64) -> Result<bool, ServingError> {
         self.keyring.erase_expired(now);
         let identity = self.identity();
@@ -129,6 +134,8 @@ impl Serving {
             .grant
             .check_model(&self.served.digest, self.served.version)
             .map_err(|_| ServingError::ModelChanged)?;
+        // Whom the provider lets in now, even if the credential cannot be had.
+        self.access.replace(session.grant.api_keys());
         // A fresh credential needs a keyset that outlives it, so both are renewed together.
         let renewed = new_identity(
             &self.keyring,

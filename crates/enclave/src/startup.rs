@@ -23,6 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tracing::{error, info, warn};
 
+use crate::access::{self, Access};
 use crate::api::{self, Api};
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
@@ -77,6 +78,7 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
         ..Limits::default()
     };
     let connections = Server::new(limits.within_descriptors());
+    metrics.connections(connections.counters());
     let server =
         tokio::spawn(
             connections.serve(listener, server::router(Arc::clone(&shared)), async {
@@ -148,13 +150,33 @@ async fn prepare(
     metrics.model_loaded(started.elapsed());
 
     let digest = served.digest.to_string();
-    let serving = Arc::new(Serving::start(provisioner, &session, served, system_clock()).await?);
+    let access = Arc::new(Access::new(
+        session.grant.api_keys(),
+        access::monotonic(),
+        Arc::clone(&metrics),
+    ));
+    let serving = Serving::start(
+        provisioner,
+        &session,
+        served,
+        Arc::clone(&access),
+        system_clock(),
+    )
+    .await?;
+    let serving = Arc::new(serving);
     info!("credential received, and the issuer's signature on it holds");
 
     let fingerprint = format!("fp_{}", &digest[..12]);
+    match access.keys() {
+        0 => warn!(
+            "access is open: the grant lists no API keys, so whoever reaches this address may use the model"
+        ),
+        keys => info!(keys, "access is by API key"),
+    }
     let api = Api::new(engine, config.service.name, fingerprint, system_clock);
     let gateway = Gateway {
         serving: Arc::clone(&serving),
+        access,
         api: api::router(api.clone()),
         places: Arc::new(Semaphore::new(gateway::ARRIVING)),
         metrics,

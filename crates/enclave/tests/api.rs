@@ -1,42 +1,19 @@
 //! The OpenAI-compatible API over a tiny real model, without the channel around it.
 
+mod support;
+
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
-use casemate_container::signing::SigningKey;
-use casemate_container::{DataKey, Model, SealOptions, SealedFile, Silent, seal};
+use casemate_container::Silent;
 use casemate_enclave::api::{Api, router};
 use casemate_engine::{Compute, Engine, EngineOptions};
-use casemate_testkit::models::Tiny;
 use futures::StreamExt;
 use serde_json::{Value, json};
+use support::tiny_model;
 use tower::ServiceExt;
 
 const NOW: u64 = 1_790_000_000;
-
-fn tiny_model() -> Model {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("tiny.casemate");
-    let (data_key, signing_key) = (DataKey::generate(), SigningKey::generate());
-    let options = SealOptions {
-        version: 1,
-        ..SealOptions::default()
-    };
-    seal(
-        &Tiny::default().build(),
-        &options,
-        &data_key,
-        &signing_key,
-        &path,
-        &Silent,
-    )
-    .unwrap();
-    let file = SealedFile::open(&path).unwrap();
-    file.unlock(&data_key, &signing_key.verifying_key())
-        .unwrap()
-        .load(1, &Silent)
-        .unwrap()
-}
 
 fn api() -> Api {
     let options = EngineOptions {

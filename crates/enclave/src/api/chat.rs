@@ -1,7 +1,7 @@
 //! `POST /v1/chat/completions`.
 
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::response::Response;
 use casemate_engine::{ChatMessage, Engine};
 use serde::Deserialize;
@@ -12,6 +12,7 @@ use super::answer::Shape;
 use super::error::ApiError;
 use super::generation::Job;
 use super::parameters::Fields;
+use crate::access::Meter;
 
 const OWN_FIELDS: &[&str] = &["messages", "max_tokens", "max_completion_tokens"];
 /// Most messages of one conversation.
@@ -47,7 +48,11 @@ enum Part {
     Text { text: String },
 }
 
-pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(api): State<Api>,
+    meter: Option<Extension<Meter>>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(&body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let messages: Vec<serde_json::Value> = fields
@@ -80,6 +85,7 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Respon
         max_tokens,
         sampling: fields.common.sampling()?,
         stop: fields.common.stops()?,
+        meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
     let answer = api.answer(Shape::Chat);
     let generation = api.generate(job)?;

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`.
 
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::response::Response;
 use serde::Deserialize;
 
@@ -10,6 +10,7 @@ use super::answer::Shape;
 use super::error::ApiError;
 use super::generation::Job;
 use super::parameters::Fields;
+use crate::access::Meter;
 
 const OWN_FIELDS: &[&str] = &["prompt", "max_tokens"];
 /// OpenAI's default of `max_tokens` at this endpoint.
@@ -26,7 +27,11 @@ enum Prompt {
     TokenLists(Vec<Vec<u32>>),
 }
 
-pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(api): State<Api>,
+    meter: Option<Extension<Meter>>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(&body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let prompt: Prompt = fields
@@ -59,6 +64,7 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Respon
         max_tokens: Some(max_tokens),
         sampling: fields.common.sampling()?,
         stop: fields.common.stops()?,
+        meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
     let answer = api.answer(Shape::Text);
     let generation = api.generate(job)?;

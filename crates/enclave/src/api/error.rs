@@ -135,6 +135,34 @@ impl ApiError {
         )
     }
 
+    /// No API key of the grant.
+    pub(crate) fn invalid_api_key(message: &str) -> Self {
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_request_error",
+            None,
+            Some("invalid_api_key"),
+            message,
+        )
+    }
+
+    /// A limit of the caller's key on `kind`, `requests` or `tokens`; without `retry_after` it will never be possible.
+    pub(crate) fn rate_limited(
+        kind: &'static str,
+        message: String,
+        retry_after: Option<u32>,
+    ) -> Self {
+        let mut limited = Self::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            kind,
+            None,
+            Some("rate_limit_exceeded"),
+            message,
+        );
+        limited.retry_after = retry_after;
+        limited
+    }
+
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::Api;
 use super::answer::{Answer, Choice, Delta, Usage};
 use super::error::ApiError;
+use crate::access::Meter;
 
 /// Most answers to one request: choices times prompts.
 const MAX_ANSWERS: u64 = 16;
@@ -26,6 +27,8 @@ pub(super) struct Job {
     pub(super) max_tokens: Option<u32>,
     pub(super) sampling: Sampling,
     pub(super) stop: Vec<String>,
+    /// Counts what is used.
+    pub(super) meter: Meter,
 }
 
 /// Answers in the making. Dropping it cancels all of them, those that wait or still read their prompt too.
@@ -46,6 +49,8 @@ impl Api {
                 format!("at most {MAX_ANSWERS} answers to one request, over all its prompts");
             return Err(ApiError::value("n", most));
         }
+        job.meter
+            .take_prompt(job.prompts.iter().map(Vec::len).sum())?;
         // Made before the first one is submitted: when a later one is refused, this is dropped and cancels the former.
         let mut generation = Generation {
             api: self.clone(),
@@ -72,9 +77,16 @@ impl Api {
                 };
                 let sender = sender.clone();
                 let index = generation.running;
-                let sink = move |event| match sender.send((index, event)) {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(_) => ControlFlow::Break(()),
+                let meter = job.meter.clone();
+                // Counted where tokens are made: who does not read them has caused them all the same.
+                let sink = move |event| {
+                    if let Event::Token { .. } = event {
+                        meter.generated();
+                    }
+                    match sender.send((index, event)) {
+                        Ok(()) => ControlFlow::Continue(()),
+                        Err(_) => ControlFlow::Break(()),
+                    }
                 };
                 let id = self.engine().submit(request, Box::new(sink))?;
                 generation.requests.push(id);

@@ -1,0 +1,213 @@
+//! A token bucket: how much may be used now, and when more may be.
+//!
+//! A bucket of `n` per minute holds at most `n`, is full at first, and gains `n` per minute evenly. Time is an argument;
+//! everything is integers, so nothing is lost or won by rounding.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+/// Parts of one: a bucket of `n` per minute gains `n` parts per millisecond.
+const PARTS: i64 = 60_000;
+
+/// Why nothing was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shortage {
+    /// There will be enough after this time, if nobody else takes any.
+    Until(Duration),
+    /// More was asked for than the bucket ever holds.
+    Never,
+}
+
+/// One bucket.
+#[derive(Debug, Clone)]
+pub(super) struct Bucket {
+    per_minute: NonZeroU32,
+    /// What it holds, in parts; below zero when more was charged than there was.
+    level: i64,
+    /// Up to when `level` counts.
+    at: Duration,
+}
+
+impl Bucket {
+    /// A full bucket; times are since any fixed moment.
+    #[must_use]
+    pub(super) fn new(per_minute: NonZeroU32, now: Duration) -> Self {
+        Self {
+            per_minute,
+            level: i64::from(per_minute.get()) * PARTS,
+            at: now,
+        }
+    }
+
+    fn rate(&self) -> i64 {
+        i64::from(self.per_minute.get())
+    }
+
+    fn refill(&mut self, now: Duration) {
+        // A clock that goes back, or not on, brings nothing.
+        let passed = now.saturating_sub(self.at).as_millis();
+        let passed = i64::try_from(passed).unwrap_or(i64::MAX);
+        self.at += Duration::from_millis(passed.unsigned_abs());
+        let gained = passed.saturating_mul(self.rate());
+        self.level = self.level.saturating_add(gained).min(self.rate() * PARTS);
+    }
+
+    /// Takes `amount` if it is there.
+    ///
+    /// # Errors
+    /// [`Shortage`]; nothing was taken.
+    pub(super) fn take(&mut self, now: Duration, amount: u32) -> Result<(), Shortage> {
+        self.refill(now);
+        let wanted = i64::from(amount) * PARTS;
+        if wanted > self.rate() * PARTS {
+            return Err(Shortage::Never);
+        }
+        if self.level < wanted {
+            return Err(Shortage::Until(self.time_for(wanted - self.level)));
+        }
+        self.level -= wanted;
+        Ok(())
+    }
+
+    /// Takes `amount` whether it is there or not: what has been used already is paid for before anything new.
+    pub(super) fn charge(&mut self, now: Duration, amount: u32) {
+        self.refill(now);
+        self.level = self.level.saturating_sub(i64::from(amount) * PARTS);
+    }
+
+    /// What it gains per minute, and holds at most.
+    #[must_use]
+    pub(super) fn limit(&self) -> u32 {
+        self.per_minute.get()
+    }
+
+    /// What is there, and how long until it is full.
+    pub(super) fn state(&mut self, now: Duration) -> (u32, Duration) {
+        self.refill(now);
+        let there = u32::try_from(self.level.max(0) / PARTS).unwrap_or(u32::MAX);
+        (there, self.time_for(self.rate() * PARTS - self.level))
+    }
+
+    /// How long it takes to gain so many parts.
+    fn time_for(&self, parts: i64) -> Duration {
+        let parts = parts.max(0).unsigned_abs();
+        Duration::from_millis(parts.div_ceil(self.rate().unsigned_abs()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bucket(per_minute: u32) -> Bucket {
+        Bucket::new(NonZeroU32::new(per_minute).unwrap(), Duration::ZERO)
+    }
+
+    fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn a_minute_brings_what_a_minute_allows() {
+        let mut bucket = bucket(3);
+        for _ in 0..3 {
+            bucket.take(ms(0), 1).unwrap();
+        }
+        assert_eq!(bucket.take(ms(0), 1), Err(Shortage::Until(ms(20_000))));
+        assert_eq!(bucket.take(ms(19_999), 1), Err(Shortage::Until(ms(1))));
+        bucket.take(ms(20_000), 1).unwrap();
+        assert_eq!(bucket.state(ms(20_000)), (0, ms(60_000)));
+        assert_eq!(bucket.state(ms(500_000)), (3, ms(0)));
+    }
+
+    #[test]
+    fn more_than_it_holds_never_comes() {
+        assert_eq!(bucket(3).take(ms(0), 4), Err(Shortage::Never));
+    }
+
+    #[test]
+    fn what_was_used_beyond_the_limit_is_paid_first() {
+        let mut bucket = bucket(60);
+        bucket.charge(ms(0), 90);
+        assert_eq!(bucket.state(ms(0)), (0, ms(90_000)));
+        assert_eq!(bucket.take(ms(30_000), 1), Err(Shortage::Until(ms(1_000))));
+        bucket.take(ms(31_000), 1).unwrap();
+    }
+
+    #[derive(Debug, Clone)]
+    struct Step {
+        wait: Duration,
+        amount: u32,
+        charge: bool,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step =
+            (0u64..90_000_000, 0u32..500, any::<bool>()).prop_map(|(us, amount, charge)| Step {
+                wait: Duration::from_micros(us),
+                amount,
+                charge,
+            });
+        proptest::collection::vec(step, 1..60)
+    }
+
+    proptest! {
+        /// Whatever is asked and when: from any moment on, no more is granted than a full bucket and what flowed in.
+        #[test]
+        fn no_window_grants_more_than_its_share(per_minute in 1u32..300, steps in steps()) {
+            let mut bucket = bucket(per_minute);
+            let mut now = Duration::ZERO;
+            let mut granted: Vec<(Duration, u64)> = Vec::new();
+            for step in steps {
+                now += step.wait;
+                if !step.charge && bucket.take(now, step.amount).is_ok() {
+                    granted.push((now, u64::from(step.amount)));
+                }
+                let mut sum = 0;
+                for (since, amount) in granted.iter().rev() {
+                    sum += amount;
+                    let passed = (now - *since).as_micros();
+                    let share = u128::from(per_minute) * (60_000_000 + passed);
+                    prop_assert!(u128::from(sum) * 60_000_000 <= share, "{sum} in {passed} µs");
+                }
+            }
+        }
+
+        /// The time that is named is the earliest at which it is enough, charges and odd moments included.
+        #[test]
+        fn the_time_named_is_exact(per_minute in 1u32..300, steps in steps(), amount in 1u32..300) {
+            let mut bucket = bucket(per_minute);
+            let mut now = Duration::ZERO;
+            for step in steps {
+                now += Duration::from_millis(step.wait.as_millis() as u64);
+                if step.charge {
+                    bucket.charge(now, step.amount);
+                } else {
+                    let _ = bucket.take(now, step.amount);
+                }
+            }
+            match bucket.take(now, amount) {
+                Ok(()) => {}
+                Err(Shortage::Never) => prop_assert!(amount > per_minute),
+                Err(Shortage::Until(wait)) => {
+                    prop_assert!(!wait.is_zero());
+                    prop_assert!(bucket.clone().take(now + wait - ms(1), amount).is_err());
+                    prop_assert_eq!(bucket.take(now + wait, amount), Ok(()));
+                }
+            }
+        }
+
+        /// A clock that jumps back, by any amount, neither brings nor takes anything.
+        #[test]
+        fn time_that_goes_back_brings_nothing(per_minute in 1u32..300, back in 0u64..1_000_000) {
+            let mut bucket = bucket(per_minute);
+            let now = ms(1_000_000);
+            bucket.take(now, per_minute).unwrap();
+            let empty = bucket.state(now);
+            prop_assert_eq!(bucket.state(now - ms(back)), empty);
+            prop_assert_eq!(bucket.state(now), empty);
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! API keys and their limits, in front of handlers that show what reaches them, and of a tiny real model.
+
+mod support;
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::Extension;
+use axum::http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use axum::routing::any;
+use casemate_container::Silent;
+use casemate_enclave::access::{Access, Caller};
+use casemate_enclave::api::{self, Api};
+use casemate_enclave::metrics::Metrics;
+use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_release::api_key::{ApiKey, ApiKeys, Limits, hash};
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// The text of a key; each number another one.
+fn text(number: u32) -> String {
+    format!("cm-{number:064x}")
+}
+
+fn key(name: &str, number: u32, limits: Limits) -> ApiKey {
+    ApiKey {
+        name: name.into(),
+        hash: hash(text(number).as_bytes()),
+        limits,
+    }
+}
+
+fn at_most(number: u32) -> Option<NonZeroU32> {
+    NonZeroU32::new(number)
+}
+
+struct Door {
+    access: Access,
+    metrics: Arc<Metrics>,
+    milliseconds: Arc<AtomicU64>,
+    inside: Router,
+}
+
+/// Shows who asks and which fields arrive; the path `/stream` answers without end.
+fn mirror() -> Router {
+    let show = |Extension(caller): Extension<Caller>, headers: HeaderMap| async move {
+        let has_key = headers.contains_key(header::AUTHORIZATION);
+        json!({"caller": caller.name(), "authorization": has_key}).to_string()
+    };
+    let endless = || async {
+        Body::from_stream(stream::repeat_with(|| {
+            Ok::<_, axum::Error>(Bytes::from("x"))
+        }))
+    };
+    Router::new()
+        .route(CHAT, any(show))
+        .route("/stream", any(endless))
+}
+
+impl Door {
+    fn new(keys: Vec<ApiKey>, inside: Router) -> Self {
+        let milliseconds = Arc::new(AtomicU64::new(5_000_000));
+        let clock = Arc::clone(&milliseconds);
+        let clock = Arc::new(move || Duration::from_millis(clock.load(Ordering::Relaxed)));
+        let metrics = Arc::new(Metrics::default());
+        let keys = ApiKeys::new(keys).unwrap();
+        Self {
+            access: Access::new(&keys, clock, Arc::clone(&metrics)),
+            metrics,
+            milliseconds,
+            inside,
+        }
+    }
+
+    fn pass(&self, milliseconds: u64) {
+        self.milliseconds.fetch_add(milliseconds, Ordering::Relaxed);
+    }
+
+    async fn send(&self, method: Method, path: &str, keys: &[&str], body: &str) -> Response<Body> {
+        let mut request = Request::builder().method(method).uri(path);
+        for key in keys {
+            request = request.header(header::AUTHORIZATION, *key);
+        }
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        self.access.handle(request, self.inside.clone()).await
+    }
+
+    async fn ask(&self, number: u32, body: &str) -> (StatusCode, HeaderMap, Value) {
+        let key = format!("Bearer {}", text(number));
+        read(self.send(Method::POST, CHAT, &[&key], body).await).await
+    }
+
+    fn metric(&self, line: &str) -> bool {
+        self.metrics.render(None).lines().any(|found| found == line)
+    }
+}
+
+async fn read(response: Response<Body>) -> (StatusCode, HeaderMap, Value) {
+    let (parts, body) = response.into_parts();
+    let bytes = to_bytes(body, 1 << 20).await.unwrap();
+    let json = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+    (parts.status, parts.headers, json)
+}
+
+#[tokio::test]
+async fn only_a_key_of_the_grant_gets_an_answer() {
+    let keys = vec![
+        key("alice", 1, Limits::default()),
+        key("bob", 2, Limits::default()),
+    ];
+    let door = Door::new(keys, mirror());
+    let near = format!("Bearer {}", text(1).replace("01", "11"));
+    let right = format!("Bearer {}", text(1));
+    let bare = text(1);
+    let basic = format!("Basic {}", text(1));
+    let longer = format!("Bearer {}0", text(1));
+    let refused: [&[&str]; 9] = [
+        &[],
+        &[""],
+        &["Bearer"],
+        &["Bearer "],
+        &[&near],
+        &[&bare],
+        &[&basic],
+        &[&longer],
+        &[&right, &right],
+    ];
+    for fields in refused {
+        for method in [Method::POST, Method::GET] {
+            let response = door.send(method, CHAT, fields, "").await;
+            let (status, _, body) = read(response).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED, "{fields:?}");
+            let error = &body["error"];
+            assert_eq!(error["code"], "invalid_api_key", "{body}");
+            assert_eq!(error["type"], "invalid_request_error", "{body}");
+            assert!(!body.to_string().contains("00000"), "no key in {body}");
+        }
+    }
+    assert!(door.metric("casemate_denied_total{reason=\"key\"} 18"));
+
+    let shown = |name| json!({"caller": name, "authorization": false});
+    assert_eq!(door.ask(1, "").await.2, shown("alice"));
+    assert_eq!(door.ask(2, "").await.2, shown("bob"));
+    let lower = format!("bearer  {}", text(2));
+    let (status, _, body) = read(door.send(Method::GET, CHAT, &[&lower], "").await).await;
+    assert_eq!((status, body), (StatusCode::OK, shown("bob")));
+}
+
+#[tokio::test]
+async fn each_of_many_keys_is_its_holders() {
+    let keys = (0..256).map(|n| key(&format!("k{n}"), n, Limits::default()));
+    let door = Door::new(keys.collect(), mirror());
+    for number in 0..256 {
+        let (_, _, body) = door.ask(number, "").await;
+        assert_eq!(body["caller"], format!("k{number}"));
+    }
+    assert_eq!(door.ask(256, "").await.0, StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn where_the_grant_lists_no_keys_everybody_is_anonymous() {
+    let door = Door::new(Vec::new(), mirror());
+    assert_eq!(door.access.keys(), 0);
+    let (status, _, body) = door.ask(1, "").await;
+    let anonymous = json!({"caller": null, "authorization": false});
+    assert_eq!((status, body), (StatusCode::OK, anonymous));
+}
+
+fn field<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
+    headers
+        .get(name)
+        .map_or("", |value| value.to_str().unwrap())
+}
+
+#[tokio::test]
+async fn requests_beyond_the_minutes_share_wait() {
+    let limits = Limits {
+        requests_per_minute: at_most(3),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits), key("b", 2, limits)], mirror());
+    for left in ["2", "1", "0"] {
+        let (status, headers, _) = door.ask(1, "").await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(field(&headers, "x-ratelimit-limit-requests"), "3");
+        assert_eq!(field(&headers, "x-ratelimit-remaining-requests"), left);
+    }
+    door.pass(500);
+    let (status, headers, body) = door.ask(1, "").await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+    assert_eq!(body["error"]["type"], "requests");
+    assert_eq!(
+        field(&headers, "retry-after"),
+        "20",
+        "19.5 s, in whole ones"
+    );
+    assert_eq!(field(&headers, "x-ratelimit-reset-requests"), "60s");
+    assert!(!headers.contains_key("x-ratelimit-limit-tokens"));
+    assert!(door.metric("casemate_denied_total{reason=\"requests\"} 1"));
+    // Others have their own, and looking around is free.
+    assert_eq!(door.ask(2, "").await.0, StatusCode::OK);
+    let bearer = format!("Bearer {}", text(1));
+    let response = door.send(Method::GET, CHAT, &[&bearer], "").await;
+    assert_eq!(response.status(), StatusCode::OK);
+    door.pass(19_500);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn requests_at_the_same_time_are_counted_until_their_answers_end() {
+    let limits = Limits {
+        concurrency: at_most(2),
+        requests_per_minute: at_most(4),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits)], mirror());
+    let bearer = format!("Bearer {}", text(1));
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let response = door.send(Method::POST, "/stream", &[&bearer], "").await;
+        let mut body = response.into_body().into_data_stream();
+        body.next().await.unwrap().unwrap();
+        streams.push(body);
+    }
+    assert!(door.metric("casemate_requests_open 2"));
+    for _ in 0..3 {
+        let (status, headers, body) = door.ask(1, "").await;
+        assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+        assert_eq!(field(&headers, "retry-after"), "1");
+        // It cost none of the minute's requests.
+        assert_eq!(field(&headers, "x-ratelimit-remaining-requests"), "2");
+    }
+    // Who hangs up makes room.
+    drop(streams.pop());
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    drop(streams);
+    assert!(door.metric("casemate_requests_open 0"));
+}
+
+#[tokio::test]
+async fn a_newer_grant_decides_and_forgets_nothing() {
+    let limits = |requests| Limits {
+        requests_per_minute: at_most(requests),
+        ..Limits::default()
+    };
+    let old = vec![
+        key("stays", 1, limits(1)),
+        key("goes", 2, limits(1)),
+        key("grows", 3, limits(1)),
+    ];
+    let door = Door::new(old, mirror());
+    for number in 1..=3 {
+        assert_eq!(door.ask(number, "").await.0, StatusCode::OK);
+    }
+    let new = vec![
+        key("renamed", 1, limits(1)),
+        key("grows", 3, limits(2)),
+        key("comes", 4, limits(1)),
+    ];
+    door.access.replace(&ApiKeys::new(new).unwrap());
+    assert_eq!(door.ask(1, "").await.0, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(door.ask(2, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(door.ask(3, "").await.0, StatusCode::OK);
+    assert_eq!(door.ask(4, "").await.2["caller"], "comes");
+    door.pass(60_000);
+    assert_eq!(door.ask(1, "").await.2["caller"], "renamed");
+}
+
+fn model() -> Router {
+    let options = EngineOptions {
+        compute: Compute::F32,
+        threads: 1,
+        max_context: 256,
+        max_batch: 4,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::load(support::tiny_model(), &options, &Silent).unwrap();
+    api::router(Api::new(engine, "tiny".into(), "fp_0".into(), || 0))
+}
+
+fn chat(words: &str, max_tokens: u32, stream: bool) -> String {
+    json!({
+        "model": "tiny", "messages": [{"role": "user", "content": words}],
+        "max_tokens": max_tokens, "temperature": 0, "stream": stream,
+    })
+    .to_string()
+}
+
+#[tokio::test]
+async fn tokens_of_prompts_and_answers_are_counted() {
+    let limits = |tokens| Limits {
+        tokens_per_minute: at_most(tokens),
+        ..Limits::default()
+    };
+    let inside = model();
+    let free = Door::new(vec![key("a", 1, Limits::default())], inside.clone());
+    let (_, _, whole) = free.ask(1, &chat("hello", 8, false)).await;
+    let usage = &whole["usage"];
+    let [prompt, total] = ["prompt_tokens", "total_tokens"].map(|n| usage[n].as_u64().unwrap());
+    assert_eq!(total, prompt + 8);
+
+    // Room for the prompt, and for half of the answer.
+    let limit = u32::try_from(prompt + 4).unwrap();
+    let door = Door::new(vec![key("a", 1, limits(limit))], inside.clone());
+    let (status, headers, _) = door.ask(1, &chat("hello", 8, false)).await;
+    assert_eq!(status, StatusCode::OK, "what has begun is finished");
+    assert_eq!(
+        field(&headers, "x-ratelimit-limit-tokens"),
+        limit.to_string()
+    );
+    let (status, headers, body) = door.ask(1, &chat("hello", 8, false)).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+    assert_eq!(body["error"]["type"], "tokens");
+    assert_eq!(field(&headers, "x-ratelimit-remaining-tokens"), "0");
+    assert!(door.metric("casemate_denied_total{reason=\"tokens\"} 1"));
+    // Four are owed, and the prompt is wanted.
+    let wait = (60_000 * (prompt + 4)).div_ceil(u64::from(limit));
+    let retry_after: u64 = field(&headers, "retry-after").parse().unwrap();
+    assert_eq!(retry_after, wait.div_ceil(1000));
+    door.pass(wait - 1);
+    assert_eq!(
+        door.ask(1, &chat("hello", 8, false)).await.0,
+        StatusCode::TOO_MANY_REQUESTS
+    );
+    door.pass(1);
+    assert_eq!(
+        door.ask(1, &chat("hello", 8, false)).await.0,
+        StatusCode::OK
+    );
+
+    // A prompt above the limit is never possible, so nobody is told to wait.
+    let few = Door::new(vec![key("a", 1, limits(2))], inside);
+    let (status, headers, body) = few.ask(1, &chat("hello", 8, false)).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{body}");
+    assert!(!headers.contains_key(header::RETRY_AFTER));
+}
+
+#[tokio::test]
+async fn who_does_not_read_the_answer_has_used_its_tokens_all_the_same() {
+    let limits = Limits {
+        tokens_per_minute: at_most(200),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits)], model());
+    let bearer = format!("Bearer {}", text(1));
+    let body = chat("hello", 100, true);
+    let response = door.send(Method::POST, CHAT, &[&bearer], &body).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    // Not one piece is read, until the engine has made all of them.
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        let (_, headers, _) = door.ask(1, "{}").await;
+        let left: u32 = field(&headers, "x-ratelimit-remaining-tokens")
+            .parse()
+            .unwrap();
+        if left < 100 {
+            break;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{left} tokens are left"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(response);
+}
