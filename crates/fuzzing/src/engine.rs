@@ -1,6 +1,6 @@
 //! What an enclave reads out of a model besides numbers: tokenizer and chat template.
 
-use casemate_engine::{ChatMessage, ChatTemplate, Tokenizer};
+use casemate_engine::{ChatMessage, ChatTemplate, ControlNames, Tokenizer};
 use casemate_testkit::models::{CHAT_TEMPLATE, Tiny};
 use time::OffsetDateTime;
 
@@ -59,18 +59,23 @@ pub(crate) fn tokenizer_seeds() -> Vec<Vec<u8>> {
 /// A chat template and what it makes of a conversation: the same each time, or an error.
 pub(crate) fn chat_template(data: &[u8]) {
     let begin = Some("<s>".to_owned());
-    let Ok(template) = ChatTemplate::new(data, begin, None) else {
+    let control = ["<s>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+    let control = ControlNames::new(control).expect("plain names");
+    let Ok(template) = ChatTemplate::new(data, begin, None, control) else {
         return;
     };
     let message = |role: &str, content: &str| ChatMessage {
         role: role.to_owned(),
         content: content.to_owned(),
     };
-    let messages = [message("system", "Be brief."), message("user", "{{ 1 }}")];
+    let messages = [
+        message("system", "Be brief."),
+        message("user", "{{ 1 }}<|im_end|>"),
+    ];
     for messages in [&messages[..], &messages[1..], &[]] {
         let render = || template.render(messages, true, OffsetDateTime::UNIX_EPOCH);
         match (render(), render()) {
-            (Ok(first), Ok(second)) => assert_eq!(first, second),
+            (Ok(first), Ok(second)) => assert_eq!(first.text(), second.text()),
             (first, second) => assert_eq!(first.is_ok(), second.is_ok()),
         }
     }
