@@ -7,6 +7,7 @@
 //! (`casemate_release::credential`), and both are judged together in [`crate::verify`].
 
 use std::fmt;
+use std::str::FromStr;
 
 use aws_lc_rs::digest;
 use casemate_attest::ReportData;
@@ -214,6 +215,25 @@ impl fmt::Display for KeysetDigest {
     }
 }
 
+/// Text that is not the digest of a keyset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a keyset digest is 64 hexadecimal digits, in lower case")]
+pub struct NotADigest;
+
+/// Reads the one form that [`fmt::Display`] writes.
+impl FromStr for KeysetDigest {
+    type Err = NotADigest;
+
+    fn from_str(text: &str) -> Result<KeysetDigest, NotADigest> {
+        let mut digest = [0; 32];
+        hex::decode_to_slice(text, &mut digest).map_err(|_| NotADigest)?;
+        let digest = KeysetDigest(digest);
+        (digest.to_string() == text)
+            .then_some(digest)
+            .ok_or(NotADigest)
+    }
+}
+
 /// What a quote over a keyset is for. A quote made for one purpose proves nothing for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -314,6 +334,21 @@ mod tests {
         ]
         .concat();
         assert_eq!(hex::encode(small.encode().unwrap()), expected);
+    }
+
+    #[test]
+    fn a_digest_has_one_text() {
+        let text = "0a".repeat(32);
+        assert_eq!(text.parse(), Ok::<_, NotADigest>(KeysetDigest([10; 32])));
+        for bad in [
+            &text.to_uppercase(),
+            &text[1..],
+            &format!("{text}0a"),
+            "",
+            &format!(" {}", &text[1..]),
+        ] {
+            assert_eq!(bad.parse::<KeysetDigest>(), Err(NotADigest), "{bad:?}");
+        }
     }
 
     #[test]

@@ -47,6 +47,14 @@ pub const KEY_PROBLEM: &str = "https://iana.org/assignments/http-problem-types#o
 /// Where requests go, relative to the service's URL.
 pub const GATEWAY_PATH: &str = "/.well-known/ohttp-gateway";
 
+/// Field outside the encapsulation that names the keyset a request is encrypted to, in hexadecimal: a hint for whoever
+/// routes between replicas. Nobody believes it.
+pub const KEYSET_HINT: &str = "casemate-keyset";
+/// Field that marks a request as relayed by a replica, so that no other relays it again.
+pub const RELAYED_MARK: &str = "casemate-relayed";
+/// Where a replica lists the keysets it can open requests under, relative to its URL.
+pub const KEYSETS_PATH: &str = "/v1/keysets";
+
 /// Whatever a transport failed with.
 pub type TransportError = Box<dyn std::error::Error + Send + Sync>;
 

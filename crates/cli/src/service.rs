@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, anyhow};
 use bytes::Bytes;
 use casemate_attest::{Denial, Policy, Transcript, UnixTime};
-use casemate_channel::ohttp::{GATEWAY_PATH, REQUEST_MEDIA_TYPE};
+use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::ohttp::{GATEWAY_PATH, KEYSET_HINT, REQUEST_MEDIA_TYPE};
 use casemate_channel::verify::{
     AttestationResponse, Challenge, MAX_RESPONSE, VerifiedService, verify_service,
 };
@@ -188,11 +189,17 @@ impl Service {
         Ok(json)
     }
 
-    /// Sends an encapsulated request.
-    pub(crate) async fn send(&self, encapsulated: Bytes) -> Result<Response, String> {
+    /// Sends a request that is encapsulated to a key of `keyset`, and names that keyset, so that any replica of the
+    /// service knows where the request belongs.
+    pub(crate) async fn send(
+        &self,
+        encapsulated: Bytes,
+        keyset: &KeysetDigest,
+    ) -> Result<Response, String> {
         self.client
             .post(self.join(GATEWAY_PATH))
             .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
+            .header(KEYSET_HINT, keyset.to_string())
             .body(encapsulated)
             .send()
             .await

@@ -1,13 +1,17 @@
 //! The enclave's configuration file. Its bytes are measured (MRCONFIGID), so whoever appraises the enclave has
 //! appraised every value here, above all the two public keys.
 
+use std::fmt;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
+use axum::http::uri::Authority;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::Compute;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
 /// Largest configuration file that is read, in bytes.
@@ -62,6 +66,55 @@ pub struct Service {
     pub name: String,
     /// Address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// The other replicas of this service; this one may be among them.
+    #[serde(default, deserialize_with = "peers")]
+    pub peers: Vec<Peer>,
+}
+
+/// Most other replicas.
+const MAX_PEERS: usize = 16;
+
+/// The base address of another replica: `http://HOST:PORT`. What is sent there is encrypted to that replica, so the way
+/// to it needs no encryption of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer(String);
+
+impl Peer {
+    /// The URL of `path` there.
+    pub fn join(&self, path: &str) -> String {
+        format!("{}{path}", self.0)
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Peer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Peer, String> {
+        let refused = || format!("{text:?} is not the address of a replica, `http://HOST:PORT`");
+        let authority = text.strip_prefix("http://").ok_or_else(refused)?;
+        let authority = authority.strip_suffix('/').unwrap_or(authority);
+        let authority: Authority = authority.parse().map_err(|_| refused())?;
+        let has_user = authority.as_str().contains('@');
+        if authority.port_u16().is_none() || authority.host().is_empty() || has_user {
+            return Err(refused());
+        }
+        Ok(Peer(format!("http://{authority}")))
+    }
+}
+
+fn peers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peer>, D::Error> {
+    let texts = Vec::<String>::deserialize(d)?;
+    if texts.len() > MAX_PEERS {
+        return Err(D::Error::custom(format!("at most {MAX_PEERS} peers")));
+    }
+    let parsed: Result<Vec<Peer>, _> = texts.iter().map(|text| text.parse()).collect();
+    parsed.map_err(D::Error::custom)
 }
 
 /// `[model]`
@@ -232,6 +285,50 @@ mod tests {
     fn refuses_an_unknown_backend() {
         let message = refused(text().replace("quoting-service", "none"));
         assert!(message.contains("none"), "{message}");
+    }
+
+    #[test]
+    fn peers_are_base_addresses_and_nothing_else() {
+        let with = |peers: &str| {
+            let line = format!("listen = \"127.0.0.1:0\"\npeers = [{peers}]");
+            text().replace("listen = \"127.0.0.1:0\"", &line)
+        };
+        let parsed = MeasuredConfig::parse(
+            with("\"http://10.0.0.2:8090\", \"http://[::1]:80/\", \"http://b:1\"").into_bytes(),
+        );
+        let peers: Vec<_> = parsed
+            .unwrap()
+            .config
+            .service
+            .peers
+            .iter()
+            .map(|p| p.join("/x"))
+            .collect();
+        assert_eq!(
+            peers,
+            [
+                "http://10.0.0.2:8090/x",
+                "http://[::1]:80/x",
+                "http://b:1/x"
+            ]
+        );
+        for bad in [
+            "https://a:1",
+            "http://a",
+            "http://a:1/v1",
+            "http://a:1?x",
+            "http://a:1#x",
+            "http://u@a:1",
+            "http://:1",
+            "http://a:99999",
+            "a:1",
+            "",
+        ] {
+            let message = refused(with(&format!("{bad:?}")));
+            assert!(message.contains("http://HOST:PORT"), "{bad}: {message}");
+        }
+        let many = vec!["\"http://a:1\""; MAX_PEERS + 1].join(",");
+        assert!(refused(with(&many)).contains("at most 16 peers"));
     }
 
     #[test]

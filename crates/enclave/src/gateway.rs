@@ -6,22 +6,21 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use casemate_channel::ohttp::{
-    ANSWER_MEDIA_TYPE, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder,
-};
+use casemate_channel::ohttp::{MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder};
 use tokio::sync::Semaphore;
 
 use crate::access::{self, Access};
 use crate::metrics::Metrics;
+use crate::relay::{self, Hint, Peers};
 use crate::serving::Serving;
 
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
-const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (64 << 10);
+pub const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (64 << 10);
 
 /// Requests that may be arriving at the same time, each with its buffer.
 pub const ARRIVING: usize = 64;
 /// Longest time for a request to arrive.
-const ARRIVAL: Duration = Duration::from_secs(30);
+pub const ARRIVAL: Duration = Duration::from_secs(30);
 
 /// What the gateway needs.
 #[derive(Clone)]
@@ -34,6 +33,8 @@ pub struct Gateway {
     pub api: Router,
     /// One permit for each request that may be arriving.
     pub places: Arc<Semaphore>,
+    /// The other replicas of the service.
+    pub peers: Arc<Peers>,
     /// Counts requests by outcome.
     pub metrics: Arc<Metrics>,
     /// Seconds since the Unix epoch.
@@ -50,6 +51,26 @@ impl Gateway {
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "expected message/ohttp-chunked-req",
             );
+        }
+        let Some(hint) = Hint::of(request.headers()) else {
+            self.metrics.refused();
+            return plain(
+                StatusCode::BAD_REQUEST,
+                "casemate-keyset is one keyset digest, casemate-relayed is 1",
+            );
+        };
+        if let Some(keyset) = hint.keyset
+            && !self.serving.holds(&keyset, (self.clock)())
+        {
+            if hint.relayed {
+                self.metrics.refused();
+                return plain(
+                    StatusCode::MISDIRECTED_REQUEST,
+                    "this replica does not hold the keyset",
+                );
+            }
+            let transport = request.into_body().into_data_stream();
+            return self.peers.relay(&keyset, transport).await;
         }
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             self.metrics.refused();
@@ -104,13 +125,7 @@ fn encrypt(responder: Responder, inner: Response<Body>) -> Response<Body> {
     let (parts, body) = inner.into_parts();
     let headers = answer_headers(&parts.headers);
     match responder.respond(parts.status, &headers, body.into_data_stream()) {
-        Ok(encrypted) => Response::builder()
-            .header(header::CONTENT_TYPE, ANSWER_MEDIA_TYPE)
-            .header(header::CACHE_CONTROL, "no-store")
-            // Asks proxies in between to pass each piece on at once.
-            .header("x-accel-buffering", "no")
-            .body(Body::from_stream(encrypted))
-            .expect("constant headers are valid"),
+        Ok(encrypted) => relay::encapsulated(Body::from_stream(encrypted)),
         Err(_) => plain(
             StatusCode::INTERNAL_SERVER_ERROR,
             "the answer cannot be encoded",
@@ -153,7 +168,7 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
 
 #[cfg(test)]
 mod tests {
-    use casemate_channel::ohttp::{AnswerError, Keyring, Recipient};
+    use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, AnswerError, Keyring, Recipient};
     use futures::{StreamExt, stream};
 
     use super::*;

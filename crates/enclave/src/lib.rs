@@ -8,6 +8,7 @@
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
+//! | [`relay`] | requests that another replica can open |
 //! | [`api`] | the OpenAI-compatible API behind that door |
 //! | [`hardening`], [`metrics`] | what the system granted, and counters |
 //!
@@ -23,6 +24,7 @@ pub mod gateway;
 pub mod hardening;
 pub mod metrics;
 pub mod provision;
+pub mod relay;
 pub mod server;
 pub mod serving;
 pub mod startup;

@@ -48,6 +48,8 @@ pub struct Metrics {
     open: AtomicU64,
     denied: [AtomicU64; 4],
     connections: OnceLock<Arc<Counters>>,
+    relayed: AtomicU64,
+    relays_running: AtomicU64,
     key_release: OnceLock<Duration>,
     model_load: OnceLock<Duration>,
 }
@@ -83,6 +85,17 @@ impl Metrics {
     /// The figures of the listener.
     pub fn connections(&self, counters: Arc<Counters>) {
         let _ = self.connections.set(counters);
+    }
+
+    /// Another replica answered a request that was relayed to it.
+    pub fn relayed(&self) {
+        self.relayed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An answer of another replica is being passed on, until the value is dropped.
+    pub fn relay_runs(self: &Arc<Self>) -> RelayRuns {
+        self.relays_running.fetch_add(1, Ordering::Relaxed);
+        RelayRuns(Arc::clone(self))
     }
 
     /// How long obtaining the key took, at start.
@@ -122,6 +135,18 @@ impl Metrics {
             "counter",
             "Evidence given to users.",
             count(&self.attestations),
+        );
+        metric(
+            "requests_relayed_total",
+            "counter",
+            "Requests that another replica opened and answered.",
+            count(&self.relayed),
+        );
+        metric(
+            "relays_running",
+            "gauge",
+            "Answers of other replicas being passed on.",
+            count(&self.relays_running),
         );
         metric(
             "requests_open",
@@ -206,6 +231,15 @@ impl Metrics {
             let _ = writeln!(out, "casemate_denied_total{{reason=\"{label}\"}} {value}");
         }
         out
+    }
+}
+
+/// Counts an answer of another replica for as long as it is passed on.
+pub struct RelayRuns(Arc<Metrics>);
+
+impl Drop for RelayRuns {
+    fn drop(&mut self) {
+        self.0.relays_running.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

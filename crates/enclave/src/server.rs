@@ -10,11 +10,12 @@ use axum::extract::{RawQuery, State};
 use axum::http::{Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use casemate_channel::ohttp::GATEWAY_PATH;
+use casemate_channel::ohttp::{GATEWAY_PATH, KEYSETS_PATH};
 
 use crate::api::Api;
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
+use crate::relay::KeysetList;
 use crate::serving::Serving;
 
 /// The enclave as its routes see it; what is loaded later is empty until then.
@@ -43,6 +44,7 @@ pub struct Ready {
 pub fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/attestation", get(attestation))
+        .route(KEYSETS_PATH, get(keysets))
         .route(GATEWAY_PATH, post(gateway))
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -116,6 +118,18 @@ async fn attestation(
                 .into_response()
         }
     }
+}
+
+/// The keysets that this replica can open requests under, for its peers. Whoever asks for evidence learns them, too.
+async fn keysets(State(shared): State<Arc<Shared>>) -> Response<Body> {
+    let now = (shared.clock)();
+    let held = match shared.ready.get() {
+        Some(ready) => ready.serving.keysets(now),
+        None => Vec::new(),
+    };
+    let keysets = held.iter().map(ToString::to_string).collect();
+    let headers = [(header::CACHE_CONTROL, "no-store")];
+    (headers, axum::Json(KeysetList { keysets })).into_response()
 }
 
 fn parse_nonce(query: &str) -> Option<[u8; 32]> {

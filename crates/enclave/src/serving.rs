@@ -1,6 +1,6 @@
 //! Who this enclave is to its users: the keyset in force, its credential, and evidence over them on demand.
 
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::Keyring;
@@ -57,6 +57,12 @@ struct Identity {
     _receipt_key: SigningKey,
 }
 
+impl Identity {
+    fn published(&self) -> (KeysetDigest, u64) {
+        (KeysetDigest::of(&self.keyset), self.keyset_expires)
+    }
+}
+
 /// The enclave's identity, renewed in the background.
 pub struct Serving {
     /// Private halves of the published HPKE keys.
@@ -65,6 +71,8 @@ pub struct Serving {
     served: Served,
     access: Arc<Access>,
     current: RwLock<Arc<Identity>>,
+    /// The keysets whose keys may still be held, with their ends, in the order of publication.
+    published: RwLock<Vec<(KeysetDigest, u64)>>,
     quotes: Arc<Semaphore>,
 }
 
@@ -79,7 +87,9 @@ impl Serving {
     ) -> Result<Self, ServingError> {
         let keyring = Keyring::default();
         let identity = new_identity(&keyring, &provisioner, session, &served, now).await?;
+        let published = RwLock::new(vec![identity.published()]);
         Ok(Self {
+            published,
             keyring,
             provisioner,
             served,
@@ -110,6 +120,27 @@ impl Serving {
             keyset: identity.keyset.clone(),
             credential: identity.credential.clone(),
         })
+    }
+
+    /// The keysets under which requests can be opened at `now`, oldest first.
+    pub fn keysets(&self, now: u64) -> Vec<KeysetDigest> {
+        let published = self
+            .published
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let held = published.iter().filter(|(_, expires)| now < *expires);
+        held.map(|(digest, _)| *digest).collect()
+    }
+
+    /// Whether requests under `keyset` can be opened at `now`.
+    pub fn holds(&self, keyset: &KeysetDigest, now: u64) -> bool {
+        let published = self
+            .published
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        published
+            .iter()
+            .any(|(digest, expires)| digest == keyset && now < *expires)
     }
 
     /// Whether keyset and credential hold at `now`.
@@ -145,6 +176,15 @@ impl Serving {
             now,
         )
         .await?;
+        {
+            // Before anybody can learn of the new keyset.
+            let mut published = self
+                .published
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            published.retain(|(_, expires)| now < *expires);
+            published.push(renewed.published());
+        }
         *self
             .current
             .write()

@@ -30,6 +30,7 @@ use crate::gateway::{self, Gateway};
 use crate::hardening;
 use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
+use crate::relay::{self, Peers};
 use crate::server::{self, Ready, Shared};
 use crate::serving::{Served, Serving};
 
@@ -166,6 +167,13 @@ async fn prepare(
     let serving = Arc::new(serving);
     info!("credential received, and the issuer's signature on it holds");
 
+    let limits = relay::Limits {
+        bytes: gateway::MAX_ENCAPSULATED,
+        arrival: gateway::ARRIVAL,
+    };
+    let peers = Peers::new(config.service.peers, limits, Arc::clone(&metrics))
+        .context("cannot prepare to relay requests")?;
+
     let fingerprint = format!("fp_{}", &digest[..12]);
     match access.keys() {
         0 => warn!(
@@ -179,6 +187,7 @@ async fn prepare(
         access,
         api: api::router(api.clone()),
         places: Arc::new(Semaphore::new(gateway::ARRIVING)),
+        peers: Arc::new(peers),
         metrics,
         clock: system_clock,
     };

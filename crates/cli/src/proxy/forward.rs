@@ -192,7 +192,7 @@ async fn exchange(
     let (encapsulated, pending) = recipient.encapsulate(inner).map_err(Failure::Encapsulate)?;
     let response = session
         .service()
-        .send(encapsulated)
+        .send(encapsulated, current.service.keyset_digest())
         .await
         .map_err(Failure::Unreachable)?;
     let status = response.status();

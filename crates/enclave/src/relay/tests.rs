@@ -1,0 +1,319 @@
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::body::to_bytes;
+use axum::extract::{Request, State};
+use axum::response::IntoResponse as _;
+use axum::routing::{get, post};
+use casemate_channel::ohttp::KEY_PROBLEM;
+use futures::stream;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+
+use super::*;
+
+const HELD: KeysetDigest = KeysetDigest([7; 32]);
+const LIMITS: Limits = Limits {
+    bytes: 1000,
+    arrival: Duration::from_secs(30),
+};
+
+/// A replica as its peers see it.
+struct Replica {
+    keysets: Vec<KeysetDigest>,
+    asked: AtomicUsize,
+    /// Requests that were relayed here: their fields and body, or that they were cut off.
+    relayed: Mutex<Vec<(HeaderMap, Option<Vec<u8>>)>>,
+    answer: fn() -> Response<Body>,
+}
+
+impl Replica {
+    fn holding(keysets: &[KeysetDigest], answer: fn() -> Response<Body>) -> Arc<Replica> {
+        Arc::new(Replica {
+            keysets: keysets.to_vec(),
+            asked: AtomicUsize::new(0),
+            relayed: Mutex::default(),
+            answer,
+        })
+    }
+
+    async fn serve(self: &Arc<Replica>) -> (Peer, JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = format!("http://{}", listener.local_addr().unwrap());
+        let list = async |State(replica): State<Arc<Replica>>| {
+            replica.asked.fetch_add(1, Ordering::SeqCst);
+            let keysets = replica.keysets.iter().map(ToString::to_string).collect();
+            axum::Json(KeysetList { keysets }).into_response()
+        };
+        let gateway = async |State(replica): State<Arc<Replica>>, request: Request| {
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, 1 << 20).await.ok().map(|b| b.to_vec());
+            replica.relayed.lock().unwrap().push((parts.headers, body));
+            (replica.answer)()
+        };
+        let router = Router::new()
+            .route(KEYSETS_PATH, get(list))
+            .route(GATEWAY_PATH, post(gateway))
+            .with_state(self.clone());
+        let serving = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        (peer.parse().unwrap(), serving)
+    }
+}
+
+fn answer() -> Response<Body> {
+    encapsulated(Body::from("sealed answer"))
+}
+
+fn peers(peers: &[&Peer]) -> Peers {
+    let peers = peers.iter().map(|&peer| peer.clone()).collect();
+    Peers::new(peers, LIMITS, Arc::default()).unwrap()
+}
+
+fn request(pieces: &[&'static str]) -> impl Stream<Item = Result<Bytes, Infallible>> + use<> {
+    let pieces: Vec<_> = pieces.iter().map(|piece| Ok(Bytes::from(*piece))).collect();
+    stream::iter(pieces)
+}
+
+async fn text(response: Response<Body>) -> (StatusCode, String) {
+    let status = response.status();
+    let body = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+async fn tells_to_verify_again(response: Response<Body>) -> bool {
+    assert_eq!(response.headers()[header::CONTENT_TYPE], PROBLEM_MEDIA_TYPE);
+    let (status, text) = text(response).await;
+    status == StatusCode::BAD_REQUEST && text.contains(KEY_PROBLEM)
+}
+
+#[tokio::test]
+async fn a_request_goes_only_to_the_replica_that_holds_its_keyset() {
+    let other = Replica::holding(&[KeysetDigest([8; 32])], answer);
+    let holder = Replica::holding(&[KeysetDigest([6; 32]), HELD], answer);
+    let ((first, _), (second, _)) = (other.serve().await, holder.serve().await);
+    let peers = peers(&[&first, &second]);
+    let response = peers.relay(&HELD, request(&["enc", "rypted"])).await;
+    assert_eq!(response.headers()[header::CONTENT_TYPE], ANSWER_MEDIA_TYPE);
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
+    assert_eq!(
+        text(response).await,
+        (StatusCode::OK, "sealed answer".into())
+    );
+    assert!(other.relayed.lock().unwrap().is_empty());
+
+    let relayed = holder.relayed.lock().unwrap().pop().unwrap();
+    assert_eq!(relayed.1.as_deref(), Some(&b"encrypted"[..]));
+    assert_eq!(relayed.0[KEYSET_HINT], HELD.to_string());
+    assert_eq!(relayed.0[RELAYED_MARK], "1");
+    assert_eq!(relayed.0[header::CONTENT_TYPE], REQUEST_MEDIA_TYPE);
+    let mut names: Vec<_> = relayed.0.keys().map(|name| name.as_str()).collect();
+    names.sort_unstable();
+    // Nothing of the sender's own fields can be among them: they are not even given to the relay.
+    let expected = [
+        "accept",
+        KEYSET_HINT,
+        RELAYED_MARK,
+        "content-type",
+        "host",
+        "transfer-encoding",
+    ];
+    assert_eq!(names, expected);
+
+    // The second request asks nobody.
+    peers.relay(&HELD, request(&["again"])).await;
+    assert_eq!(holder.asked.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn made_up_keysets_cause_no_more_questions() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    let digests: Vec<_> = (0..40).map(|i| KeysetDigest([100 + i; 32])).collect();
+    let all = digests
+        .iter()
+        .map(|digest| peers.relay(digest, request(&["x"])));
+    for response in futures::future::join_all(all).await {
+        assert!(tells_to_verify_again(response).await);
+    }
+    // One for the first, one for all that came while it was asked.
+    assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
+    assert!(replica.relayed.lock().unwrap().is_empty());
+    assert_eq!(peers.known().len(), 1);
+}
+
+#[tokio::test]
+async fn more_requests_than_may_wait_are_told_to_come_back() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    let waiting = peers.waiting.acquire_many(WAITING as u32).await.unwrap();
+    let response = peers.relay(&HELD, request(&["x"])).await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    drop(waiting);
+    let places = peers.places.acquire_many(RELAYS as u32).await.unwrap();
+    let response = peers.relay(&HELD, request(&["x"])).await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(replica.relayed.lock().unwrap().is_empty());
+    drop(places);
+    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_place_is_held_until_the_answer_ends() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    let response = peers.relay(&HELD, request(&["x"])).await;
+    assert_eq!(peers.places.available_permits(), RELAYS - 1);
+    text(response).await;
+    assert_eq!(peers.places.available_permits(), RELAYS);
+}
+
+#[tokio::test]
+async fn a_replica_that_died_is_forgotten_and_the_sender_verifies_again() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, serving) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    serving.abort();
+    let _ = serving.await;
+    assert!(tells_to_verify_again(peers.relay(&HELD, request(&["x"])).await).await);
+    assert!(peers.known().is_empty());
+}
+
+#[tokio::test]
+async fn without_peers_every_other_keyset_is_unknown() {
+    assert!(tells_to_verify_again(peers(&[]).relay(&HELD, request(&["x"])).await).await);
+}
+
+#[tokio::test]
+async fn pieces_of_an_answer_pass_before_the_next_exist() {
+    static GATE: Notify = Notify::const_new();
+    fn gated() -> Response<Body> {
+        encapsulated(Body::from_stream(stream::iter(0..3).then(async |i| {
+            GATE.notified().await;
+            Ok::<_, Infallible>(Bytes::from(format!("piece {i}")))
+        })))
+    }
+    let replica = Replica::holding(&[HELD], gated);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    let response = peers.relay(&HELD, request(&["x"])).await;
+    let mut body = response.into_body().into_data_stream();
+    for i in 0..3 {
+        GATE.notify_one();
+        // The replica makes no further piece before this one was received.
+        assert_eq!(body.next().await.unwrap().unwrap(), format!("piece {i}"));
+    }
+    assert!(body.next().await.is_none());
+}
+
+#[tokio::test]
+async fn peers_answers_pass_in_the_known_forms_only() {
+    fn problem(status: StatusCode, size: usize) -> Response<Body> {
+        let mut response = plain(status, "x".repeat(size));
+        let value = HeaderValue::from_static(PROBLEM_MEDIA_TYPE);
+        response.headers_mut().insert(header::CONTENT_TYPE, value);
+        response
+            .headers_mut()
+            .insert("set-cookie", HeaderValue::from_static("a=b"));
+        response
+    }
+    let cases: [(fn() -> Response<Body>, u16); 9] = [
+        (|| plain(StatusCode::MISDIRECTED_REQUEST, ""), 400),
+        (|| problem(StatusCode::CONFLICT, 10), 409),
+        (|| problem(StatusCode::PAYLOAD_TOO_LARGE, 10), 413),
+        (|| problem(StatusCode::CONFLICT, MAX_REFUSAL + 1), 502),
+        (|| plain(StatusCode::CONFLICT, "in clear"), 502),
+        (|| plain(StatusCode::OK, "in clear"), 502),
+        (|| plain(StatusCode::FOUND, ""), 502),
+        (|| plain(StatusCode::SERVICE_UNAVAILABLE, "busy"), 503),
+        (|| problem(StatusCode::UNAUTHORIZED, 10), 502),
+    ];
+    for (answer, expected) in cases {
+        let replica = Replica::holding(&[HELD], answer);
+        let (peer, _) = replica.serve().await;
+        let response = peers(&[&peer]).relay(&HELD, request(&["x"])).await;
+        assert_eq!(response.status(), expected, "{:?}", answer());
+        assert!(response.headers().get("set-cookie").is_none());
+        let retry = response.headers().contains_key(header::RETRY_AFTER);
+        assert_eq!(retry, expected == 503);
+        assert!(!text(response).await.1.contains("in clear"));
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_large_or_too_slow_is_cut_off() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let limits = Limits {
+        bytes: 10,
+        arrival: Duration::from_millis(50),
+    };
+    let peers = Peers::new(vec![peer], limits, Arc::default()).unwrap();
+    let response = peers.relay(&HELD, request(&["0123456789"])).await;
+    assert_eq!(response.status(), 200);
+    let response = peers.relay(&HELD, request(&["0123456789", "0"])).await;
+    assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
+    let (sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
+    sender.send(Ok(Bytes::from("start"))).await.unwrap();
+    let slow = stream::unfold(receiver, async |mut receiver| {
+        let item = receiver.recv().await?;
+        Some((item, receiver))
+    });
+    let response = peers.relay(&HELD, slow).await;
+    assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
+    drop(sender);
+    let relayed = replica.relayed.lock().unwrap();
+    let whole: Vec<_> = relayed
+        .iter()
+        .filter_map(|(_, body)| body.as_deref())
+        .collect();
+    assert_eq!(whole, [b"0123456789"]);
+}
+
+#[test]
+fn the_fields_outside_have_one_form() {
+    let hint = |fields: &[(&'static str, &str)]| {
+        let mut headers = HeaderMap::new();
+        for (name, value) in fields {
+            headers.append(*name, HeaderValue::from_str(value).unwrap());
+        }
+        Hint::of(&headers)
+    };
+    let text = HELD.to_string();
+    let named = Hint {
+        keyset: Some(HELD),
+        relayed: false,
+    };
+    assert_eq!(
+        hint(&[]),
+        Some(Hint {
+            keyset: None,
+            relayed: false
+        })
+    );
+    assert_eq!(hint(&[(KEYSET_HINT, &text)]), Some(named));
+    assert_eq!(
+        hint(&[(KEYSET_HINT, &text), (RELAYED_MARK, "1")]),
+        Some(Hint {
+            relayed: true,
+            ..named
+        })
+    );
+    for bad in [
+        &[(KEYSET_HINT, "07")][..],
+        &[(KEYSET_HINT, &text[..].to_owned().replace('7', "A"))],
+        &[(KEYSET_HINT, ""), (RELAYED_MARK, "1")],
+        &[(KEYSET_HINT, &text), (KEYSET_HINT, &text)],
+        &[(RELAYED_MARK, "0")],
+        &[(RELAYED_MARK, "")],
+        &[(RELAYED_MARK, "1"), (RELAYED_MARK, "1")],
+    ] {
+        assert_eq!(hint(bad), None, "{bad:?}");
+    }
+}
