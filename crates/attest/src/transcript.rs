@@ -112,6 +112,12 @@ impl Transcript {
         });
     }
 
+    /// Appends the checks of another transcript, and takes over where its evidence's chain ends.
+    pub fn append(&mut self, later: Transcript) {
+        self.root_of_trust = later.root_of_trust;
+        self.checks.extend(later.checks);
+    }
+
     /// The checks as a table for people: one line per check, followed by what was expected where it failed and by
     /// the reason where it was skipped. With `colour`, ANSI colours mark the status.
     ///

@@ -1,8 +1,8 @@
 //! The user's verification of a service: evidence over the user's own nonce, the keyset it vouches
 //! for, the credential that says whose service it is, and the user's policy about all of them.
 //!
-//! [`verify_service`] is the one way to a [`VerifiedService`], and a request is encrypted to the key
-//! that a [`VerifiedService`] holds. Fetching the answer and keeping it fresh is the caller's part.
+//! [`verify_service`] and [`verify_connection`] are the only ways to a [`VerifiedService`]. After the former, a request
+//! is encrypted to the key that it holds; after the latter, it is sent on the connection that was verified. Fetching the answer and keeping it fresh is the caller's part.
 
 use aws_lc_rs::rand;
 use base64::Engine as _;
@@ -21,6 +21,7 @@ use crate::keyset::{
     self, ChannelBinding, Keyset, KeysetDigest, MAX_ENCODED as MAX_KEYSET, Purpose, Role,
 };
 use crate::ohttp::Recipient;
+use crate::tls::Handshake;
 
 /// Where a service answers with its evidence, relative to its URL; the query is
 /// `nonce=` and 64 hexadecimal digits.
@@ -154,7 +155,7 @@ fn malformed(found: String) -> Denial {
 }
 
 /// Proof that a service was verified and that the user's policy accepts it. Only [`verify_service`]
-/// makes one.
+/// and [`verify_connection`] make one.
 #[derive(Clone, Debug)]
 pub struct VerifiedService {
     recipient: Recipient,
@@ -238,24 +239,23 @@ pub fn verify_service(
     policy: &Policy,
     now: UnixTime,
 ) -> (Transcript, Result<VerifiedService, Denial>) {
-    let keyset_digest = KeysetDigest::of(&response.keyset);
-    let expected = keyset::report_data(
-        Purpose::Serving,
-        Role::Service,
-        &keyset_digest,
-        &challenge.nonce,
-        &ChannelBinding::Key,
-    );
-    let appraisal = appraise(&response.evidence, &expected, policy, now);
-    let mut judge = Judge::continuing(appraisal.transcript);
-    let outcome = match appraisal.outcome {
-        Err(denial) => {
-            judge.stop(denial);
-            None
-        }
-        Ok(appraised) => judge.service(response, keyset_digest, challenge, policy, now, appraised),
-    };
-    judge.conclude(outcome, &CHECKS)
+    let judge = Judge::continuing(Transcript::new());
+    judge.verify(response, challenge, &ChannelBinding::Key, policy, now)
+}
+
+/// As [`verify_service`], for a service at the other end of a TLS connection: evidence has to vouch for the key that
+/// the handshake proved, and for this connection, so requests may be sent on it and on no other.
+pub fn verify_connection(
+    response: &AttestationResponse,
+    challenge: &Challenge,
+    handshake: &Handshake,
+    policy: &Policy,
+    now: UnixTime,
+) -> (Transcript, Result<VerifiedService, Denial>) {
+    let mut judge = Judge::continuing(Transcript::new());
+    judge.tls_key(&response.keyset, handshake);
+    let binding = ChannelBinding::TlsExporter(handshake.exporter());
+    judge.verify(response, challenge, &binding, policy, now)
 }
 
 /// Every path without a service records a denial; this stands in for one that a change forgot.
@@ -275,6 +275,34 @@ pub(crate) struct Judge {
 }
 
 impl Judge {
+    fn verify(
+        mut self,
+        response: &AttestationResponse,
+        challenge: &Challenge,
+        binding: &ChannelBinding,
+        policy: &Policy,
+        now: UnixTime,
+    ) -> (Transcript, Result<VerifiedService, Denial>) {
+        let digest = KeysetDigest::of(&response.keyset);
+        let expected = keyset::report_data(
+            Purpose::Serving,
+            Role::Service,
+            &digest,
+            &challenge.nonce,
+            binding,
+        );
+        let appraisal = appraise(&response.evidence, &expected, policy, now);
+        self.transcript.append(appraisal.transcript);
+        let outcome = match appraisal.outcome {
+            Err(denial) => {
+                self.stop(denial);
+                None
+            }
+            Ok(appraised) => self.service(response, digest, challenge, policy, now, appraised),
+        };
+        self.conclude(outcome, &CHECKS)
+    }
+
     /// Goes on where another judge ended without a denial.
     pub(crate) fn continuing(transcript: Transcript) -> Judge {
         Judge {
@@ -323,6 +351,33 @@ impl Judge {
 
     pub(crate) fn skip(&mut self, claim: &'static str, found: &str, why: &str) {
         self.transcript.skip(claim, found, why);
+    }
+
+    /// Before everything else, because a connection that ends elsewhere is the reason why evidence that is relayed over
+    /// it does not fit.
+    fn tls_key(&mut self, keyset: &[u8], handshake: &Handshake) {
+        let claim = "tls.key";
+        let key = hex::encode(handshake.key_digest());
+        let found = match Keyset::decode(keyset) {
+            // Its structure is judged after the evidence.
+            Err(_) => "a keyset that cannot be read".to_owned(),
+            Ok(keyset) => match keyset.tls_key_digest {
+                None => "a keyset without a TLS key".to_owned(),
+                Some(digest) => hex::encode(digest),
+            },
+        };
+        if found == key {
+            self.transcript
+                .pass(claim, found, "the key of this connection");
+            return;
+        }
+        self.deny(Denial::not_genuine(
+            claim,
+            found,
+            format!("{key}, the key of this connection"),
+            "somebody between you and the enclave ends the connection: reach the enclave directly, or use its https URL, \
+             where gateways may end TLS",
+        ));
     }
 
     pub(crate) fn deny(&mut self, denial: Denial) {
