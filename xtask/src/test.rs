@@ -15,6 +15,7 @@ use crate::{fetch, licences, process, rooms, threats, workspace};
 /// expected.
 const DEBIAN: &[(&str, &[&str])] = &[
     ("npm", &["npm", "--version"]),
+    ("nginx-light", &["/usr/sbin/nginx", "-v"]),
     ("python3-venv", &["python3", "-c", "import ensurepip, venv"]),
 ];
 

@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod search;
+
 use std::path::{Path, PathBuf};
 
 use casemate_testkit::deployment::{Deployment, DeploymentError, EnclaveSettings};
@@ -65,6 +67,25 @@ impl Stage {
             ..EnclaveSettings::default()
         })?;
         deployment.measure_enclave()?;
+        deployment.write_policies()?;
+        deployment.admit_model()?;
+        Ok(stage)
+    }
+
+    /// Everything up to the moment before the first of `count` replicas starts, over a tiny model.
+    pub fn until_replicas(count: usize) -> Result<Stage, DeploymentError> {
+        let mut stage = Stage::new()?;
+        let model = stage.tiny_model();
+        let deployment = &mut stage.deployment;
+        deployment.start_fake_tee()?;
+        deployment.start_broker()?;
+        deployment.keygen()?;
+        deployment.seal(&model, TINY, 1)?;
+        let settings = EnclaveSettings {
+            threads: 1,
+            ..EnclaveSettings::default()
+        };
+        deployment.configure_replicas(&settings, count)?;
         deployment.write_policies()?;
         deployment.admit_model()?;
         Ok(stage)

@@ -11,9 +11,13 @@
 
 mod http;
 mod program;
+mod recorder;
+mod replicas;
 
 pub use http::{HttpReply, http_get};
 pub use program::{Launch, Program};
+pub use recorder::{Recorder, Recording, TlsEnds};
+pub use replicas::{CertificateFacts, GatewayFacts, ReplicaFacts, free_addresses};
 
 use std::fs;
 use std::io;
@@ -93,6 +97,7 @@ pub struct Deployment {
     measurement: Option<MeasurementFacts>,
     policies: Option<PolicyFacts>,
     enclave: Option<EnclaveFacts>,
+    replicas: Vec<ReplicaFacts>,
     /// In the order in which they were started; ended in the opposite one.
     running: Vec<(Role, Program)>,
 }
@@ -106,6 +111,10 @@ pub enum Role {
     Broker,
     /// `casemate-enclave`.
     Enclave,
+    /// `casemate-enclave`, one of several.
+    Replica(usize),
+    /// nginx.
+    Gateway,
     /// `casemate proxy`.
     Proxy,
 }
@@ -242,6 +251,7 @@ impl Deployment {
             measurement: None,
             policies: None,
             enclave: None,
+            replicas: Vec::new(),
             running: Vec::new(),
         })
     }
@@ -556,13 +566,25 @@ impl Deployment {
 
     /// Starts a proxy that believes the enclave to be at `enclave`, for who stands in between.
     pub fn start_proxy_to(&mut self, enclave: &str) -> Result<ProxyFacts, DeploymentError> {
+        self.start_proxy_through(enclave, None)
+    }
+
+    /// As [`Deployment::start_proxy_to`], with the certificate authorities in the PEM file `ca`.
+    pub fn start_proxy_through(
+        &mut self,
+        enclave: &str,
+        ca: Option<&Path>,
+    ) -> Result<ProxyFacts, DeploymentError> {
         let started = Instant::now();
-        let launch = self
+        let mut launch = self
             .launch("casemate-proxy", "casemate")
             .arg("proxy")
             .option("--policy", self.user_policy()?)
             .option("--enclave", enclave)
             .option("--listen", "127.0.0.1:0");
+        if let Some(ca) = ca {
+            launch = launch.option("--ca", ca);
+        }
         let program = launch.serve(&self.logs(), START)?;
         let url = format!("http://{}", program.address());
         self.running.push((Role::Proxy, program));

@@ -95,6 +95,22 @@ impl Launch {
         }
     }
 
+    /// Starts a server that does not say when it listens; who starts it has to find out.
+    pub fn start(&self, logs: &Path) -> Result<Program, DeploymentError> {
+        let log = logs.join(format!("{}.log", self.name));
+        let mut command = self.command();
+        command.stdout(append(&log)?).stderr(append(&log)?);
+        let child = command
+            .spawn()
+            .map_err(|source| self.cannot_start(source))?;
+        Ok(Program {
+            name: self.name,
+            child,
+            log,
+            address: String::new(),
+        })
+    }
+
     /// Starts a server and waits until it says where it listens.
     pub fn serve(&self, logs: &Path, patience: Duration) -> Result<Program, DeploymentError> {
         let log = logs.join(format!("{}.log", self.name));
@@ -125,7 +141,7 @@ impl Launch {
 }
 
 impl Program {
-    /// Where it listens, as it said.
+    /// Where it listens, as it said; empty if it does not say.
     pub fn address(&self) -> &str {
         &self.address
     }
