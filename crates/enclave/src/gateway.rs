@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use casemate_channel::ohttp::{MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder};
+use casemate_channel::receipt::RECEIPT_FIELD;
 use tokio::sync::Semaphore;
 
 use crate::access::{self, Access};
@@ -103,7 +104,12 @@ impl Gateway {
         self.metrics.accepted();
         // From here on everything is answered inside the channel, faults of the message included.
         let inner = match received.request {
-            Ok(request) => self.call(request).await,
+            Ok(mut request) => {
+                if let Some(signer) = self.serving.signer(received.key_id) {
+                    request.extensions_mut().insert(signer);
+                }
+                self.call(request).await
+            }
             Err(fault) => bad_message(&fault),
         };
         encrypt(received.responder, inner)
@@ -139,6 +145,7 @@ fn answer_headers(headers: &HeaderMap) -> HeaderMap {
         header::CONTENT_TYPE,
         header::CACHE_CONTROL,
         header::RETRY_AFTER,
+        HeaderName::from_static(RECEIPT_FIELD),
     ]
     .into_iter()
     .chain(access::limit_fields())

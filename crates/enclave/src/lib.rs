@@ -10,6 +10,7 @@
 //! | [`access`] | who asks |
 //! | [`relay`] | requests that another replica can open |
 //! | [`api`] | the OpenAI-compatible API behind that door |
+//! | [`receipts`] | signed statements about its answers |
 //! | [`hardening`], [`metrics`] | what the system granted, and counters |
 //!
 //! Sealing and importing models, judging evidence and talking to users' programs happen elsewhere; the library form
@@ -24,6 +25,7 @@ pub mod gateway;
 pub mod hardening;
 pub mod metrics;
 pub mod provision;
+pub mod receipts;
 pub mod relay;
 pub mod server;
 pub mod serving;

@@ -15,6 +15,7 @@ use casemate_channel::ohttp::{GATEWAY_PATH, KEYSETS_PATH};
 use crate::api::Api;
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
+use crate::receipts::Receipts;
 use crate::relay::KeysetList;
 use crate::serving::Serving;
 
@@ -38,6 +39,8 @@ pub struct Ready {
     pub gateway: Gateway,
     /// The API, for its engine's figures.
     pub api: Api,
+    /// Receipts of its answers.
+    pub receipts: Arc<Receipts>,
 }
 
 /// The outer routes.

@@ -1,6 +1,6 @@
 //! Who this enclave is to its users: the keyset in force, its credential, and evidence over them on demand.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::Keyring;
@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 
 use crate::access::Access;
 use crate::provision::{ProvisionError, Provisioner, Session};
+use crate::receipts::{KeysetFacts, Signer};
 
 /// Validity of a keyset. It is replaced after half of it, so requests under its predecessor still succeed.
 const KEYSET_SECONDS: u64 = 3600;
@@ -53,8 +54,6 @@ struct Identity {
     keyset_renew_at: u64,
     credential: Vec<u8>,
     credential_expires: u64,
-    // Signs receipts under the key that the keyset names; erased with the keyset.
-    _receipt_key: SigningKey,
 }
 
 impl Identity {
@@ -73,6 +72,8 @@ pub struct Serving {
     current: RwLock<Arc<Identity>>,
     /// The keysets whose keys may still be held, with their ends, in the order of publication.
     published: RwLock<Vec<(KeysetDigest, u64)>>,
+    /// By the id of the HPKE key in the same keyset: a receipt is signed under the keyset that opened its request.
+    signers: Mutex<Vec<(u8, Arc<Signer>)>>,
     quotes: Arc<Semaphore>,
 }
 
@@ -86,7 +87,8 @@ impl Serving {
         now: u64,
     ) -> Result<Self, ServingError> {
         let keyring = Keyring::default();
-        let identity = new_identity(&keyring, &provisioner, session, &served, now).await?;
+        let (identity, signer) =
+            new_identity(&keyring, &provisioner, session, &served, now).await?;
         let published = RwLock::new(vec![identity.published()]);
         Ok(Self {
             published,
@@ -95,6 +97,7 @@ impl Serving {
             served,
             access,
             current: RwLock::new(Arc::new(identity)),
+            signers: Mutex::new(vec![signer]),
             quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
         })
     }
@@ -154,6 +157,8 @@ impl Serving {
     /// and its API keys are the ones in force from then on.
     pub async fn renew(&self, now: u64) -> Result<bool, ServingError> {
         self.keyring.erase_expired(now);
+        self.signers()
+            .retain(|(_, signer)| !signer.erase_expired(now));
         let identity = self.identity();
         let keyset_due = now >= identity.keyset_renew_at || self.keyring.wants_rotation();
         let credential_due = now + CREDENTIAL_MARGIN_SECONDS >= identity.credential_expires;
@@ -168,7 +173,7 @@ impl Serving {
         // Whom the provider lets in now, even if the credential cannot be had.
         self.access.replace(session.grant.api_keys());
         // A fresh credential needs a keyset that outlives it, so both are renewed together.
-        let renewed = new_identity(
+        let (renewed, signer) = new_identity(
             &self.keyring,
             &self.provisioner,
             &session,
@@ -185,11 +190,24 @@ impl Serving {
             published.retain(|(_, expires)| now < *expires);
             published.push(renewed.published());
         }
+        // First, so that there is none of whose requests the signer is unknown.
+        self.signers().push(signer);
         *self
             .current
             .write()
             .unwrap_or_else(|poison| poison.into_inner()) = Arc::new(renewed);
         Ok(true)
+    }
+
+    /// Signs receipts for requests that were opened with this HPKE key.
+    pub fn signer(&self, key_id: u8) -> Option<Arc<Signer>> {
+        let signers = self.signers();
+        let found = signers.iter().rev().find(|(id, _)| *id == key_id);
+        found.map(|(_, signer)| Arc::clone(signer))
+    }
+
+    fn signers(&self) -> MutexGuard<'_, Vec<(u8, Arc<Signer>)>> {
+        self.signers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn identity(&self) -> Arc<Identity> {
@@ -208,7 +226,7 @@ async fn new_identity(
     session: &Session,
     served: &Served,
     now: u64,
-) -> Result<Identity, ServingError> {
+) -> Result<(Identity, (u8, Arc<Signer>)), ServingError> {
     let expires_at = now + KEYSET_SECONDS;
     let config = keyring
         .generate(expires_at)
@@ -227,11 +245,11 @@ async fn new_identity(
         not_before: now,
         expires_at,
     };
-    let keyset = keyset
+    let encoded = keyset
         .encode()
         .map_err(|error| ServingError::Keyset(error.to_string()))?;
     let (credential, verified) = match provisioner
-        .obtain_credential(session, keyset.clone(), now)
+        .obtain_credential(session, encoded.clone(), now)
         .await
     {
         Ok(obtained) => obtained,
@@ -241,12 +259,22 @@ async fn new_identity(
             return Err(error.into());
         }
     };
-    Ok(Identity {
-        keyset,
+    let facts = KeysetFacts {
+        keyset_digest: KeysetDigest::of(&encoded),
+        evidence_digest: verified.claims().evidence_digest,
+        model_digest: keyset.model_digest,
+        model_version: keyset.model_version,
+        adapter_digests: keyset.adapter_digests,
+        compute: keyset.compute,
+        expires_at,
+    };
+    let identity = Identity {
+        keyset: encoded,
         keyset_expires: expires_at,
         keyset_renew_at: now + KEYSET_SECONDS / 2,
         credential,
         credential_expires: verified.claims().expires_at,
-        _receipt_key: receipt_key,
-    })
+    };
+    let signer = Arc::new(Signer::new(facts, receipt_key));
+    Ok((identity, (config.id, signer)))
 }

@@ -30,6 +30,7 @@ use crate::gateway::{self, Gateway};
 use crate::hardening;
 use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
+use crate::receipts::{self, Receipts};
 use crate::relay::{self, Peers};
 use crate::server::{self, Ready, Shared};
 use crate::serving::{Served, Serving};
@@ -94,9 +95,10 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
         _ = termination() => return Ok(()),
     };
     let serving = Arc::clone(&ready.serving);
+    let receipts = Arc::clone(&ready.receipts);
     let _ = shared.ready.set(ready);
     info!("ready");
-    let renewal = tokio::spawn(renew(serving));
+    let renewal = tokio::spawn(renew(serving, receipts));
 
     termination().await;
     info!(
@@ -182,10 +184,11 @@ async fn prepare(
         keys => info!(keys, "access is by API key"),
     }
     let api = Api::new(engine, config.service.name, fingerprint, system_clock);
+    let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
     let gateway = Gateway {
         serving: Arc::clone(&serving),
         access,
-        api: api::router(api.clone()),
+        api: receipts::wrap(api::router(api.clone()), Arc::clone(&receipts)),
         places: Arc::new(Semaphore::new(gateway::ARRIVING)),
         peers: Arc::new(peers),
         metrics,
@@ -195,6 +198,7 @@ async fn prepare(
         serving,
         gateway,
         api,
+        receipts,
     })
 }
 
@@ -260,11 +264,12 @@ fn open_and_pack(
     Ok((served, engine, session))
 }
 
-/// Renews keyset and credential while they are still valid. Failing is not fatal at once: until the credential expires
+/// Renews keyset and credential while they are still valid, and lets old receipts go. Failing is not fatal at once: until the credential expires
 /// the service stays what it was, and after that users refuse it.
-async fn renew(serving: Arc<Serving>) {
+async fn renew(serving: Arc<Serving>, receipts: Arc<Receipts>) {
     loop {
         tokio::time::sleep(RENEWAL_INTERVAL).await;
+        receipts.forget_old();
         match serving.renew(system_clock()).await {
             Ok(true) => info!("keyset and credential renewed"),
             Ok(false) => {}

@@ -1,4 +1,8 @@
-//! Response objects of both endpoints, whole and in pieces.
+//! Response objects of both endpoints, whole and in pieces, and what the API leaves with an answer for receipts.
+
+use std::sync::{Arc, OnceLock};
+
+use casemate_channel::receipt::{self, Parameters, RequestId};
 
 use serde_json::{Value, json};
 
@@ -16,6 +20,35 @@ impl Usage {
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         })
+    }
+}
+
+/// What an answer was made with; an extension of its response.
+#[derive(Clone)]
+pub struct Served {
+    /// The answer's id.
+    pub id: RequestId,
+    /// How tokens are drawn, defaults filled in.
+    pub parameters: Parameters,
+    /// Whether it has ended.
+    pub ending: Ending,
+}
+
+/// Noted once the engine has finished an answer as it should; before the last piece of a stream leaves.
+#[derive(Clone, Default)]
+pub struct Ending(Arc<OnceLock<receipt::Usage>>);
+
+impl Ending {
+    pub(super) fn note(&self, usage: &Usage) {
+        let _ = self.0.set(receipt::Usage {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+        });
+    }
+
+    /// Tokens read and written; nothing while the answer goes on, or if it ended early.
+    pub fn usage(&self) -> Option<receipt::Usage> {
+        self.0.get().copied()
     }
 }
 
@@ -42,7 +75,7 @@ pub(super) enum Shape {
 /// What all objects of one answer share.
 pub(super) struct Answer {
     pub(super) shape: Shape,
-    pub(super) id: String,
+    pub(super) id: RequestId,
     pub(super) created: u64,
     pub(super) model: String,
     pub(super) fingerprint: String,
@@ -56,7 +89,7 @@ impl Answer {
             (Shape::Text, _) => "text_completion",
         };
         json!({
-            "id": self.id,
+            "id": self.id.as_str(),
             "object": object,
             "created": self.created,
             "model": self.model,

@@ -125,6 +125,26 @@ impl ApiError {
         )
     }
 
+    pub(crate) fn receipt_not_found() -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            None,
+            Some("receipt_not_found"),
+            "No receipt under this id for this API key; receipts are kept for an hour at most",
+        )
+    }
+
+    pub(crate) fn too_large(limit: usize) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            None,
+            Some("request_too_large"),
+            format!("The request could not be read, or is larger than {limit} bytes"),
+        )
+    }
+
     pub(crate) fn method_not_allowed() -> Self {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,

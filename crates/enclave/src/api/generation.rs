@@ -6,12 +6,13 @@ use std::ops::ControlFlow;
 use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use casemate_channel::receipt::Parameters;
 use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling};
 use futures::stream;
 use tokio::sync::mpsc;
 
 use super::Api;
-use super::answer::{Answer, Choice, Delta, Usage};
+use super::answer::{Answer, Choice, Delta, Ending, Served, Usage};
 use super::error::ApiError;
 use crate::access::Meter;
 
@@ -31,6 +32,25 @@ pub(super) struct Job {
     pub(super) meter: Meter,
 }
 
+impl Job {
+    /// What a receipt says about how tokens are drawn.
+    fn parameters(&self) -> Parameters {
+        let sampling = &self.sampling;
+        Parameters {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: sampling.top_k,
+            min_p: sampling.min_p,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            repetition_penalty: sampling.repetition_penalty,
+            seed: sampling.seed,
+            choices: self.choices,
+            max_tokens: self.max_tokens,
+        }
+    }
+}
+
 /// Answers in the making. Dropping it cancels all of them, those that wait or still read their prompt too.
 pub(super) struct Generation {
     api: Api,
@@ -38,6 +58,8 @@ pub(super) struct Generation {
     events: mpsc::UnboundedReceiver<(u32, Event)>,
     running: u32,
     usage: Usage,
+    parameters: Parameters,
+    ending: Ending,
 }
 
 impl Api {
@@ -58,6 +80,8 @@ impl Api {
             events,
             running: 0,
             usage: Usage::default(),
+            parameters: job.parameters(),
+            ending: Ending::default(),
         };
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
@@ -128,7 +152,10 @@ impl Generation {
                 }
             }
         }
-        Ok(axum::Json(answer.whole(&choices, &self.usage)).into_response())
+        self.ending.note(&self.usage);
+        let mut response = axum::Json(answer.whole(&choices, &self.usage)).into_response();
+        response.extensions_mut().insert(self.served(&answer));
+        Ok(response)
     }
 
     /// Sends each piece of text as a server-sent event as soon as the engine has it.
@@ -138,6 +165,7 @@ impl Generation {
             .map(|value| event_bytes(&value.to_string()))
             .collect::<Vec<_>>()
             .concat();
+        let served = self.served(&answer);
         let state = Streaming {
             generation: self,
             answer,
@@ -155,7 +183,17 @@ impl Generation {
             (header::CONTENT_TYPE, "text/event-stream"),
             (header::CACHE_CONTROL, "no-cache"),
         ];
-        (headers, Body::from_stream(body)).into_response()
+        let mut response = (headers, Body::from_stream(body)).into_response();
+        response.extensions_mut().insert(served);
+        response
+    }
+
+    fn served(&self, answer: &Answer) -> Served {
+        Served {
+            id: answer.id.clone(),
+            parameters: self.parameters.clone(),
+            ending: self.ending.clone(),
+        }
     }
 }
 
@@ -200,6 +238,7 @@ impl Streaming {
             }
         }
         self.ended = true;
+        self.generation.ending.note(&self.generation.usage);
         let mut bytes = Vec::new();
         if self.include_usage {
             bytes = event_bytes(&self.answer.usage(&self.generation.usage).to_string());

@@ -21,7 +21,9 @@ use casemate_engine::Engine;
 use serde::Serialize;
 
 use answer::{Answer, Shape};
+use casemate_channel::receipt::RequestId;
 
+pub use answer::{Ending, Served};
 pub use error::ApiError;
 
 /// Largest request body that is parsed, in bytes.
@@ -81,7 +83,7 @@ impl Api {
         aws_lc_rs::rand::fill(&mut id).expect("the operating system gives randomness");
         Answer {
             shape,
-            id: format!("{prefix}-{}", hex::encode(id)),
+            id: RequestId::new(prefix, id),
             created: self.now(),
             model: self.inner.model.clone(),
             fingerprint: self.inner.fingerprint.clone(),

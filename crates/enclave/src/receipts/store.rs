@@ -1,0 +1,202 @@
+//! Receipts at rest: in memory, bounded in number, bytes and time, found by who asked.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+
+use casemate_channel::receipt::{FetchedReceipt, RequestId};
+
+use crate::access::Caller;
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Receipts.
+    pub receipts: usize,
+    /// Bytes of all of them together.
+    pub bytes: usize,
+    /// Seconds each.
+    pub seconds: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            receipts: 16384,
+            bytes: 16 << 20,
+            seconds: 3600,
+        }
+    }
+}
+
+/// Signed receipts, until they are too old or too many. Dropping one erases its salts.
+pub struct Store {
+    limits: Limits,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    entries: HashMap<RequestId, Entry>,
+    /// Oldest first.
+    order: VecDeque<RequestId>,
+    bytes: usize,
+}
+
+struct Entry {
+    owner: Caller,
+    fetched: FetchedReceipt,
+    forgotten_at: u64,
+}
+
+impl Store {
+    /// An empty store.
+    pub fn new(limits: Limits) -> Store {
+        Store {
+            limits,
+            kept: Mutex::default(),
+        }
+    }
+
+    /// Keeps a receipt for its owner; the oldest ones give way.
+    pub(super) fn keep(&self, id: RequestId, owner: Caller, fetched: FetchedReceipt, now: u64) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.forget(now);
+        kept.bytes += size(&id, &fetched);
+        let entry = Entry {
+            owner,
+            fetched,
+            forgotten_at: now.saturating_add(self.limits.seconds),
+        };
+        kept.order.push_back(id.clone());
+        kept.entries.insert(id, entry);
+        while kept.order.len() > self.limits.receipts || kept.bytes > self.limits.bytes {
+            if !kept.forget_oldest() {
+                break;
+            }
+        }
+    }
+
+    /// The JSON of a receipt, for its owner. Callers without a key are one owner.
+    pub(super) fn find(&self, id: &RequestId, owner: &Caller, now: u64) -> Option<String> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.forget(now);
+        let entry = kept.entries.get(id)?;
+        (entry.owner == *owner).then(|| entry.fetched.to_json())
+    }
+
+    /// Forgets what is too old by `now`; returns how many are left.
+    pub(super) fn forget(&self, now: u64) -> usize {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.forget(now);
+        kept.order.len()
+    }
+}
+
+impl Kept {
+    fn forget(&mut self, now: u64) {
+        let is_due = |kept: &Kept| {
+            let oldest = kept.order.front().and_then(|id| kept.entries.get(id));
+            oldest.is_some_and(|entry| now >= entry.forgotten_at)
+        };
+        while is_due(self) {
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) -> bool {
+        let Some(id) = self.order.pop_front() else {
+            return false;
+        };
+        if let Some(entry) = self.entries.remove(&id) {
+            self.bytes -= size(&id, &entry.fetched);
+        }
+        true
+    }
+}
+
+/// What an entry takes, about.
+fn size(id: &RequestId, fetched: &FetchedReceipt) -> usize {
+    2 * id.as_str().len() + fetched.receipt.len() + size_of::<Entry>()
+}
+
+#[cfg(test)]
+mod tests {
+    use casemate_channel::receipt::Salt;
+
+    use super::*;
+
+    /// The holder of this key, or of none.
+    fn owner(key: &str) -> Caller {
+        match key {
+            "" => Caller::anonymous(),
+            key => Caller::named(key),
+        }
+    }
+
+    fn id(n: u8) -> RequestId {
+        RequestId::new("chatcmpl", [n; 16])
+    }
+
+    fn store(receipts: usize, bytes: usize) -> Store {
+        Store::new(Limits {
+            receipts,
+            bytes,
+            seconds: 10,
+        })
+    }
+
+    fn keep(store: &Store, n: u8, key: &str, now: u64) {
+        let fetched = FetchedReceipt {
+            receipt: vec![n; 500],
+            request_salt: Salt::random(),
+            answer_salt: Salt::random(),
+        };
+        store.keep(id(n), owner(key), fetched, now);
+    }
+
+    fn has(store: &Store, n: u8, key: &str, now: u64) -> bool {
+        store.find(&id(n), &owner(key), now).is_some()
+    }
+
+    #[test]
+    fn only_who_asked_gets_a_receipt() {
+        let store = store(10, 1 << 20);
+        keep(&store, 1, "a", 0);
+        keep(&store, 2, "", 0);
+        assert!(has(&store, 1, "a", 0));
+        for key in ["b", "A", "a ", ""] {
+            assert!(!has(&store, 1, key, 0), "{key:?}");
+        }
+        assert!(has(&store, 2, "", 0));
+        assert!(!has(&store, 2, "a", 0));
+        assert!(!has(&store, 3, "", 0));
+    }
+
+    #[test]
+    fn receipts_are_forgotten_in_time_and_the_oldest_when_there_are_too_many() {
+        let store = store(2, 1 << 20);
+        keep(&store, 1, "", 0);
+        keep(&store, 2, "", 5);
+        assert!(has(&store, 1, "", 9));
+        assert!(!has(&store, 1, "", 10));
+        assert!(has(&store, 2, "", 10));
+        keep(&store, 3, "", 11);
+        keep(&store, 4, "", 11);
+        assert!(!has(&store, 2, "", 11), "the third was one too many");
+        assert!(has(&store, 3, "", 11) && has(&store, 4, "", 11));
+        assert_eq!(store.forget(21), 0);
+        assert_eq!(store.kept.lock().unwrap().bytes, 0);
+        assert!(store.kept.lock().unwrap().entries.is_empty());
+    }
+
+    #[test]
+    fn the_bytes_of_all_receipts_are_bounded() {
+        let store = store(1000, 3000);
+        for n in 0..100 {
+            keep(&store, n, "", 0);
+            assert!(store.kept.lock().unwrap().bytes <= 3000);
+        }
+        assert!(has(&store, 99, "", 0));
+        assert!(!has(&store, 90, "", 0));
+    }
+}
