@@ -16,6 +16,7 @@ mod keys;
 mod measure;
 mod progress;
 mod proxy;
+mod receipt;
 mod seal;
 mod secret_file;
 mod service;
@@ -51,6 +52,7 @@ enum Command {
     Measure(measure::Args),
     Verify(verify::Args),
     Proxy(proxy::Args),
+    Receipt(receipt::Args),
     Bench(bench::Args),
 }
 
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Measure(args) => measure::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Proxy(args) => proxy::run(&args),
+        Command::Receipt(args) => receipt::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)

@@ -2,9 +2,10 @@
 //! every request to it.
 //!
 //! [`session`] holds the verified service and keeps it fresh, [`forward`] carries requests,
-//! [`refusal`] is how this proxy itself says no.
+//! [`receipts`] completes and saves receipts, [`refusal`] is how this proxy itself says no.
 
 mod forward;
+mod receipts;
 mod refusal;
 mod session;
 #[cfg(test)]
@@ -12,7 +13,7 @@ pub(crate) mod tests;
 
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -25,6 +26,7 @@ use crate::exit::{Failure, print};
 use crate::service::{NotVerified, Service};
 use crate::verdict::Verdict;
 use crate::verify::read_policy;
+use receipts::Saver;
 use session::Session;
 
 /// Serve an OpenAI-compatible API on loopback, and forward requests, encrypted, to a verified
@@ -47,6 +49,9 @@ pub(crate) struct Args {
     /// Address to listen on. Whoever reaches it can use the service in your name: keep it on loopback
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// Save a receipt for each answer in this directory: ID.json, readable by you alone. See `casemate receipt`
+    #[arg(long, value_name = "DIR")]
+    receipts: Option<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
@@ -63,10 +68,19 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         args.ca.as_deref(),
     )?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::io)?;
-    runtime.block_on(serve(service, args.listen))
+    let saver = args.receipts.as_deref().map(saver).transpose()?;
+    runtime.block_on(serve(service, saver, args.listen))
 }
 
-async fn serve(service: Service, listen: SocketAddr) -> Result<(), Failure> {
+/// Where receipts are saved; better to fail now than with the first answer.
+fn saver(directory: &Path) -> Result<Saver, Failure> {
+    std::fs::create_dir_all(directory)
+        .with_context(|| directory.display().to_string())
+        .map_err(Failure::io)?;
+    Ok(Saver::new(directory.to_owned()))
+}
+
+async fn serve(service: Service, saver: Option<Saver>, listen: SocketAddr) -> Result<(), Failure> {
     let url = service.url().clone();
     let verification = service.verify().await.map_err(NotVerified::into_failure)?;
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -99,9 +113,16 @@ async fn serve(service: Service, listen: SocketAddr) -> Result<(), Failure> {
     };
     let server = Server::new(Limits::default().within_descriptors());
     let ended = server
-        .serve(listener, forward::router(session, address), shutdown)
+        .serve(
+            listener,
+            forward::router(session, saver.clone(), address),
+            shutdown,
+        )
         .await;
     renewal.abort();
+    if let Some(saver) = saver {
+        saver.finish().await;
+    }
     if ended.cut_off > 0 {
         tracing::warn!("answers were cut off at shutdown");
     }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use casemate_attest::{Denial, Policy, Transcript, UnixTime};
 use casemate_channel::keyset::KeysetDigest;
 use casemate_channel::ohttp::{GATEWAY_PATH, KEYSET_HINT, REQUEST_MEDIA_TYPE};
+use casemate_channel::receipt::SavedAttestation;
 use casemate_channel::verify::{
     AttestationResponse, Challenge, MAX_RESPONSE, VerifiedService, verify_service,
 };
@@ -39,6 +40,8 @@ pub(crate) struct Verification {
     pub(crate) transcript: Transcript,
     /// What came of it.
     pub(crate) outcome: Result<VerifiedService, Denial>,
+    /// What was judged, if it could be read.
+    pub(crate) attestation: Option<SavedAttestation>,
     /// When the nonce was made.
     pub(crate) began: UnixTime,
     /// The same moment by the clock that is never set.
@@ -155,17 +158,28 @@ impl Service {
             .await
             .unwrap_or_else(|_| Err(format!("no answer in {ATTESTATION_TIMEOUT:?}")))
             .map_err(NotVerified::Unreachable)?;
-        let (transcript, outcome) = match AttestationResponse::from_json(&json) {
-            Ok(response) => verify_service(&response, &challenge, &self.policy, self.now()),
+        let verified_at = self.now();
+        let (transcript, outcome, attestation) = match AttestationResponse::from_json(&json) {
+            Ok(response) => {
+                let (transcript, outcome) =
+                    verify_service(&response, &challenge, &self.policy, verified_at);
+                let attestation = SavedAttestation {
+                    response,
+                    challenge,
+                    verified_at,
+                };
+                (transcript, outcome, Some(attestation))
+            }
             Err(denial) => {
                 let mut transcript = Transcript::new();
                 transcript.fail(&denial);
-                (transcript, Err(denial))
+                (transcript, Err(denial), None)
             }
         };
         Ok(Verification {
             transcript,
             outcome,
+            attestation,
             began,
             started,
         })

@@ -133,7 +133,7 @@ pub(crate) fn clock() -> Result<UnixTime, Failure> {
 }
 
 /// Reads a file, but never much more than the limit: what reads the bytes refuses the rest by size.
-fn read_limited(path: &Path, limit: usize) -> Result<Vec<u8>, Failure> {
+pub(crate) fn read_limited(path: &Path, limit: usize) -> Result<Vec<u8>, Failure> {
     let shown = || path.display().to_string();
     let file = File::open(path).with_context(shown).map_err(Failure::io)?;
     let mut bytes = Vec::new();

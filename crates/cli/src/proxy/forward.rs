@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
+use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
 use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, Answer, AnswerError, EncapsulateError, KEY_PROBLEM, PROBLEM_MEDIA_TYPE,
 };
+use casemate_channel::receipt::{InvalidRequestId, RequestId};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use serde::Deserialize;
 
+use super::receipts::{self, NoBundle, Saver};
 use super::refusal::Refusal;
 use super::session::{Current, Session};
 
@@ -43,19 +45,22 @@ const CONNECTION_FIELDS: [HeaderName; 8] = [
 #[derive(Clone)]
 struct Shared {
     session: Arc<Session>,
+    saver: Option<Saver>,
     origin: String,
 }
 
-/// The server's routes; `address` is where it listens.
-pub(super) fn router(session: Arc<Session>, address: SocketAddr) -> Router {
+/// The server's routes; `address` is where it listens, `saver` saves receipts if that is wanted.
+pub(super) fn router(session: Arc<Session>, saver: Option<Saver>, address: SocketAddr) -> Router {
     let shared = Shared {
         session,
+        saver,
         origin: format!("http://{address}"),
     };
     Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/v1/attestation", get(attestation))
+        .route("/v1/receipts/{id}", get(receipt))
         .route("/v1/{*path}", axum::routing::any(forward))
         .fallback(async || {
             let message = "this proxy serves the paths under /v1/, /livez and /readyz";
@@ -98,12 +103,83 @@ fn method_not_allowed() -> Refusal {
 
 async fn forward(State(shared): State<Shared>, request: Request) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
-    let session = &shared.session;
+    let (current, answer) = carry(&shared.session, &inner).await?;
+    let mut response = match &shared.saver {
+        Some(saver) => {
+            let authorization = inner.headers().get(header::AUTHORIZATION);
+            let (status, headers, body) =
+                saver.watch(&shared.session, &current, authorization, answer);
+            to_response(status, headers, Body::from_stream(body))
+        }
+        None => to_response(
+            answer.status,
+            answer.headers,
+            Body::from_stream(answer.body),
+        ),
+    };
+    for name in CONNECTION_FIELDS {
+        response.headers_mut().remove(name);
+    }
+    Ok(response)
+}
+
+/// A receipt, completed so that it can be verified offline.
+async fn receipt(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, Refusal> {
+    let inner = inner_request(request, &shared.origin).await?;
+    let id: RequestId = id.parse().map_err(|error: InvalidRequestId| {
+        Refusal::new(
+            StatusCode::NOT_FOUND,
+            "receipt_not_found",
+            error.to_string(),
+        )
+    })?;
+    let inner = receipts::request_for(&id, inner.headers().get(header::AUTHORIZATION));
+    let (_, answer) = carry(&shared.session, &inner).await?;
+    match receipts::complete(&shared.session, &id, answer).await {
+        Ok(bundle) => {
+            let mut headers = HeaderMap::new();
+            let json = HeaderValue::from_static("application/json");
+            headers.insert(header::CONTENT_TYPE, json);
+            let no_store = HeaderValue::from_static("no-store");
+            headers.insert(header::CACHE_CONTROL, no_store);
+            Ok(to_response(
+                StatusCode::OK,
+                headers,
+                bundle.to_json().into(),
+            ))
+        }
+        Err(NoBundle::Answer(status, headers, body)) => {
+            Ok(to_response(status, headers, body.into()))
+        }
+        Err(NoBundle::Refusal(refusal)) => Err(refusal),
+    }
+}
+
+fn to_response(status: StatusCode, headers: HeaderMap, body: Body) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
+/// Sends a request to the verified service; returns the verification under which it was answered, and the answer.
+///
+/// A request is sent at most twice. The second time only where the first was refused by a host that says its service does
+/// not hold the key, so before any byte of an answer, and only to another key that the service has attested since. The
+/// refusal itself proves nothing: whoever carries messages can say so of a request that the service will answer, or has.
+/// Both copies then go to keys that the user's policy accepts, and nobody else can read them; but the service may have
+/// done the work twice.
+async fn carry(
+    session: &Session,
+    inner: &http::Request<Bytes>,
+) -> Result<(Arc<Current>, Answer), Refusal> {
     let current = session.use_service().await?;
-    let answer = match exchange(session, &current, &inner).await {
+    match exchange(session, &current, inner).await {
         Err(Failure::KeyUnknown) => {
-            // Anybody on the way can say so. A service that proves to have another key now did not
-            // process what was encrypted to the former; one that has not, gets no second copy.
             let renewed = session.renew(&current).await.map_err(|reason| {
                 let message = format!("the service changed its key and then failed: {reason}");
                 Refusal::new(
@@ -115,17 +191,11 @@ async fn forward(State(shared): State<Shared>, request: Request) -> Result<Respo
             if renewed.service.recipient() == current.service.recipient() {
                 return Err(Failure::KeyUnknown.into());
             }
-            exchange(session, &renewed, &inner).await?
+            let answer = exchange(session, &renewed, inner).await?;
+            Ok((renewed, answer))
         }
-        other => other?,
-    };
-    let mut response = Response::new(Body::from_stream(answer.body));
-    *response.status_mut() = answer.status;
-    *response.headers_mut() = answer.headers;
-    for name in CONNECTION_FIELDS {
-        response.headers_mut().remove(name);
+        other => Ok((current, other?)),
     }
-    Ok(response)
 }
 
 /// The request as the service will see it.
@@ -173,7 +243,7 @@ fn allowed_fields(headers: &HeaderMap) -> HeaderMap {
 }
 
 /// Why there is no answer of the service.
-enum Failure {
+pub(super) enum Failure {
     Encapsulate(EncapsulateError),
     Unreachable(String),
     /// The service's host says that the service does not hold the key.
@@ -183,7 +253,7 @@ enum Failure {
     Answer(AnswerError),
 }
 
-async fn exchange(
+pub(super) async fn exchange(
     session: &Session,
     current: &Current,
     inner: &http::Request<Bytes>,

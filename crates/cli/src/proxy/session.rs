@@ -2,10 +2,13 @@
 //! runs out, by the clock on the wall or by the time that has passed, whichever is first; nothing
 //! prolongs it but a new verification.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::rand;
+use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::receipt::SavedAttestation;
 use casemate_channel::verify::VerifiedService;
 use http::StatusCode;
 use tracing::{info, warn};
@@ -19,6 +22,9 @@ const RETRY: Duration = Duration::from_secs(15);
 /// Pause between two renewals, at the least.
 const MINIMUM_PAUSE: Duration = Duration::from_secs(1);
 
+/// Keysets whose evidence is kept. A keyset is renewed about every half hour.
+const KEYSETS: usize = 16;
+
 /// A verified service, or the memory of one.
 pub(super) struct Session {
     service: Service,
@@ -29,6 +35,8 @@ pub(super) struct Session {
 
 struct State {
     current: Arc<Current>,
+    /// The first verification of each of the last keysets, oldest first: what a receipt of one is completed with.
+    keysets: VecDeque<Arc<Current>>,
     /// Why the latest renewal failed, if it did.
     failure: Option<String>,
     /// How many renewals have ended.
@@ -38,6 +46,8 @@ struct State {
 /// A successful verification.
 pub(super) struct Current {
     pub(super) service: VerifiedService,
+    /// What was verified.
+    pub(super) attestation: SavedAttestation,
     /// The verdict as JSON.
     pub(super) verdict: String,
     since: Instant,
@@ -48,13 +58,32 @@ impl Current {
     fn of(service: &Service, verification: Verification) -> Result<Current, NotVerified> {
         let verdict = Verdict::of(service, &verification).to_json().to_string();
         let verified = verification.outcome.map_err(NotVerified::Denied)?;
+        let attestation = verification
+            .attestation
+            .expect("what was verified had been read");
         let lifetime = verified.valid_until().saturating_since(verification.began);
         Ok(Current {
             service: verified,
+            attestation,
             verdict,
             since: verification.started,
             lifetime,
         })
+    }
+}
+
+impl State {
+    /// Keeps the evidence of a keyset that is new.
+    fn remember(&mut self) {
+        let digest = self.current.service.keyset_digest();
+        let known = |kept: &Arc<Current>| kept.service.keyset_digest() == digest;
+        if self.keysets.iter().any(known) {
+            return;
+        }
+        if self.keysets.len() == KEYSETS {
+            self.keysets.pop_front();
+        }
+        self.keysets.push_back(Arc::clone(&self.current));
     }
 }
 
@@ -65,6 +94,7 @@ impl Session {
         Ok(Session {
             service,
             state: Mutex::new(State {
+                keysets: VecDeque::from([Arc::clone(&current)]),
                 current,
                 failure: None,
                 attempts: 0,
@@ -127,6 +157,7 @@ impl Session {
                 info!(valid_until = %current.service.valid_until(), "verified the service again");
                 state.failure = None;
                 state.current = Arc::new(current);
+                state.remember();
                 Ok(state.current.clone())
             }
             Err(error) => {
@@ -136,6 +167,19 @@ impl Session {
                 Err(reason)
             }
         }
+    }
+
+    /// The first verification of a keyset, if that is one of the last.
+    pub(super) fn of_keyset(&self, digest: &KeysetDigest) -> Option<Arc<Current>> {
+        let state = self.state();
+        let mut kept = state.keysets.iter();
+        kept.find(|kept| kept.service.keyset_digest() == digest)
+            .cloned()
+    }
+
+    /// Whether a verification may still be used.
+    pub(super) fn still_holds(&self, current: &Current) -> bool {
+        self.holds(current)
     }
 
     /// Why the latest verification failed, if it did.

@@ -1,5 +1,6 @@
 //! The proxy between a client and an enclave for tests, all in this process.
 
+mod receipts;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
@@ -16,6 +17,7 @@ use support::{Enclave, Fault};
 use tokio::net::TcpListener;
 
 use super::forward;
+use super::receipts::Saver;
 use super::session::{Session, keep_fresh};
 use crate::service::{Clock, Service};
 
@@ -40,13 +42,17 @@ impl Setup {
     }
 
     async fn with_maximum_age(maximum_age: u64) -> Setup {
+        Setup::with(maximum_age, None).await
+    }
+
+    async fn with(maximum_age: u64, saver: Option<Saver>) -> Setup {
         let enclave = Enclave::new(NOW);
         let service = service(&enclave, maximum_age).await;
         let first = service.verify().await.unwrap();
         let session = Arc::new(Session::new(service, first).ok().unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = listener.local_addr().unwrap();
-        let router = forward::router(session.clone(), proxy);
+        let router = forward::router(session.clone(), saver, proxy);
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         let client = Client::builder()
             .tls_certs_only([])
@@ -395,6 +401,17 @@ async fn a_host_that_denies_the_attested_key_gets_no_second_copy() {
     let expected = (StatusCode::BAD_GATEWAY, "key_refused".to_owned());
     assert_eq!(setup.refusal("/v1/echo").await, expected);
     assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), 1);
+    assert_eq!(setup.enclave.attestations.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_host_that_denies_every_key_gets_one_second_copy_at_most() {
+    let setup = Setup::new().await;
+    // Each request is denied, and another key attested after it.
+    setup.enclave.set_fault(Fault::KeyDeniedAndRotated);
+    let expected = (StatusCode::BAD_GATEWAY, "key_refused".to_owned());
+    assert_eq!(setup.refusal("/v1/echo").await, expected);
+    assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), 2);
     assert_eq!(setup.enclave.attestations.load(Ordering::SeqCst), 2);
 }
 

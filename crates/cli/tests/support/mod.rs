@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "two test programs use it, each a part")]
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,6 +20,10 @@ use casemate_attest::UnixTime;
 use casemate_attest::measure::Measurement;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, GATEWAY_PATH, Keyring, ReceiveError, Received};
+use casemate_channel::receipt::{
+    AnswerHasher, FetchedReceipt, Parameters, RECEIPT_FIELD, RECEIPTS_PATH, Receipt, RequestHash,
+    RequestId, Salt, Usage,
+};
 use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
 use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
@@ -43,6 +48,12 @@ pub(crate) enum Fault {
     OtherService,
     /// The host says that the key is unknown, though it is not.
     KeyDenied,
+    /// As before, and the service has a new key after each request.
+    KeyDeniedAndRotated,
+    /// Receipts are signed by another key than the keyset's.
+    OtherReceiptKey,
+    /// Receipts are those of another request.
+    OtherReceipt,
     /// The host answers 500 to requests.
     HostBroken,
     /// The host answers in clear.
@@ -55,6 +66,11 @@ pub(crate) struct Enclave {
     tee: FakeTee,
     measurement: Measurement,
     issuer: SigningKey,
+    receipt_key: SigningKey,
+    /// The keyset that was shown last.
+    keyset: Mutex<Vec<u8>>,
+    /// The receipts of answers that have one.
+    receipts: Mutex<HashMap<RequestId, FetchedReceipt>>,
     keyring: Keyring,
     config: Mutex<Vec<u8>>,
     fault: Mutex<Fault>,
@@ -83,6 +99,9 @@ impl Enclave {
                 rtmr: [[3; 48]; 4],
             },
             issuer: SigningKey::from_seed(&[1; 32]),
+            receipt_key: SigningKey::from_seed(&[4; 32]),
+            keyset: Mutex::default(),
+            receipts: Mutex::default(),
             keyring,
             config: Mutex::new(config),
             fault: Mutex::default(),
@@ -157,7 +176,7 @@ impl Enclave {
         let now = self.now().as_secs();
         let keyset = Keyset {
             ohttp_config: self.config.lock().unwrap().clone(),
-            receipt_key: [4; 32],
+            receipt_key: *self.receipt_key.verifying_key().as_bytes(),
             tls_key_digest: None,
             model_name: "smollm2".into(),
             model_digest: [5; 32],
@@ -169,6 +188,7 @@ impl Enclave {
             expires_at: now + 3600,
         };
         let keyset = keyset.encode().unwrap();
+        keyset.clone_into(&mut self.keyset.lock().unwrap());
         let digest = KeysetDigest::of(&keyset);
         let service = if self.fault() == Fault::OtherService {
             "other"
@@ -245,11 +265,82 @@ impl Enclave {
                 (StatusCode::OK, events.boxed())
             }
             "/v1/endless" => (StatusCode::OK, self.clone().endless().boxed()),
+            "/v1/answer" => {
+                let id = self.make_receipt(request, b"answer");
+                let value = HeaderValue::from_str(id.as_str()).unwrap();
+                headers.insert(RECEIPT_FIELD, value);
+                (StatusCode::OK, once("answer".into()))
+            }
+            path if path.starts_with(RECEIPTS_PATH) => {
+                let id = path[RECEIPTS_PATH.len()..].parse().unwrap();
+                match self.receipts.lock().unwrap().get(&id) {
+                    Some(fetched) => (StatusCode::OK, once(fetched.to_json())),
+                    None => (StatusCode::NOT_FOUND, once("no such receipt".into())),
+                }
+            }
             "/v1/long" => (StatusCode::OK, once("x".repeat(100_000))),
             "/v1/teapot" => (StatusCode::IM_A_TEAPOT, once(r#"{"error":{}}"#.into())),
             _ => (StatusCode::NOT_FOUND, once("no such path".into())),
         };
         (status, headers, body)
+    }
+
+    /// Makes and keeps the receipt of an answer.
+    fn make_receipt(&self, request: &http::Request<Bytes>, answer: &[u8]) -> RequestId {
+        let mut receipts = self.receipts.lock().unwrap();
+        let counter = receipts.len() as u64 + 1;
+        let id = |n: u64| RequestId::new("chatcmpl", u128::from(n).to_be_bytes());
+        let (request_salt, answer_salt) = (Salt::random(), Salt::random());
+        let mut hasher = AnswerHasher::new(&answer_salt);
+        hasher.update(answer);
+        let stated = if self.fault() == Fault::OtherReceipt {
+            id(u64::MAX)
+        } else {
+            id(counter)
+        };
+        let target = request.uri().to_string();
+        let receipt = Receipt {
+            id: stated,
+            counter,
+            keyset_digest: KeysetDigest::of(&self.keyset.lock().unwrap()),
+            evidence_digest: [6; 32],
+            model_digest: [5; 32],
+            model_version: 7,
+            adapter_digests: vec![],
+            compute: "int8-g32".into(),
+            parameters: Parameters {
+                temperature: 1.0,
+                top_p: 1.0,
+                top_k: 0,
+                min_p: 0.0,
+                presence_penalty: 0.0,
+                frequency_penalty: 0.0,
+                repetition_penalty: 1.0,
+                seed: 1,
+                choices: 1,
+                max_tokens: None,
+            },
+            request_hash: RequestHash::of(&request_salt, "POST", &target, request.body()),
+            status: 200,
+            answer_hash: hasher.finish(),
+            usage: Some(Usage {
+                prompt_tokens: 1,
+                completion_tokens: 1,
+            }),
+            time: self.now().as_secs(),
+        };
+        let key = if self.fault() == Fault::OtherReceiptKey {
+            &self.issuer
+        } else {
+            &self.receipt_key
+        };
+        let fetched = FetchedReceipt {
+            receipt: receipt.sign(key).unwrap(),
+            request_salt,
+            answer_salt,
+        };
+        receipts.insert(id(counter), fetched);
+        id(counter)
     }
 
     fn endless(self: Arc<Enclave>) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
@@ -298,6 +389,10 @@ async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Respo
     enclave.requests.fetch_add(1, Ordering::SeqCst);
     match enclave.fault() {
         Fault::KeyDenied => return problem(&ReceiveError::UnknownKey(0)),
+        Fault::KeyDeniedAndRotated => {
+            enclave.rotate();
+            return problem(&ReceiveError::UnknownKey(0));
+        }
         Fault::HostBroken => return StatusCode::INTERNAL_SERVER_ERROR.into_response(),
         Fault::HostInClear => return "Paris".into_response(),
         _ => {}

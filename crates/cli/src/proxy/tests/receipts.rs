@@ -1,0 +1,137 @@
+//! Receipts at the proxy: completed with the right evidence, refused when they do not hold, saved without harm.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use casemate_attest::Policy;
+use casemate_channel::receipt::{Bundle, Exchange, RequestBytes, verify_bundle};
+
+use super::*;
+
+/// Asks for an answer with a receipt; returns its id.
+async fn ask(setup: &Setup) -> String {
+    let url = setup.url("/v1/answer");
+    let response = setup
+        .client
+        .post(url)
+        .body("question")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    let id = response.headers()["casemate-receipt"].to_str().unwrap();
+    let id = id.to_owned();
+    assert_eq!(response.text().await.unwrap(), "answer");
+    id
+}
+
+fn path(id: &str) -> String {
+    format!("/v1/receipts/{id}")
+}
+
+/// The bundle proves the exchange under the enclave's policy.
+fn assert_proves(setup: &Setup, json: &[u8]) {
+    let bundle = Bundle::from_json(json).ok().unwrap();
+    let policy = Policy::from_toml(&setup.enclave.policy(MAXIMUM_AGE)).unwrap();
+    let request = RequestBytes {
+        method: "POST",
+        target: "/v1/answer",
+        body: b"question",
+    };
+    let exchange = Exchange {
+        request: Some(request),
+        answer: Some(b"answer"),
+    };
+    let (transcript, outcome) = verify_bundle(&bundle, &exchange, &policy, None);
+    assert!(outcome.is_ok(), "{}", transcript.to_table(false));
+}
+
+#[tokio::test]
+async fn a_receipt_comes_with_the_evidence_of_its_keyset_also_after_another_attestation() {
+    let setup = Setup::new().await;
+    let id = ask(&setup).await;
+    let before = setup.get(&path(&id)).await;
+    assert_eq!(before.headers()["content-type"], "application/json");
+    let before = before.bytes().await.unwrap();
+    assert_proves(&setup, &before);
+    // The next attestation shows another keyset.
+    setup.enclave.advance(MAXIMUM_AGE);
+    let after = setup.get(&path(&id)).await;
+    assert_eq!(after.status(), 200);
+    assert_eq!(setup.enclave.attestations.load(Ordering::SeqCst), 2);
+    assert_eq!(after.bytes().await.unwrap(), before);
+    let newer = ask(&setup).await;
+    let newer = setup.get(&path(&newer)).await.bytes().await.unwrap();
+    assert_proves(&setup, &newer);
+    assert_ne!(
+        Bundle::from_json(&newer).ok().unwrap().attestation,
+        Bundle::from_json(&before).ok().unwrap().attestation
+    );
+}
+
+#[tokio::test]
+async fn a_receipt_whose_evidence_is_not_kept_is_refused_by_name() {
+    let setup = Setup::new().await;
+    let id = ask(&setup).await;
+    for _ in 0..15 {
+        setup.enclave.advance(MAXIMUM_AGE);
+        assert_eq!(setup.get("/v1/echo").await.status(), 200);
+    }
+    assert_eq!(setup.get(&path(&id)).await.status(), 200, "16 are kept");
+    setup.enclave.advance(MAXIMUM_AGE);
+    let expected = (StatusCode::NOT_FOUND, "evidence_not_kept".to_owned());
+    assert_eq!(setup.refusal(&path(&id)).await, expected);
+}
+
+#[tokio::test]
+async fn receipts_that_do_not_hold_are_not_handed_out() {
+    let setup = Setup::new().await;
+    for fault in [Fault::OtherReceiptKey, Fault::OtherReceipt] {
+        setup.enclave.set_fault(fault);
+        let id = ask(&setup).await;
+        let expected = (StatusCode::BAD_GATEWAY, "receipt_refused".to_owned());
+        assert_eq!(setup.refusal(&path(&id)).await, expected, "{fault:?}");
+    }
+    // What is no id is not carried; what is unknown is the service's to say.
+    let before = setup.enclave.requests.load(Ordering::SeqCst);
+    let expected = (StatusCode::NOT_FOUND, "receipt_not_found".to_owned());
+    assert_eq!(setup.refusal("/v1/receipts/x").await, expected);
+    assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), before);
+    let unknown = setup.get(&path(&format!("cmpl-{}", "0".repeat(32)))).await;
+    assert_eq!(unknown.status(), 404);
+    assert_eq!(unknown.text().await.unwrap(), "no such receipt");
+}
+
+fn saver(directory: &Path) -> Option<Saver> {
+    Some(Saver::new(directory.to_owned()))
+}
+
+#[tokio::test]
+async fn a_bundle_is_saved_for_each_answer_and_readable_by_its_owner_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let setup = Setup::with(MAXIMUM_AGE, saver(directory.path())).await;
+    let id = ask(&setup).await;
+    let file = directory.path().join(format!("{id}.json"));
+    eventually("the receipt is saved", || file.exists()).await;
+    let json = std::fs::read(&file).unwrap();
+    assert_proves(&setup, &json);
+    let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // What has no receipt leaves nothing.
+    assert_eq!(setup.get("/v1/echo").await.status(), 200);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[tokio::test]
+async fn an_answer_is_whole_though_its_receipt_cannot_be_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let gone = directory.path().join("gone");
+    let setup = Setup::with(MAXIMUM_AGE, saver(&gone)).await;
+    let fetches = |setup: &Setup| setup.enclave.processed.load(Ordering::SeqCst);
+    ask(&setup).await;
+    eventually("it was tried", || fetches(&setup) == 2).await;
+    setup.enclave.set_fault(Fault::OtherReceiptKey);
+    ask(&setup).await;
+    eventually("it was tried", || fetches(&setup) == 4).await;
+    assert!(!gone.exists());
+}
