@@ -29,6 +29,9 @@ use crate::verify::read_policy;
 use receipts::Saver;
 use session::Session;
 
+/// Connections of clients at once, where the system grants as many descriptors.
+const CONNECTIONS: usize = 2048;
+
 /// Serve an OpenAI-compatible API on loopback, and forward requests, encrypted, to a verified
 /// service.
 ///
@@ -111,7 +114,11 @@ async fn serve(service: Service, saver: Option<Saver>, listen: SocketAddr) -> Re
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    let server = Server::new(Limits::default().within_descriptors());
+    let limits = Limits {
+        connections: CONNECTIONS,
+        ..Limits::default()
+    };
+    let server = Server::new(limits.within_descriptors());
     let ended = server
         .serve(
             listener,

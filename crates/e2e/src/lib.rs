@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod search;
+pub mod soak;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 

@@ -486,6 +486,24 @@ impl Deployment {
         Ok(self.policies.insert(facts).clone())
     }
 
+    /// Makes an API key, which the grant then lists; `limits` are options of `casemate apikey new`.
+    pub fn api_key(&mut self, name: &str, limits: &[&str]) -> Result<String, DeploymentError> {
+        let launch = self
+            .launch("casemate-apikey", "casemate")
+            .arg("apikey")
+            .arg("new")
+            .arg(name)
+            .option("--file", self.api_keys());
+        let launch = limits
+            .iter()
+            .fold(launch, |launch, limit| launch.arg(limit));
+        text(&self.run_json(launch)?, "casemate apikey", "key")
+    }
+
+    fn api_keys(&self) -> PathBuf {
+        self.work.join("api-keys.toml")
+    }
+
     /// Puts the broker's policy into force and stores the grant of the model's key. Returns the grant's file.
     pub fn admit_model(&mut self) -> Result<PathBuf, DeploymentError> {
         let (keys, sealed) = (self.keys()?, self.sealed()?);
@@ -497,6 +515,10 @@ impl Deployment {
             .option("--signing-key", &keys.signing_key)
             .option("--model", &sealed.path)
             .option("--out", &grant);
+        let launch = match self.api_keys().is_file() {
+            true => launch.option("--api-keys", self.api_keys()),
+            false => launch,
+        };
         self.run(launch.arg("--force"))?;
         let policies = self
             .policies
