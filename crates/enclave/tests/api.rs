@@ -335,6 +335,26 @@ async fn a_prompt_beyond_the_context_is_refused_with_the_numbers() {
 }
 
 #[tokio::test]
+async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
+    let router = router(api());
+    // One long word takes a tokenizer far longer than many short ones.
+    let long = "x".repeat(256 * 256 + 1);
+    let halves =
+        [&long[..40_000], &long[40_000..]].map(|half| json!({"role": "user", "content": half}));
+    let completion = json!({"model": "tiny", "prompt": ["a", long]});
+    for (path, body) in [
+        ("/v1/chat/completions", chat(&json!({"messages": halves}))),
+        ("/v1/completions", completion),
+    ] {
+        let (status, answer) = post(&router, path, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        assert_eq!(answer["error"]["code"], "context_length_exceeded");
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.contains("65537 bytes"), "{message}");
+    }
+}
+
+#[tokio::test]
 async fn errors_never_repeat_the_prompt() {
     let router = router(api());
     let canary = "canary-7f3a";

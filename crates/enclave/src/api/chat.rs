@@ -59,6 +59,7 @@ pub(super) async fn create(
         .take("messages")?
         .ok_or_else(|| ApiError::missing("messages"))?;
     let messages = parse_messages(messages)?;
+    api.check_length(messages.iter().map(|message| message.content.len()).sum())?;
     let max_tokens = match (
         fields.take::<u32>("max_tokens")?,
         fields.take::<u32>("max_completion_tokens")?,

@@ -38,6 +38,7 @@ pub(super) async fn create(
         .take("prompt")?
         .ok_or_else(|| ApiError::missing("prompt"))?;
     let encode = |text: &String| {
+        api.check_length(text.len())?;
         let encoded = api.engine().tokenizer().encode(text, true);
         encoded.map_err(|error| ApiError::value("prompt", error))
     };

@@ -155,6 +155,18 @@ impl ApiError {
         )
     }
 
+    /// A text that is not even tokenized.
+    pub(crate) fn far_too_long(bytes: usize, context: usize) -> Self {
+        Self::invalid(
+            Some("messages"),
+            "context_length_exceeded",
+            format!(
+                "This model's maximum context length is {context} tokens. However, your prompt has {bytes} bytes. \
+                 Please reduce its length."
+            ),
+        )
+    }
+
     /// No API key of the grant.
     pub(crate) fn invalid_api_key(message: &str) -> Self {
         Self::new(

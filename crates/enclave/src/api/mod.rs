@@ -9,6 +9,7 @@ mod chat;
 mod completions;
 mod error;
 mod generation;
+mod length;
 mod parameters;
 
 use std::sync::Arc;
