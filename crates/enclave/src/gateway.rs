@@ -6,14 +6,17 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use axum::response::IntoResponse;
 use casemate_channel::ohttp::{MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder};
 use casemate_channel::receipt::RECEIPT_FIELD;
 use tokio::sync::Semaphore;
 
 use crate::access::{self, Access};
+use crate::api::ApiError;
 use crate::metrics::Metrics;
 use crate::relay::{self, Hint, Peers};
 use crate::serving::Serving;
+use crate::workers::Workers;
 
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
 pub const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (64 << 10);
@@ -32,6 +35,8 @@ pub struct Gateway {
     pub access: Arc<Access>,
     /// The API behind the channel.
     pub api: Router,
+    /// Where it runs.
+    pub workers: Workers,
     /// One permit for each request that may be arriving.
     pub places: Arc<Semaphore>,
     /// The other replicas of the service.
@@ -117,7 +122,13 @@ impl Gateway {
 
     async fn call(&self, request: Request<Bytes>) -> Response<Body> {
         let request = request.map(Body::from);
-        self.access.handle(request, self.api.clone()).await
+        let (access, api) = (Arc::clone(&self.access), self.api.clone());
+        let answered = self
+            .workers
+            .run(async move { access.handle(request, api).await });
+        answered.await.unwrap_or_else(|| {
+            ApiError::internal("the request could not be processed").into_response()
+        })
     }
 
     fn refuse(&self, error: &ReceiveError) -> Response<Body> {

@@ -9,6 +9,7 @@
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
 //! | [`relay`] | requests that another replica can open |
+//! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
 //! | [`receipts`] | signed statements about its answers |
 //! | [`hardening`], [`metrics`] | what the system granted, and counters |
@@ -30,3 +31,4 @@ pub mod relay;
 pub mod server;
 pub mod serving;
 pub mod startup;
+pub mod workers;

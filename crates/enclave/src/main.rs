@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use casemate_enclave::config::MeasuredConfig;
 use casemate_enclave::startup;
+use casemate_enclave::workers::Workers;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
@@ -47,13 +48,19 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = MeasuredConfig::read(&arguments.config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let result = runtime.block_on(startup::run(config));
+    let runtime = |name: &str| {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name(name)
+            .enable_all()
+            .build()
+    };
+    let (serving, preparing) = (runtime("serving")?, runtime("preparing")?);
+    let workers = Workers::new(preparing.handle().clone());
+    let result = serving.block_on(startup::run(config, workers));
     // Answers that are still being generated have had their time; their threads need not be waited for.
-    runtime.shutdown_background();
+    serving.shutdown_background();
+    preparing.shutdown_background();
     result
 }
 

@@ -34,6 +34,7 @@ use crate::receipts::{self, Receipts};
 use crate::relay::{self, Peers};
 use crate::server::{self, Ready, Shared};
 use crate::serving::{Served, Serving};
+use crate::workers::Workers;
 
 /// How long a quoting service may take to answer.
 const QUOTE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,6 +42,8 @@ const QUOTE_TIMEOUT: Duration = Duration::from_secs(10);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
 /// How long running answers may take to finish after a request to stop.
 const GRACE: Duration = Duration::from_secs(20);
+/// Answers that may wait for a place in the batch.
+const WAITING: usize = 1024;
 /// Connections served at once, where the system grants as many descriptors.
 const CONNECTIONS: usize = 4096;
 
@@ -51,8 +54,8 @@ pub fn system_clock() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// Runs the enclave until it is told to stop.
-pub async fn run(measured: MeasuredConfig) -> Result<()> {
+/// Runs the enclave until it is told to stop; `workers` prepare requests.
+pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     let address = measured.config.service.listen;
     let listener = TcpListener::bind(address)
         .await
@@ -91,7 +94,7 @@ pub async fn run(measured: MeasuredConfig) -> Result<()> {
     std::io::stdout().flush()?;
 
     let ready = tokio::select! {
-        ready = prepare(measured, quoter, metrics) => ready?,
+        ready = prepare(measured, quoter, workers, metrics) => ready?,
         _ = termination() => return Ok(()),
     };
     let serving = Arc::clone(&ready.serving);
@@ -130,6 +133,7 @@ fn connect_tee(tee: &Tee) -> Result<Arc<dyn QuoteProvider>> {
 async fn prepare(
     measured: MeasuredConfig,
     quoter: Arc<dyn QuoteProvider>,
+    workers: Workers,
     metrics: Arc<Metrics>,
 ) -> Result<Ready> {
     let MeasuredConfig { config, bytes } = measured;
@@ -189,6 +193,7 @@ async fn prepare(
         serving: Arc::clone(&serving),
         access,
         api: receipts::wrap(api::router(api.clone()), Arc::clone(&receipts)),
+        workers,
         places: Arc::new(Semaphore::new(gateway::ARRIVING)),
         peers: Arc::new(peers),
         metrics,
@@ -244,6 +249,7 @@ fn open_and_pack(
         threads,
         max_context: config.max_context,
         max_batch: config.max_batch,
+        max_waiting: WAITING,
         ..EngineOptions::default()
     };
     let engine = Engine::load(model, &options, &Silent)?;
