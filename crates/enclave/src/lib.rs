@@ -6,6 +6,7 @@
 //! | [`startup`] | the order in which an enclave comes to serve |
 //! | [`provision`] | conversations with the key broker |
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
+//! | [`renewal`] | when that is |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
 //! | [`relay`] | requests that another replica can open |
@@ -28,6 +29,7 @@ pub mod metrics;
 pub mod provision;
 pub mod receipts;
 pub mod relay;
+pub mod renewal;
 pub mod server;
 pub mod serving;
 pub mod startup;

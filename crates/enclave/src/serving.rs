@@ -13,11 +13,10 @@ use tokio::sync::Semaphore;
 use crate::access::Access;
 use crate::provision::{ProvisionError, Provisioner, Session};
 use crate::receipts::{KeysetFacts, Signer};
+use crate::renewal::{Life, Renewable};
 
-/// Validity of a keyset. It is replaced after half of it, so requests under its predecessor still succeed.
+/// Validity of a keyset. It is replaced before half of it has passed, so requests under its predecessor still succeed.
 const KEYSET_SECONDS: u64 = 3600;
-/// A credential with less than this left is renewed.
-const CREDENTIAL_MARGIN_SECONDS: u64 = 300;
 /// Quotes made at the same time for users; more wait.
 const CONCURRENT_QUOTES: usize = 4;
 
@@ -50,8 +49,8 @@ pub enum ServingError {
 /// A published keyset with the credential for it.
 struct Identity {
     keyset: Vec<u8>,
+    since: u64,
     keyset_expires: u64,
-    keyset_renew_at: u64,
     credential: Vec<u8>,
     credential_expires: u64,
 }
@@ -152,19 +151,10 @@ impl Serving {
         now < identity.keyset_expires && now < identity.credential_expires
     }
 
-    /// Renews what is due at `now`; returns whether anything was. Attests anew for it, so the broker's current policy
-    /// decides, and a withdrawn permission ends the service when the last credential expires. The grant is received anew,
-    /// and its API keys are the ones in force from then on.
-    pub async fn renew(&self, now: u64) -> Result<bool, ServingError> {
-        self.keyring.erase_expired(now);
-        self.signers()
-            .retain(|(_, signer)| !signer.erase_expired(now));
-        let identity = self.identity();
-        let keyset_due = now >= identity.keyset_renew_at || self.keyring.wants_rotation();
-        let credential_due = now + CREDENTIAL_MARGIN_SECONDS >= identity.credential_expires;
-        if !keyset_due && !credential_due {
-            return Ok(false);
-        }
+    /// Renews keyset and credential. Attests anew for it, so the broker's current policy decides, and a withdrawn
+    /// permission ends the service when the last credential expires. The grant is received anew, and its API keys are the
+    /// ones in force from then on.
+    async fn renew_all(&self, now: u64) -> Result<(), ServingError> {
         let session = self.provisioner.obtain_key().await?;
         session
             .grant
@@ -196,7 +186,7 @@ impl Serving {
             .current
             .write()
             .unwrap_or_else(|poison| poison.into_inner()) = Arc::new(renewed);
-        Ok(true)
+        Ok(())
     }
 
     /// Signs receipts for requests that were opened with this HPKE key.
@@ -217,6 +207,30 @@ impl Serving {
                 .read()
                 .unwrap_or_else(|poison| poison.into_inner()),
         )
+    }
+}
+
+impl Renewable for Serving {
+    type Error = ServingError;
+
+    fn life(&self) -> Life {
+        let identity = self.identity();
+        Life {
+            from: identity.since,
+            // A keyset is replaced after half of its validity at the latest.
+            until: identity.credential_expires.min(identity.keyset_expires),
+        }
+    }
+
+    fn is_used_up(&self, now: u64) -> bool {
+        self.keyring.erase_expired(now);
+        self.signers()
+            .retain(|(_, signer)| !signer.erase_expired(now));
+        self.keyring.wants_rotation()
+    }
+
+    async fn renew(&self, now: u64) -> Result<(), ServingError> {
+        self.renew_all(now).await
     }
 }
 
@@ -271,7 +285,7 @@ async fn new_identity(
     let identity = Identity {
         keyset: encoded,
         keyset_expires: expires_at,
-        keyset_renew_at: now + KEYSET_SECONDS / 2,
+        since: now,
         credential,
         credential_expires: verified.claims().expires_at,
     };

@@ -1,10 +1,11 @@
 //! The order in which an enclave comes to serve, and how it stops.
 //!
 //! ```text
-//! listen ─► TEE ─► harden ─► attest, receive key ─► open model, recompute digests ─► pack for the engine
-//!        ─► keyset ─► attest again, receive credential ─► ready
+//! listen ─► TEE ─► harden ─► find the model ─► attest, receive key ─► unlock model, recompute digests
+//!        ─► pack for the engine ─► keyset ─► attest again, receive credential ─► ready
 //! ```
-//! The address is taken first, so that a port in use ends the start before a key is released.
+//! The address is taken and the model's header read first, so that a port in use or a missing file ends the start before
+//! a key is released.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::access::{self, Access};
 use crate::api::{self, Api};
@@ -32,14 +33,15 @@ use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
 use crate::receipts::{self, Receipts};
 use crate::relay::{self, Peers};
+use crate::renewal;
 use crate::server::{self, Ready, Shared};
 use crate::serving::{Served, Serving};
 use crate::workers::Workers;
 
 /// How long a quoting service may take to answer.
 const QUOTE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often renewal is considered.
-const RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
+/// How often old receipts are looked for.
+const FORGET_INTERVAL: Duration = Duration::from_secs(20);
 /// How long running answers may take to finish after a request to stop.
 const GRACE: Duration = Duration::from_secs(20);
 /// Answers that may wait for a place in the batch.
@@ -101,7 +103,8 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     let receipts = Arc::clone(&ready.receipts);
     let _ = shared.ready.set(ready);
     info!("ready");
-    let renewal = tokio::spawn(renew(serving, receipts));
+    let fresh = renewal::keep_fresh(serving, system_clock, renewal::system_chance());
+    let renewal = tokio::spawn(async { tokio::join!(fresh, forget_receipts(receipts)) });
 
     termination().await;
     info!(
@@ -139,6 +142,12 @@ async fn prepare(
     let MeasuredConfig { config, bytes } = measured;
     let provisioner = Provisioner::new(&config, FileDigest::of(&bytes), quoter)?;
 
+    // Nobody is asked for the key of a file that is not there, or is no sealed model.
+    let model = config.model.clone();
+    let file = tokio::task::spawn_blocking(move || open(&model))
+        .await
+        .context("opening the model was interrupted")??;
+
     let started = Instant::now();
     let session = provisioner.obtain_key().await?;
     metrics.key_released(started.elapsed());
@@ -151,7 +160,7 @@ async fn prepare(
     let started = Instant::now();
     let model = config.model.clone();
     let (served, engine, session) =
-        tokio::task::spawn_blocking(move || open_and_pack(&model, session))
+        tokio::task::spawn_blocking(move || unlock_and_pack(file, &model, session))
             .await
             .context("loading the model was interrupted")??;
     metrics.model_loaded(started.elapsed());
@@ -207,8 +216,15 @@ async fn prepare(
     })
 }
 
-/// Opens the container with the granted key, compares the model with the grant, and packs it for computing.
-fn open_and_pack(
+/// Opens the container and checks its header.
+fn open(config: &crate::config::Model) -> Result<SealedFile> {
+    SealedFile::open(&config.path)
+        .with_context(|| format!("cannot open the model {}", config.path.display()))
+}
+
+/// Unlocks the container with the granted key, compares the model with the grant, and packs it for computing.
+fn unlock_and_pack(
+    file: SealedFile,
     config: &crate::config::Model,
     session: Session,
 ) -> Result<(Served, Engine, Session)> {
@@ -217,7 +233,6 @@ fn open_and_pack(
         threads => threads,
     };
     let context = || format!("cannot open the model {}", config.path.display());
-    let file = SealedFile::open(&config.path).with_context(context)?;
     let unlocked = file
         .unlock(session.grant.data_key(), session.grant.provider())
         .with_context(context)?;
@@ -270,17 +285,11 @@ fn open_and_pack(
     Ok((served, engine, session))
 }
 
-/// Renews keyset and credential while they are still valid, and lets old receipts go. Failing is not fatal at once: until the credential expires
-/// the service stays what it was, and after that users refuse it.
-async fn renew(serving: Arc<Serving>, receipts: Arc<Receipts>) {
+/// Lets old receipts go.
+async fn forget_receipts(receipts: Arc<Receipts>) {
     loop {
-        tokio::time::sleep(RENEWAL_INTERVAL).await;
+        tokio::time::sleep(FORGET_INTERVAL).await;
         receipts.forget_old();
-        match serving.renew(system_clock()).await {
-            Ok(true) => info!("keyset and credential renewed"),
-            Ok(false) => {}
-            Err(error) => error!(%error, "keyset and credential could not be renewed"),
-        }
     }
 }
 
