@@ -56,6 +56,18 @@ def main() -> int:
         11: 1780000000, 12: 1780000900,
     }
 
+    rollback = vectors["rollback"]
+    key, text = public(rollback["provider_seed"])
+    shared = {
+        0: 1, 1: bytes.fromhex(credential["issuer"]), 3: 5, 4: 3, 5: hashlib.sha256(b"the older grant").digest(),
+        6: 1780003600,
+    }
+    for kind, rest in [("policy", {2: 0}), ("model", {2: 1, 7: "default/model/smollm2", 8: "smollm2"})]:
+        envelope = decode(bytes.fromhex(rollback[kind]))
+        assert envelope[1].hex() == rollback["provider"] == text
+        key.verify(envelope[2], b"casemate rollback v1\0" + envelope[0])
+        assert decode(envelope[0]) == {**shared, **rest}
+
     log = vectors["log"]
     key, text = public(log["issuer_seed"])
     previous = bytes(32)
@@ -67,7 +79,7 @@ def main() -> int:
         assert previous.hex() == entry["hash"]
     size = len(log["entries"]).to_bytes(8, "big")
     key.verify(bytes.fromhex(log["head_signature"]), b"casemate decision log head v1\0" + size + previous)
-    print("grant, credential and log verify")
+    print("grant, credential, rollbacks and log verify")
     return 0
 
 

@@ -106,6 +106,9 @@ pub enum Unverified {
     /// The credential is not signed by the expected issuer.
     #[error("the deployment credential is not signed by the expected issuer")]
     Credential,
+    /// The rollback is not signed by the expected provider.
+    #[error("the rollback is not signed by the expected provider")]
+    Rollback,
 }
 
 /// Why something genuine is not accepted.
@@ -142,6 +145,26 @@ pub enum Refused {
         found: u64,
         /// Minimum in the grant.
         minimum: u64,
+    },
+    /// The rollback is for something else.
+    #[error("the rollback is for {what} {permitted}, here it is {actual}")]
+    Rollback {
+        /// The part that differs.
+        what: &'static str,
+        /// What the provider permitted.
+        permitted: String,
+        /// What would be done.
+        actual: String,
+    },
+    /// The rollback would be valid for longer than a rollback may.
+    #[error(
+        "the rollback is valid until {expires_at}, now is {now}; it may be valid for a week at most"
+    )]
+    LivesTooLong {
+        /// End of validity, seconds since 1970.
+        expires_at: u64,
+        /// The time that was passed in.
+        now: u64,
     },
 }
 

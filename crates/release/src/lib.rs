@@ -6,6 +6,7 @@
 //! | [`jwe`] | ECDH-ES+A256KW with A256GCM |
 //! | [`grant`] | a model's data key, signed by its provider |
 //! | [`api_key`] | who may use a model, as grants list it |
+//! | [`rollback`] | the provider's permission to go back to an older policy or model, once |
 //! | [`credential`] | the short-lived statement that a keyset belongs to an issuer's deployment |
 //! | [`encoding`] | deterministic CBOR |
 //! | [`issuance`] | messages by which an enclave obtains a credential |
@@ -26,5 +27,6 @@ pub mod issuance;
 pub mod jwe;
 pub mod random;
 pub mod rcar;
+pub mod rollback;
 
 pub use error::{Malformed, Refused, ReleaseError, Unverified};
