@@ -17,6 +17,7 @@ mod measure;
 mod progress;
 mod proxy;
 mod receipt;
+mod rollback;
 mod seal;
 mod secret_file;
 mod service;
@@ -49,6 +50,7 @@ enum Command {
     Grant(grant::Args),
     #[command(subcommand)]
     Apikey(apikey::Command),
+    Rollback(rollback::Args),
     Measure(measure::Args),
     Verify(verify::Args),
     Proxy(proxy::Args),
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Grant(args) => grant::run(&args),
         Command::Apikey(command) => apikey::run(&command),
+        Command::Rollback(args) => rollback::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Proxy(args) => proxy::run(&args),
