@@ -14,6 +14,7 @@ use axum::routing::{get, put};
 use axum::{Json, Router};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use casemate_release::ReleaseError;
 use casemate_release::rcar::{ErrorInformation, ResourcePath};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
 #[serde(deny_unknown_fields)]
 struct SetPolicy {
     toml: String,
+    rollback: Option<String>,
 }
 
 /// Body of `PUT /resource/…`.
@@ -44,6 +46,7 @@ struct PutResource {
     bytes: String,
     is_grant: bool,
     service: Option<String>,
+    rollback: Option<String>,
 }
 
 impl Drop for PutResource {
@@ -61,8 +64,9 @@ struct LogRange {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct LogAnchor {
-    anchor: Option<String>,
+struct LogAnchors {
+    /// Anchors with commas in between.
+    anchors: Option<String>,
 }
 
 /// All administration routes.
@@ -112,11 +116,23 @@ fn broken(rejection: Rejection) -> Broken {
         Rejection::Store(
             StoreError::PolicyGoesBack { .. }
             | StoreError::PolicyChanged(_)
-            | StoreError::PolicyVersion(_),
-        ) => (StatusCode::CONFLICT, "policy_version"),
-        Rejection::Store(StoreError::Grant(_) | StoreError::Limit(_)) => {
-            (StatusCode::BAD_REQUEST, "malformed")
+            | StoreError::PolicyVersion(_)
+            | StoreError::ModelGoesBack { .. },
+        ) => (StatusCode::CONFLICT, "version"),
+        Rejection::Store(
+            StoreError::Rollback(_) | StoreError::RollbackUsed | StoreError::RollbackNotNeeded,
+        )
+        | Rejection::Rollback(ReleaseError::Refused(_))
+        | Rejection::NoProvider => (StatusCode::CONFLICT, "rollback"),
+        Rejection::Rollback(ReleaseError::Unverified(_))
+        | Rejection::Store(StoreError::Grant(ReleaseError::Unverified(_))) => {
+            (StatusCode::BAD_REQUEST, "not_authentic")
         }
+        Rejection::OtherProvider { .. } => (StatusCode::CONFLICT, "provider"),
+        Rejection::NoPolicy => (StatusCode::NOT_FOUND, "no_policy"),
+        Rejection::Store(
+            StoreError::Grant(_) | StoreError::GrantAsOpaque | StoreError::Limit(_),
+        ) => (StatusCode::BAD_REQUEST, "malformed"),
         Rejection::Store(_) => (StatusCode::INTERNAL_SERVER_ERROR, "storage"),
         _ => (StatusCode::BAD_REQUEST, "malformed"),
     };
@@ -182,7 +198,9 @@ async fn set_policy(
     State(broker): State<Arc<Broker>>,
     Json(body): Json<SetPolicy>,
 ) -> Result<Json<Value>, Broken> {
-    let policy = work(broker, move |broker| broker.set_policy(&body.toml)).await?;
+    let rollback = rollback(body.rollback.as_deref())?;
+    let set = move |broker: &Broker| broker.set_policy(&body.toml, rollback.as_deref());
+    let policy = work(broker, set).await?;
     if let Some(root) = policy.dangerous_development_root() {
         warn_development(root);
     }
@@ -216,8 +234,10 @@ async fn put_resource(
         .decode(&body.bytes)
         .map(Zeroizing::new)
         .map_err(|_| malformed("the resource's bytes are not base64"))?;
+    let rollback = rollback(body.rollback.as_deref())?;
     let summary = work(broker, move |broker| {
-        broker.put_resource(&path, &bytes, body.is_grant, body.service.as_deref())
+        let service = body.service.as_deref();
+        broker.put_resource(&path, &bytes, body.is_grant, service, rollback.as_deref())
     })
     .await?;
     Ok(Json(summary).into_response())
@@ -232,12 +252,18 @@ async fn delete_resource(
     Ok(Json(json!({})))
 }
 
+fn rollback(text: Option<&str>) -> Result<Option<Vec<u8>>, Broken> {
+    text.map(|text| STANDARD.decode(text))
+        .transpose()
+        .map_err(|_| malformed("the rollback's bytes are not base64"))
+}
+
 fn resource_path(
     (repository, kind, tag): (String, String, String),
 ) -> Result<ResourcePath, Broken> {
     format!("{repository}/{kind}/{tag}")
         .parse()
-        .map_err(|_| malformed("a path is repository/type/tag of letters, digits, '.', '_', '-'"))
+        .map_err(|error: casemate_release::Malformed| malformed(&error.to_string()))
 }
 
 async fn show_log(
@@ -251,14 +277,14 @@ async fn show_log(
 
 async fn verify_log(
     State(broker): State<Arc<Broker>>,
-    Query(query): Query<LogAnchor>,
+    Query(query): Query<LogAnchors>,
 ) -> Result<Json<Head>, Broken> {
-    let anchor = query
-        .anchor
-        .map(|text| parse_anchor(&text).ok_or_else(|| malformed("an anchor is SIZE:HEX")))
-        .transpose()?;
+    let wrong = || malformed("an anchor is SIZE:HEX, with commas between several");
+    let anchors = query.anchors.as_deref().unwrap_or_default();
+    let anchors = anchors.split_terminator(',').map(parse_anchor);
+    let anchors = anchors.collect::<Option<Vec<_>>>().ok_or_else(wrong)?;
     Ok(Json(
-        work(broker, move |broker| broker.verify_log(anchor)).await?,
+        work(broker, move |broker| broker.verify_log(&anchors)).await?,
     ))
 }
 
@@ -327,8 +353,13 @@ impl AdminClient {
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn set_policy(&self, toml: String) -> Result<Value, AdminError> {
-        let body = serialise(&SetPolicy { toml })?;
+    pub async fn set_policy(
+        &self,
+        toml: String,
+        rollback: Option<&[u8]>,
+    ) -> Result<Value, AdminError> {
+        let rollback = rollback.map(|envelope| STANDARD.encode(envelope));
+        let body = serialise(&SetPolicy { toml, rollback })?;
         self.send(Method::PUT, "/policy", Some(body)).await
     }
 
@@ -350,11 +381,13 @@ impl AdminClient {
         bytes: &[u8],
         is_grant: bool,
         service: Option<String>,
+        rollback: Option<&[u8]>,
     ) -> Result<Value, AdminError> {
         let body = PutResource {
             bytes: STANDARD.encode(bytes),
             is_grant,
             service,
+            rollback: rollback.map(|envelope| STANDARD.encode(envelope)),
         };
         let body = serialise(&body)?;
         self.send(Method::PUT, &format!("/resource/{path}"), Some(body))
@@ -383,20 +416,17 @@ impl AdminClient {
         .await
     }
 
-    /// Checks the whole log.
+    /// Checks the whole log, which must contain all anchors.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn verify_log(&self, anchor: Option<&Anchor>) -> Result<Value, AdminError> {
-        let query = anchor.map_or_else(String::new, |anchor| {
-            format!(
-                "?anchor={}:{}",
-                anchor.size,
-                hex::encode(anchor.hash.bytes())
-            )
-        });
-        self.send(Method::GET, &format!("/log/verify{query}"), None)
-            .await
+    pub async fn verify_log(&self, anchors: &[Anchor]) -> Result<Value, AdminError> {
+        let anchors: Vec<String> = anchors
+            .iter()
+            .map(|anchor| format!("{}:{}", anchor.size, hex::encode(anchor.hash.bytes())))
+            .collect();
+        let path = format!("/log/verify?anchors={}", anchors.join(","));
+        self.send(Method::GET, &path, None).await
     }
 
     async fn send(

@@ -83,9 +83,12 @@ impl Failure {
 impl From<Rejection> for Failure {
     fn from(rejection: Rejection) -> Self {
         let (status, kind) = match &rejection {
-            Rejection::Malformed(_) | Rejection::Keyset(_) | Rejection::Policy(_) => {
-                (StatusCode::BAD_REQUEST, "malformed")
-            }
+            Rejection::Malformed(_)
+            | Rejection::Keyset(_)
+            | Rejection::Policy(_)
+            | Rejection::Rollback(_)
+            | Rejection::NoProvider
+            | Rejection::OtherProvider { .. } => (StatusCode::BAD_REQUEST, "malformed"),
             Rejection::Session(SessionFault::Full) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "too_many_sessions")
             }

@@ -1,23 +1,28 @@
 //! The decisions: challenge, appraisal, release of resources, issuance of credentials. No HTTP, no files.
+//! What is allowed is judged in `judgement`; what an administrator may do is in `administration`.
 //!
-//! Every allowed and every denied request with a session is a log entry, and the entry is on disk before
-//! the caller gets its answer. Whatever releases a secret or signs a credential does so with the policy
-//! locked: a policy that came into force before is the one that is applied.
+//! Every allowed request is a log entry, and the entry is on disk before the caller gets its answer. So is
+//! a denied one with a session, as long as there are not too many ([`crate::denials`]). Whatever releases a
+//! secret or signs a credential does so with policy and resources locked: what came into force before is
+//! what is applied.
+
+mod administration;
+mod judgement;
+
+pub use administration::ResourceSummary;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use casemate_attest::{
-    Appraised, Denial, Evidence, Policy, PolicyError, ReportData, UnixTime, appraise,
-};
+use casemate_attest::{Appraised, Denial, Policy, PolicyError, UnixTime, appraise};
 use casemate_channel::keyset::{
     ChannelBinding, Keyset, KeysetDigest, KeysetError, Purpose, Role, report_data,
 };
 use casemate_container::ModelDigest;
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::ReleaseError;
-use casemate_release::credential::{CLOCK_SKEW_SECONDS, Credential, MAX_LIFETIME_SECONDS};
+use casemate_release::credential::{Credential, MAX_LIFETIME_SECONDS};
 use casemate_release::issuance::{CredentialRequest, CredentialResponse, IssuanceChallenge};
 use casemate_release::jwe::{Jwe, PublicKey};
 use casemate_release::random::Random;
@@ -25,13 +30,16 @@ use casemate_release::rcar::{
     AttestResponse, Attestation, Challenge, HashAlgorithm, NONCE_BYTES, Request, ResourcePath,
     tee_name,
 };
+use casemate_release::rollback::sha256;
 
+use self::judgement::Refusal;
 use crate::clock::Clock;
-use crate::log::{Action, Anchor, Decision, Entry, Head, LoggedDenial, Verdict};
+use crate::denials::DenialLimits;
+use crate::log::{Action, Decision, Head, LoggedDenial, Verdict};
 use crate::metrics::Metrics;
 use crate::sessions::{Attested, Released, SessionFault, SessionLimits, Sessions, session_digest};
 use crate::state::State;
-use crate::store::{Store, StoreError, verify_offline};
+use crate::store::{Store, StoreError};
 use crate::token::{TokenClaims, TokenKey};
 
 /// What an operator may set.
@@ -79,6 +87,23 @@ pub enum Rejection {
     /// The policy offered cannot be read.
     #[error("policy: {0}")]
     Policy(#[from] PolicyError),
+    /// The rollback offered does not verify.
+    #[error("rollback: {0}")]
+    Rollback(ReleaseError),
+    /// There is no key under which a rollback of the policy could verify.
+    #[error(
+        "this broker knows no provider, so it accepts no rollback of its policy; it is named by \
+         `casemate-broker init --provider`, or by provider.pub in the state directory of a stopped broker"
+    )]
+    NoProvider,
+    /// The grant is signed by another provider than the broker's.
+    #[error("the grant is signed by {found}, this broker's provider is {expected}")]
+    OtherProvider {
+        /// Who signed.
+        found: VerifyingKey,
+        /// Who should have.
+        expected: VerifyingKey,
+    },
     /// The store failed; nothing was released.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -89,6 +114,7 @@ pub struct Broker {
     inner: Mutex<Inner>,
     sessions: Mutex<Sessions>,
     issuer: Arc<SigningKey>,
+    provider: Option<VerifyingKey>,
     token: TokenKey,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
@@ -102,27 +128,19 @@ pub struct Broker {
 struct Inner {
     store: Store,
     policy: Option<Arc<Policy>>,
+    denials: DenialLimits,
 }
 
-/// What is listed of a resource; never its bytes.
-#[derive(Debug, serde::Serialize)]
-pub struct ResourceSummary {
-    /// Its path.
-    pub path: String,
-    /// The name under which a service using it may be credentialed.
-    pub service: String,
-    /// The model that a key grant opens, in hex.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub model_digest: Option<String>,
-    /// The model's name.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub model_name: Option<String>,
-    /// The lowest version that may be served.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub minimum_version: Option<u64>,
-    /// The provider that signed the grant, in hex.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub provider: Option<String>,
+impl Inner {
+    /// The entry about denials that have none, and how many it counts.
+    fn left_out(&self) -> (Option<Decision>, u64) {
+        let count = self.denials.uncounted();
+        let entry = (count > 0).then(|| Decision {
+            count: Some(count),
+            ..Decision::new(Action::Suppressed, Verdict::Denied)
+        });
+        (entry, count)
+    }
 }
 
 impl Broker {
@@ -139,6 +157,7 @@ impl Broker {
         let State {
             issuer,
             token,
+            provider,
             store,
             database,
             lock,
@@ -148,9 +167,14 @@ impl Broker {
             None => None,
         };
         Ok(Self {
-            inner: Mutex::new(Inner { store, policy }),
+            inner: Mutex::new(Inner {
+                store,
+                policy,
+                denials: DenialLimits::new(clock.now()),
+            }),
             sessions: Mutex::new(Sessions::new(settings.sessions)),
             issuer,
+            provider,
             token,
             clock,
             random,
@@ -235,15 +259,15 @@ impl Broker {
                 "begin again with POST /kbs/v0/auth and use its nonce",
             ))
         };
-        let appraised = match outcome {
-            Ok(appraised) => appraised,
-            Err(denial) => return Err(self.deny(now, decision, denial, Rejection::Evidence)?),
-        };
+        let mut inner = self.inner();
+        let outcome = outcome.map_err(Refusal::Evidence);
+        let appraised = self.settle(&mut inner, now, session, &decision, outcome)?;
         decision.verdict = verdict(&appraised);
         decision.measurement = Some(appraised.claims().measurement_name.clone());
         let expires_at = now.saturating_add(self.settings.sessions.session_life);
         decision.expires_at = Some(expires_at.as_secs());
-        self.record(now, decision)?;
+        self.record(&mut inner, now, decision)?;
+        drop(inner);
         let attested = Attested {
             evidence,
             report_data,
@@ -270,9 +294,10 @@ impl Broker {
     /// # Errors
     /// [`Rejection`]; then nothing is released.
     pub fn resource(&self, session: &str, path: &ResourcePath) -> Result<Jwe, Rejection> {
-        let now = self.clock.now();
-        let attested = self.sessions().attested(session, now)?;
+        let attested = self.sessions().attested(session, self.clock.now())?;
         let mut inner = self.inner();
+        // Read with the lock held: waiting for it makes no evidence valid for longer.
+        let now = self.clock.now();
         let policy = inner.policy.clone().ok_or(Rejection::NoPolicy)?;
         let mut decision = Decision::new(Action::Release, Verdict::Denied);
         decision.session = Some(session_digest(session).into());
@@ -280,58 +305,19 @@ impl Broker {
         decision.evidence = Some(attested.evidence.digest().into());
         decision.policy_version = Some(policy.version());
 
-        let Attested {
-            evidence,
-            report_data,
-            recipient,
-        } = &*attested;
-        let appraised = match appraise(evidence, report_data, &policy, now).outcome {
-            Ok(appraised) => appraised,
-            Err(denial) => {
-                return Err(self.deny_locked(
-                    &mut inner,
-                    now,
-                    decision,
-                    denial,
-                    Rejection::NotAllowed,
-                )?);
-            }
-        };
-        decision.measurement = Some(appraised.claims().measurement_name.clone());
-        let Some(resource) = inner.store.resource(path)? else {
-            let denial = Denial::refused(
-                "resource",
-                path.as_str(),
-                "a stored resource",
-                "store it with `casemate-broker admin resource put`, or correct the path",
-            );
-            let rejection = |_| Rejection::NoResource(path.clone());
-            return Err(self.deny_locked(&mut inner, now, decision, denial, rejection)?);
-        };
-        let mut released = None;
+        let judged = judgement::release(&inner.store, &policy, &attested, path, now, &mut decision);
+        let resource = self.settle(&mut inner, now, session, &decision, judged)?;
+        let jwe = Jwe::encrypt(&resource.bytes, &attested.recipient, &*self.random)?;
+        self.record(&mut inner, now, decision)?;
         if let Some(grant) = &resource.grant {
-            decision.model = Some((*grant.model_digest.as_bytes()).into());
-            if let Err(denial) = model_is_allowed(&policy, &grant.model_digest) {
-                return Err(self.deny_locked(
-                    &mut inner,
-                    now,
-                    decision,
-                    denial,
-                    Rejection::NotAllowed,
-                )?);
-            }
-            released = Some(Released {
+            let released = Released {
                 path: path.clone(),
+                content: sha256(&resource.bytes),
                 model_digest: grant.model_digest,
                 minimum_version: grant.minimum_version,
                 service: resource.service.clone(),
                 policy_version: policy.version(),
-            });
-        }
-        let jwe = Jwe::encrypt(&resource.bytes, recipient, &*self.random)?;
-        decision.verdict = verdict(&appraised);
-        self.record_locked(&mut inner, now, decision)?;
-        if let Some(released) = released {
+            };
             self.sessions().release(session, released, now)?;
         }
         Ok(jwe)
@@ -353,13 +339,12 @@ impl Broker {
     /// `POST /casemate/v1/credential`: appraises evidence over a keyset and signs a credential for it.
     ///
     /// # Errors
-    /// [`Rejection`]; then nothing is signed. The nonce is used up once the request could be read.
+    /// [`Rejection`]; then nothing is signed. Once the nonce was the right one, the session has ended.
     pub fn credential(&self, session: &str, body: &[u8]) -> Result<CredentialResponse, Rejection> {
-        let now = self.clock.now();
         let request = CredentialRequest::parse(body)?;
         let released = self
             .sessions()
-            .take_challenge(session, &request.nonce, now)?;
+            .take_challenge(session, &request.nonce, self.clock.now())?;
         let keyset = Keyset::decode(&request.keyset)?;
         let keyset_digest = KeysetDigest::of(&request.keyset);
         let expected = report_data(
@@ -371,6 +356,7 @@ impl Broker {
         );
 
         let mut inner = self.inner();
+        let now = self.clock.now();
         let policy = inner.policy.clone().ok_or(Rejection::NoPolicy)?;
         let mut decision = Decision::new(Action::Credential, Verdict::Denied);
         decision.session = Some(session_digest(session).into());
@@ -380,20 +366,14 @@ impl Broker {
         decision.model = Some(keyset.model_digest.into());
         decision.content = Some(keyset_digest.0.into());
 
-        let judged = judge_keyset(&request, &keyset, &released, &policy, now)
-            .and_then(|()| appraise_for(&request.evidence, &expected, &policy, now));
-        let appraised = match judged {
-            Ok(appraised) => appraised,
-            Err(denial) => {
-                return Err(self.deny_locked(
-                    &mut inner,
-                    now,
-                    decision,
-                    denial,
-                    Rejection::NotAllowed,
-                )?);
-            }
-        };
+        let judged = judgement::still_stored(&inner.store, &released)
+            .and_then(|()| {
+                Ok(judgement::keyset(
+                    &request, &keyset, &released, &policy, now,
+                )?)
+            })
+            .and_then(|()| Ok(appraise(&request.evidence, &expected, &policy, now).outcome?));
+        let appraised = self.settle(&mut inner, now, session, &decision, judged)?;
         let life = self
             .settings
             .credential_life
@@ -403,7 +383,7 @@ impl Broker {
         decision.verdict = verdict(&appraised);
         decision.measurement = Some(appraised.claims().measurement_name.clone());
         decision.expires_at = Some(expires_at);
-        let head = self.record_locked(&mut inner, now, decision)?;
+        let head = self.record(&mut inner, now, decision)?;
         let credential = Credential {
             evidence_digest: *appraised.evidence_digest(),
             keyset_digest: keyset_digest.0,
@@ -423,135 +403,67 @@ impl Broker {
         ))
     }
 
-    /// Puts a policy into force.
-    ///
-    /// # Errors
-    /// [`Rejection::Policy`], [`StoreError::PolicyGoesBack`], [`StoreError::PolicyChanged`].
-    pub fn set_policy(&self, toml: &str) -> Result<Arc<Policy>, Rejection> {
-        let policy = Arc::new(Policy::from_toml(toml)?);
-        let mut inner = self.inner();
-        inner
-            .store
-            .set_policy(self.clock.now(), policy.version(), toml)?;
-        inner.policy = Some(policy.clone());
-        Ok(policy)
-    }
-
-    /// Version and text of the policy in force.
-    ///
-    /// # Errors
-    /// [`Rejection::Store`].
-    pub fn policy_text(&self) -> Result<Option<(u64, String)>, Rejection> {
-        Ok(self.inner().store.policy()?)
-    }
-
-    /// Stores a resource. The service's name defaults to the path's tag.
-    ///
-    /// # Errors
-    /// [`Rejection::Store`].
-    pub fn put_resource(
-        &self,
-        path: &ResourcePath,
-        bytes: &[u8],
-        is_grant: bool,
-        service: Option<&str>,
-    ) -> Result<ResourceSummary, Rejection> {
-        let service = service.unwrap_or(path.tag());
-        let now = self.clock.now();
-        let mut inner = self.inner();
-        inner
-            .store
-            .put_resource(now, path, bytes, is_grant, service)?;
-        summarise(&inner.store, path)
-    }
-
-    /// All resources.
-    ///
-    /// # Errors
-    /// [`Rejection::Store`].
-    pub fn resources(&self) -> Result<Vec<ResourceSummary>, Rejection> {
-        let inner = self.inner();
-        let paths = inner.store.resource_paths()?;
-        paths
-            .iter()
-            .map(|path| summarise(&inner.store, path))
-            .collect()
-    }
-
-    /// Deletes a resource.
-    ///
-    /// # Errors
-    /// [`Rejection::NoResource`] or [`Rejection::Store`].
-    pub fn delete_resource(&self, path: &ResourcePath) -> Result<(), Rejection> {
-        if self.inner().store.delete_resource(self.clock.now(), path)? {
-            return Ok(());
-        }
-        Err(Rejection::NoResource(path.clone()))
-    }
-
-    /// Log entries.
-    ///
-    /// # Errors
-    /// [`Rejection::Store`].
-    pub fn entries(&self, from: u64, limit: u64) -> Result<Vec<Entry>, Rejection> {
-        Ok(self.inner().store.entries(from, limit)?)
-    }
-
-    /// The end of the log.
-    ///
-    /// # Errors
-    /// [`Rejection::Store`].
-    pub fn head(&self) -> Result<Head, Rejection> {
-        Ok(self.inner().store.head()?)
-    }
-
-    /// Checks the whole log.
-    ///
-    /// # Errors
-    /// [`StoreError::Log`] with the first fault.
-    pub fn verify_log(&self, anchor: Option<Anchor>) -> Result<Head, Rejection> {
-        // Over a connection of its own: a long log does not hold up decisions.
-        Ok(verify_offline(&self.database, &self.issuer(), anchor)?)
-    }
-
-    fn deny(
-        &self,
-        now: UnixTime,
-        decision: Decision,
-        denial: Denial,
-        rejection: impl FnOnce(Denial) -> Rejection,
-    ) -> Result<Rejection, Rejection> {
-        self.deny_locked(&mut self.inner(), now, decision, denial, rejection)
-    }
-
-    fn deny_locked(
+    /// Turns a judgement into an answer. A refusal is a decision, logged within the limits on denials, and ends the session.
+    fn settle<T>(
         &self,
         inner: &mut Inner,
         now: UnixTime,
-        mut decision: Decision,
-        denial: Denial,
-        rejection: impl FnOnce(Denial) -> Rejection,
-    ) -> Result<Rejection, Rejection> {
-        decision.verdict = Verdict::Denied;
-        decision.denial = Some(LoggedDenial::from(&denial));
-        self.record_locked(inner, now, decision)?;
-        Ok(rejection(denial))
+        session: &str,
+        decision: &Decision,
+        judged: Result<T, Refusal>,
+    ) -> Result<T, Rejection> {
+        let (denial, rejection) = match judged {
+            Ok(value) => return Ok(value),
+            Err(Refusal::Failed(rejection)) => return Err(rejection),
+            Err(Refusal::Evidence(denial)) => (denial.clone(), Rejection::Evidence(denial)),
+            Err(Refusal::NotAllowed(denial)) => (denial.clone(), Rejection::NotAllowed(denial)),
+            Err(Refusal::NoResource(path)) => {
+                (judgement::no_resource(&path), Rejection::NoResource(path))
+            }
+        };
+        self.sessions().end(session);
+        if inner.denials.admit(decision.action, now) {
+            let decision = Decision {
+                verdict: Verdict::Denied,
+                denial: Some(LoggedDenial::from(&denial)),
+                ..decision.clone()
+            };
+            self.record(inner, now, decision)?;
+        } else {
+            self.metrics.count_suppressed();
+        }
+        Err(rejection)
     }
 
-    fn record(&self, now: UnixTime, decision: Decision) -> Result<Head, Rejection> {
-        self.record_locked(&mut self.inner(), now, decision)
-    }
-
-    fn record_locked(
+    /// Logs a decision, and before it how many denials were left out since the last entry.
+    fn record(
         &self,
         inner: &mut Inner,
         now: UnixTime,
         decision: Decision,
     ) -> Result<Head, Rejection> {
         let (action, verdict) = (decision.action, decision.verdict);
-        let head = inner.store.record(now, decision)?;
+        let (left_out, count) = inner.left_out();
+        let head = inner
+            .store
+            .record(now, left_out.into_iter().chain([decision]))?;
+        inner.denials.logged(count);
         self.metrics.count(action, verdict);
         Ok(head)
+    }
+
+    /// Logs how many denials were left out so far. For the end of the program, and before the log is shown.
+    ///
+    /// # Errors
+    /// [`Rejection::Store`].
+    pub fn log_what_was_left_out(&self) -> Result<(), Rejection> {
+        let mut inner = self.inner();
+        let (left_out, count) = inner.left_out();
+        if left_out.is_some() {
+            inner.store.record(self.clock.now(), left_out)?;
+            inner.denials.logged(count);
+        }
+        Ok(())
     }
 
     // A panic while holding a lock leaves neither the store (its transaction rolls back) nor the session
@@ -563,100 +475,6 @@ impl Broker {
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn appraise_for(
-    evidence: &Evidence,
-    expected: &ReportData,
-    policy: &Policy,
-    now: UnixTime,
-) -> Result<Appraised, Denial> {
-    appraise(evidence, expected, policy, now).outcome
-}
-
-fn model_is_allowed(policy: &Policy, digest: &ModelDigest) -> Result<(), Denial> {
-    let model = policy.model()?;
-    if model.digests.contains(digest.as_bytes()) {
-        return Ok(());
-    }
-    Err(Denial::refused(
-        "model.digest",
-        digest.to_string(),
-        "a digest listed under [model] digests",
-        "if this model may be served, add its digest to the policy and raise the policy's version",
-    ))
-}
-
-/// What a keyset must say to be credentialed in a session that received a model's key.
-fn judge_keyset(
-    request: &CredentialRequest,
-    keyset: &Keyset,
-    released: &Released,
-    policy: &Policy,
-    now: UnixTime,
-) -> Result<(), Denial> {
-    if request.service != released.service {
-        return Err(Denial::refused(
-            "service",
-            request.service.clone(),
-            released.service.clone(),
-            "name the service as the resource does (`admin resource put --service`)",
-        ));
-    }
-    let digest = ModelDigest(keyset.model_digest);
-    if digest != released.model_digest {
-        return Err(Denial::refused(
-            "keyset.model_digest",
-            digest.to_string(),
-            released.model_digest.to_string(),
-            "serve the model whose key was released in this session",
-        ));
-    }
-    model_is_allowed(policy, &digest)?;
-    let minimum = released
-        .minimum_version
-        .max(policy.model()?.minimum_version);
-    if keyset.model_version < minimum {
-        return Err(Denial::refused(
-            "keyset.model_version",
-            keyset.model_version.to_string(),
-            format!("at least {minimum}"),
-            "serve a newer version of the model",
-        ));
-    }
-    if keyset.policy_version != released.policy_version {
-        return Err(Denial::refused(
-            "keyset.policy_version",
-            keyset.policy_version.to_string(),
-            released.policy_version.to_string(),
-            "name the policy version in the attestation token; if it changed meanwhile, attest again",
-        ));
-    }
-    let now = now.as_secs();
-    if keyset.not_before > now.saturating_add(CLOCK_SKEW_SECONDS) || keyset.expires_at <= now {
-        return Err(Denial::refused(
-            "keyset.validity",
-            format!("{} to {}", keyset.not_before, keyset.expires_at),
-            format!("an interval that contains {now}"),
-            "make a fresh keyset; compare the clocks of enclave and broker",
-        ));
-    }
-    Ok(())
-}
-
-fn summarise(store: &Store, path: &ResourcePath) -> Result<ResourceSummary, Rejection> {
-    let resource = store
-        .resource(path)?
-        .ok_or_else(|| Rejection::NoResource(path.clone()))?;
-    let grant = resource.grant.as_ref();
-    Ok(ResourceSummary {
-        path: path.to_string(),
-        service: resource.service.clone(),
-        model_digest: grant.map(|grant| grant.model_digest.to_string()),
-        model_name: grant.map(|grant| grant.model_name.clone()),
-        minimum_version: grant.map(|grant| grant.minimum_version),
-        provider: grant.map(|grant| grant.provider.to_string()),
-    })
 }
 
 fn verdict(appraised: &Appraised) -> Verdict {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`broker`] | the decisions |
 //! | [`sessions`] | nonces and accepted evidence, in memory |
+//! | [`denials`] | how many denials have log entries of their own |
 //! | [`store`] | policies, resources and the log, in SQLite |
 //! | [`log`] | the decision log's chain and its check |
 //! | [`state`] | the state directory |
@@ -20,6 +21,7 @@ pub mod admin;
 pub mod api;
 pub mod broker;
 pub mod clock;
+pub mod denials;
 pub mod log;
 pub mod metrics;
 pub mod sessions;

@@ -83,6 +83,12 @@ pub enum Action {
     /// A deployment credential was asked for; `content` is the keyset's digest.
     #[n(6)]
     Credential,
+    /// The provider's rollback was used; `content` is its SHA-256, the next entry is the step back.
+    #[n(7)]
+    Rollback,
+    /// Requests were denied without an entry of their own, because there were too many; `count` says how many.
+    #[n(8)]
+    Suppressed,
 }
 
 /// How it was decided.
@@ -188,6 +194,10 @@ pub struct Decision {
     #[n(10)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub denial: Option<LoggedDenial>,
+    /// How many.
+    #[n(11)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub count: Option<u64>,
 }
 
 impl Decision {
@@ -205,6 +215,7 @@ impl Decision {
             content: None,
             expires_at: None,
             denial: None,
+            count: None,
         }
     }
 }
@@ -339,22 +350,27 @@ pub enum LogFault {
     #[error("the head is not signed by the issuer")]
     HeadSignature,
     /// The log does not contain a head that somebody else remembers.
-    #[error("the log does not contain the anchored head of size {0}")]
+    #[error(
+        "the log does not contain the anchored head of size {0}: entries were cut off or replaced, or it is another broker's"
+    )]
     NotAnchored(u64),
 }
 
 /// Checks a chain entry by entry, without holding it in memory.
 pub struct ChainCheck {
     head: Head,
-    anchor: Option<Anchor>,
+    /// Ascending by size.
+    anchors: Vec<Anchor>,
 }
 
 impl ChainCheck {
-    /// Begins before the first entry. With an anchor, the log must contain it.
-    pub fn new(anchor: Option<Anchor>) -> Self {
+    /// Begins before the first entry. The log must contain every anchor.
+    pub fn new(anchors: &[Anchor]) -> Self {
+        let mut anchors = anchors.to_vec();
+        anchors.sort_by_key(|anchor| anchor.size);
         Self {
             head: Head::empty(),
-            anchor,
+            anchors,
         }
     }
 
@@ -378,11 +394,13 @@ impl ChainCheck {
             size: position + 1,
             hash: stored,
         };
-        match self.anchor {
-            Some(anchor) if anchor.size == self.head.size && anchor.hash != self.head.hash => {
-                Err(LogFault::NotAnchored(anchor.size))
-            }
-            _ => Ok(()),
+        let first = self.anchors.partition_point(|a| a.size < self.head.size);
+        let mut here = self.anchors[first..]
+            .iter()
+            .take_while(|anchor| anchor.size == self.head.size);
+        match here.find(|anchor| anchor.hash != self.head.hash) {
+            Some(anchor) => Err(LogFault::NotAnchored(anchor.size)),
+            None => Ok(()),
         }
     }
 
@@ -405,7 +423,7 @@ impl ChainCheck {
                 signed: signed.size,
             });
         }
-        match self.anchor {
+        match self.anchors.last() {
             Some(anchor) if anchor.size > self.head.size => Err(LogFault::NotAnchored(anchor.size)),
             _ => Ok(self.head),
         }
@@ -491,7 +509,7 @@ mod tests {
     fn a_chain_checks_under_its_issuer_only() {
         let (entries, head) = chain();
         let check = || {
-            let mut check = ChainCheck::new(None);
+            let mut check = ChainCheck::new(&[]);
             for (entry, position) in entries.iter().zip(0..) {
                 check.next(position, entry, hash(entry)).unwrap();
             }

@@ -21,6 +21,7 @@ const VERDICTS: [(Verdict, &str); 3] = [
 pub struct Metrics {
     decisions: [[AtomicU64; 3]; 3],
     rejected: AtomicU64,
+    suppressed: AtomicU64,
 }
 
 impl Metrics {
@@ -36,6 +37,11 @@ impl Metrics {
     /// Counts a request that was malformed or had no session.
     pub fn count_rejected(&self) {
         self.rejected.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a denial that was left out of the log, where its number will stand.
+    pub fn count_suppressed(&self) {
+        self.suppressed.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How often this was decided.
@@ -68,6 +74,9 @@ impl Metrics {
             "# HELP casemate_broker_rejected_total Requests refused before any decision.\n\
              # TYPE casemate_broker_rejected_total counter\n\
              casemate_broker_rejected_total {}\n\
+             # HELP casemate_broker_denials_suppressed_total Denials that the log counts without an entry each.\n\
+             # TYPE casemate_broker_denials_suppressed_total counter\n\
+             casemate_broker_denials_suppressed_total {}\n\
              # HELP casemate_broker_sessions Open sessions.\n\
              # TYPE casemate_broker_sessions gauge\n\
              casemate_broker_sessions{{state=\"pending\"}} {}\n\
@@ -76,6 +85,7 @@ impl Metrics {
              # TYPE casemate_broker_log_entries gauge\n\
              casemate_broker_log_entries {log_size}\n",
             self.rejected.load(Ordering::Relaxed),
+            self.suppressed.load(Ordering::Relaxed),
             sessions.0,
             sessions.1,
         );

@@ -24,6 +24,8 @@ pub struct SessionLimits {
     pub max_pending: usize,
     /// Most sessions with accepted evidence.
     pub max_attested: usize,
+    /// Most resources that one session may ask for: each is an entry in the log.
+    pub max_releases: u32,
 }
 
 impl Default for SessionLimits {
@@ -33,6 +35,7 @@ impl Default for SessionLimits {
             session_life: Duration::from_secs(3600),
             max_pending: 65_536,
             max_attested: 1024,
+            max_releases: 16,
         }
     }
 }
@@ -65,6 +68,8 @@ pub struct Attested {
 pub struct Released {
     /// Which resource.
     pub path: ResourcePath,
+    /// SHA-256 of what was released, by which a credential finds out whether it was replaced since.
+    pub content: [u8; 32],
     /// The model it opens.
     pub model_digest: ModelDigest,
     /// The lowest version that may be served.
@@ -77,6 +82,8 @@ pub struct Released {
 
 struct AttestedSession {
     attested: Arc<Attested>,
+    /// How many resources it may still ask for.
+    releases_left: u32,
     released: Option<Released>,
     challenge: Option<([u8; 32], UnixTime)>,
     expires_at: UnixTime,
@@ -203,6 +210,7 @@ impl Sessions {
         let attested = Arc::new(attested);
         let session = AttestedSession {
             attested,
+            releases_left: self.limits.max_releases,
             released: None,
             challenge: None,
             expires_at,
@@ -211,12 +219,23 @@ impl Sessions {
         Ok(())
     }
 
-    /// The accepted evidence.
+    /// The accepted evidence, for one release. A session that asked for as many as it may has ended.
     ///
     /// # Errors
     /// [`SessionFault::Unknown`], or [`SessionFault::NotAttested`] before `/attest`.
     pub fn attested(&mut self, id: &str, now: UnixTime) -> Result<Arc<Attested>, SessionFault> {
-        Ok(self.find(id, now)?.attested.clone())
+        let session = self.find(id, now)?;
+        if let Some(left) = session.releases_left.checked_sub(1) {
+            session.releases_left = left;
+            return Ok(session.attested.clone());
+        }
+        self.end(id);
+        Err(SessionFault::Unknown)
+    }
+
+    /// Ends a session, if there is one.
+    pub fn end(&mut self, id: &str) {
+        self.attested.remove(&session_digest(id));
     }
 
     /// Notes that a model key was released.
@@ -252,7 +271,8 @@ impl Sessions {
         Ok(expires_at)
     }
 
-    /// Uses up the nonce for a credential.
+    /// Uses up the nonce for a credential, and with the right one the session: whatever becomes of the request, another
+    /// credential needs another attestation.
     ///
     /// # Errors
     /// As [`Sessions::challenge`], or [`SessionFault::Nonce`].
@@ -271,6 +291,7 @@ impl Sessions {
         if expected != *nonce || now >= expires_at {
             return Err(SessionFault::Nonce);
         }
+        self.end(id);
         Ok(released)
     }
 

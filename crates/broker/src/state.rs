@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `issuer.pem` | 0600 | Ed25519 key that signs credentials and log heads |
 //! | `issuer.pub` | 0644 | its public half in hex, for users' policies |
+//! | `provider.pub` | 0644 | optional: the provider's public key in hex, under which rollbacks verify |
 //! | `token.p8` | 0600 | Ed25519 key that signs attestation results tokens |
 //! | `storage.key` | 0600 | 32 bytes under which resources are encrypted in the database |
 //! | `broker.sqlite3` | 0600 | policies, resources, decision log |
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use aws_lc_rs::signature::Ed25519KeyPair;
 use casemate_attest::UnixTime;
 use casemate_container::KeyFileError;
-use casemate_container::signing::SigningKey;
+use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::random::Random;
 use zeroize::Zeroizing;
 
@@ -74,6 +75,8 @@ pub enum StateError {
 pub struct State {
     /// Signs credentials and log heads.
     pub issuer: Arc<SigningKey>,
+    /// Signs grants and rollbacks; none where `init` was not told.
+    pub provider: Option<VerifyingKey>,
     /// Signs tokens.
     pub token: TokenKey,
     /// Policies, resources, log.
@@ -94,13 +97,20 @@ pub fn issuer_public_key(directory: &Path) -> PathBuf {
     directory.join("issuer.pub")
 }
 
+/// Path of the provider's public key in a state directory.
+pub fn provider_public_key(directory: &Path) -> PathBuf {
+    directory.join("provider.pub")
+}
+
 impl State {
-    /// Creates the directory with fresh keys and an empty database.
+    /// Creates the directory with fresh keys and an empty database. Without a provider, no rollback of the policy will
+    /// be accepted.
     ///
     /// # Errors
     /// [`StateError`]; an existing state is never touched.
     pub fn init(
         directory: &Path,
+        provider: Option<VerifyingKey>,
         random: Arc<dyn Random>,
         now: UnixTime,
     ) -> Result<Self, StateError> {
@@ -127,6 +137,11 @@ impl State {
         issuer.write_file(&directory.join("issuer.pem"), false)?;
         let public = format!("{}\n", issuer.verifying_key());
         write_new(&issuer_public_key(directory), public.as_bytes(), 0o644)?;
+
+        if let Some(provider) = provider {
+            let text = format!("{provider}\n");
+            write_new(&provider_public_key(directory), text.as_bytes(), 0o644)?;
+        }
 
         let token = Ed25519KeyPair::generate()
             .and_then(|key| {
@@ -159,6 +174,7 @@ impl State {
             .map_err(at(directory))?;
         Ok(Self {
             issuer,
+            provider,
             token,
             store,
             database: database(directory),
@@ -177,6 +193,7 @@ impl State {
         check_private(directory)?;
         let lock = lock(directory)?;
         let issuer = Arc::new(SigningKey::read_file(&directory.join("issuer.pem"))?);
+        let provider = read_provider(&provider_public_key(directory))?;
         let token_path = directory.join("token.p8");
         let token =
             TokenKey::from_pkcs8(&read_secret(&token_path)?).ok_or(StateError::Key(token_path))?;
@@ -189,11 +206,26 @@ impl State {
         let store = Store::open(&database(directory), storage_key, issuer.clone(), random)?;
         Ok(Self {
             issuer,
+            provider,
             token,
             store,
             database: database(directory),
             lock,
         })
+    }
+}
+
+fn read_provider(path: &Path) -> Result<Option<VerifyingKey>, StateError> {
+    match fs::read_to_string(path) {
+        Ok(text) => match text.trim().parse() {
+            Ok(key) => Ok(Some(key)),
+            Err(_) => Err(StateError::Key(path.into())),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(StateError::File {
+            path: path.into(),
+            source,
+        }),
     }
 }
 

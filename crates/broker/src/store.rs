@@ -6,18 +6,21 @@
 //!
 //! What is decided, and when, is [`crate::broker`]'s business.
 
+mod schema;
+mod versions;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use aws_lc_rs::digest::{SHA256, digest};
 use casemate_attest::UnixTime;
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::ReleaseError;
 use casemate_release::grant::{self, GrantSummary};
 use casemate_release::random::Random;
 use casemate_release::rcar::ResourcePath;
+use casemate_release::rollback::{VerifiedRollback, sha256};
 use minicbor::{Decode, Encode};
 use rusqlite::{
     Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params,
@@ -30,19 +33,10 @@ use crate::log::{
 
 /// Most bytes of a resource.
 pub const MAX_RESOURCE_BYTES: usize = 32 * 1024;
+const _: () = assert!(grant::MAX_GRANT_BYTES <= MAX_RESOURCE_BYTES);
 /// Most resources.
 pub const MAX_RESOURCES: u64 = 10_000;
 
-const SCHEMA_VERSION: i64 = 1;
-const SCHEMA: &str = "
-    CREATE TABLE policy (
-        version INTEGER PRIMARY KEY, toml TEXT NOT NULL, set_at INTEGER NOT NULL) STRICT;
-    CREATE TABLE resource (path TEXT PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
-    CREATE TABLE log (position INTEGER PRIMARY KEY, entry BLOB NOT NULL, hash BLOB NOT NULL) STRICT;
-    CREATE TABLE log_head (
-        one INTEGER PRIMARY KEY CHECK (one = 1),
-        size INTEGER NOT NULL, hash BLOB NOT NULL, signature BLOB NOT NULL) STRICT;
-";
 const RESOURCE_DOMAIN: &str = "casemate broker resource v1";
 
 /// Why the store cannot do what was asked.
@@ -52,7 +46,7 @@ pub enum StoreError {
     #[error("database: {0}")]
     Database(#[from] rusqlite::Error),
     /// The file is of another version of this program.
-    #[error("database schema version {found}, this program knows {SCHEMA_VERSION}")]
+    #[error("database schema version {found}, this program knows {known}; use the program that wrote it", known = schema::VERSION)]
     Schema {
         /// Version in the file.
         found: i64,
@@ -68,7 +62,8 @@ pub enum StoreError {
     Sealed(String),
     /// The policy's version is below the one in force.
     #[error(
-        "policy version {found} is below version {in_force}, which is in force; versions only go up"
+        "policy version {found} is below version {in_force}, which is in force; versions only go up, unless the \
+         provider signs a step back (`casemate rollback policy`, then --rollback FILE)"
     )]
     PolicyGoesBack {
         /// Version offered.
@@ -76,9 +71,36 @@ pub enum StoreError {
         /// Version in force.
         in_force: u64,
     },
-    /// The same version with other text.
-    #[error("policy version {0} is already in force with another text; raise the version")]
+    /// A version that had another text.
+    #[error("policy version {0} is, or was, in force with another text; raise the version")]
     PolicyChanged(u64),
+    /// The grant's minimum version is below one that was stored for this model and path.
+    #[error(
+        "the grant's minimum version {found} of model {name:?} is below {floor}, which was stored at this path; versions \
+         only go up, unless the provider signs a step back (`casemate rollback model`, then --rollback FILE)"
+    )]
+    ModelGoesBack {
+        /// The model.
+        name: String,
+        /// Version offered.
+        found: u64,
+        /// The highest that was stored.
+        floor: u64,
+    },
+    /// The rollback permits another step.
+    #[error("{0}")]
+    Rollback(ReleaseError),
+    /// The rollback has served.
+    #[error("this rollback was used before; each permits one step, once")]
+    RollbackUsed,
+    /// The step does not go back.
+    #[error(
+        "this step does not go back, so it needs no rollback: leave --rollback out and keep the file unused"
+    )]
+    RollbackNotNeeded,
+    /// A key grant that would be stored as other bytes.
+    #[error("this is a key grant: store it with --grant, so that the policy's models apply to it")]
+    GrantAsOpaque,
     /// A version SQLite cannot hold.
     #[error("policy version {0} is too large")]
     PolicyVersion(u64),
@@ -139,7 +161,7 @@ impl Store {
         random: Arc<dyn Random>,
         now: UnixTime,
     ) -> Result<Self, StoreError> {
-        let connection = connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
+        let connection = schema::connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
         let mut store = Self {
             connection,
             storage_key,
@@ -149,8 +171,7 @@ impl Store {
         let tx = store
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        tx.execute_batch(SCHEMA)?;
-        tx.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        schema::create(&tx)?;
         let mut begin = Decision::new(Action::Begin, Verdict::Administered);
         begin.content = Some((*store.issuer.verifying_key().as_bytes()).into());
         append(&tx, &Head::empty(), now, begin, &store.issuer)?;
@@ -158,7 +179,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens the database and checks schema, head signature and last entry.
+    /// Opens the database, brings it up to date, and checks head signature and last entry.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -168,98 +189,63 @@ impl Store {
         issuer: Arc<SigningKey>,
         random: Arc<dyn Random>,
     ) -> Result<Self, StoreError> {
-        let connection = connect(path, OpenFlags::empty())?;
-        check_schema(&connection)?;
+        let connection = schema::connect(path, OpenFlags::empty())?;
+        let version = schema::version(&connection)?;
         check_end(&connection, &issuer.verifying_key())?;
-        Ok(Self {
+        let mut store = Self {
             connection,
             storage_key,
             issuer,
             random,
-        })
+        };
+        if version < schema::VERSION {
+            store.upgrade()?;
+        }
+        Ok(store)
     }
 
-    /// Appends a decision and returns the new head once it is on disk.
+    fn upgrade(&mut self) -> Result<(), StoreError> {
+        let mut grants = Vec::new();
+        for path in self.resource_paths()? {
+            let grant = self.resource(&path)?.and_then(|resource| resource.grant);
+            grants.extend(grant.map(|grant| (path, grant)));
+        }
+        let tx = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        schema::upgrade(&tx)?;
+        for (path, grant) in grants {
+            versions::set_floor(&tx, &path, &grant)?;
+        }
+        tx.commit()?;
+        Ok(())
+    }
+
+    /// Appends decisions and returns the new head once they are on disk.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing was appended.
-    pub fn record(&mut self, now: UnixTime, decision: Decision) -> Result<Head, StoreError> {
-        let tx = self
-            .connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let head = read_head(&tx)?.0;
-        let head = append(&tx, &head, now, decision, &self.issuer)?;
-        tx.commit()?;
-        Ok(head)
-    }
-
-    /// The policy in force: version and text.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn policy(&self) -> Result<Option<(u64, String)>, StoreError> {
-        let row = self
-            .connection
-            .query_row(
-                "SELECT version, toml FROM policy ORDER BY version DESC LIMIT 1",
-                [],
-                |row| Ok((row.get::<_, i64>(0)?, row.get(1)?)),
-            )
-            .optional()?;
-        row.map(|(version, toml)| {
-            let version = u64::try_from(version).map_err(|_| StoreError::Damaged("policy"))?;
-            Ok((version, toml))
-        })
-        .transpose()
-    }
-
-    /// Puts a policy into force; the same version with the same text changes nothing.
-    ///
-    /// # Errors
-    /// [`StoreError::PolicyGoesBack`] or [`StoreError::PolicyChanged`]: versions only go up.
-    pub fn set_policy(
+    pub fn record(
         &mut self,
         now: UnixTime,
-        version: u64,
-        toml: &str,
-    ) -> Result<(), StoreError> {
-        match self.policy()? {
-            Some((in_force, _)) if version < in_force => {
-                return Err(StoreError::PolicyGoesBack {
-                    found: version,
-                    in_force,
-                });
-            }
-            Some((in_force, text)) if version == in_force => {
-                return if text == toml {
-                    Ok(())
-                } else {
-                    Err(StoreError::PolicyChanged(version))
-                };
-            }
-            _ => {}
-        }
-        let row_version = i64::try_from(version).map_err(|_| StoreError::PolicyVersion(version))?;
+        decisions: impl IntoIterator<Item = Decision>,
+    ) -> Result<Head, StoreError> {
         let tx = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        tx.execute(
-            "INSERT INTO policy (version, toml, set_at) VALUES (?1, ?2, ?3)",
-            params![row_version, toml, time_to_row(now)],
-        )?;
-        let mut decision = Decision::new(Action::SetPolicy, Verdict::Administered);
-        decision.policy_version = Some(version);
-        decision.content = Some(sha256(toml.as_bytes()));
-        let head = read_head(&tx)?.0;
-        append(&tx, &head, now, decision, &self.issuer)?;
+        let mut head = read_head(&tx)?.0;
+        for decision in decisions {
+            head = append(&tx, &head, now, decision, &self.issuer)?;
+        }
         tx.commit()?;
-        Ok(())
+        Ok(head)
     }
 
     /// Stores a resource, replacing one of the same path.
     ///
     /// # Errors
-    /// [`StoreError`]; [`StoreError::Grant`] when `is_grant` and the bytes are not a whole key grant.
+    /// [`StoreError`]; [`StoreError::Grant`] when `is_grant` and the bytes are not a whole key grant,
+    /// [`StoreError::ModelGoesBack`] without a rollback when its minimum version is below one that was stored.
     pub fn put_resource(
         &mut self,
         now: UnixTime,
@@ -267,14 +253,15 @@ impl Store {
         bytes: &[u8],
         is_grant: bool,
         service: &str,
+        rollback: Option<&VerifiedRollback>,
     ) -> Result<Option<GrantSummary>, StoreError> {
         if bytes.len() > MAX_RESOURCE_BYTES {
             return Err(StoreError::Limit("resource size"));
         }
-        let summary = if is_grant {
-            Some(grant::inspect(bytes)?)
-        } else {
-            None
+        let summary = match (is_grant, grant::inspect(bytes)) {
+            (true, inspected) => Some(inspected?),
+            (false, Ok(_)) => return Err(StoreError::GrantAsOpaque),
+            (false, Err(_)) => None,
         };
         let record = Record {
             bytes: bytes.to_vec(),
@@ -296,10 +283,21 @@ impl Store {
         )?;
         let mut decision = Decision::new(Action::PutResource, Verdict::Administered);
         decision.subject = Some(path.as_str().into());
-        decision.content = Some(sha256(bytes));
+        decision.content = Some(sha256(bytes).into());
         decision.model = summary
             .as_ref()
             .map(|grant| (*grant.model_digest.as_bytes()).into());
+        match &summary {
+            Some(grant) => {
+                let back = versions::check_floor(&tx, path, grant, bytes, rollback)?;
+                if let Some(rollback) = back {
+                    versions::use_up(&tx, now, rollback, &decision, &self.issuer)?;
+                }
+                versions::set_floor(&tx, path, grant)?;
+            }
+            None if rollback.is_some() => return Err(StoreError::RollbackNotNeeded),
+            None => {}
+        }
         let head = read_head(&tx)?.0;
         append(&tx, &head, now, decision, &self.issuer)?;
         tx.commit()?;
@@ -434,15 +432,15 @@ impl Store {
 pub fn verify_offline(
     path: &Path,
     issuer: &VerifyingKey,
-    anchor: Option<Anchor>,
+    anchors: &[Anchor],
 ) -> Result<Head, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(Duration::from_secs(10))?;
-    check_schema(&connection)?;
+    schema::version(&connection)?;
     // One read transaction: a broker may be appending meanwhile.
     let tx = connection.unchecked_transaction()?;
-    let mut check = ChainCheck::new(anchor);
+    let mut check = ChainCheck::new(anchors);
     let mut statement = tx.prepare("SELECT position, entry, hash FROM log ORDER BY position")?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
@@ -474,26 +472,6 @@ impl Drop for Record {
     fn drop(&mut self) {
         self.bytes.zeroize();
     }
-}
-
-fn connect(path: &Path, extra: OpenFlags) -> Result<Connection, StoreError> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | extra;
-    let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(Duration::from_secs(10))?;
-    connection.pragma_update(None, "journal_mode", "WAL")?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "foreign_keys", true)?;
-    // Deleted and replaced resources are overwritten, not merely unlinked.
-    connection.pragma_update(None, "secure_delete", true)?;
-    Ok(connection)
-}
-
-fn check_schema(connection: &Connection) -> Result<(), StoreError> {
-    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if found != SCHEMA_VERSION {
-        return Err(StoreError::Schema { found });
-    }
-    Ok(())
 }
 
 fn read_head(connection: &Connection) -> Result<(Head, [u8; 64]), StoreError> {
@@ -566,12 +544,6 @@ fn check_end(connection: &Connection, issuer: &VerifyingKey) -> Result<(), Store
 
 fn aad(path: &ResourcePath) -> Vec<u8> {
     [RESOURCE_DOMAIN.as_bytes(), b"\0", path.as_str().as_bytes()].concat()
-}
-
-fn sha256(bytes: &[u8]) -> Digest {
-    let mut out = [0; 32];
-    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
-    out.into()
 }
 
 fn time_to_row(time: UnixTime) -> i64 {

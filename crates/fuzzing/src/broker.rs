@@ -62,7 +62,7 @@ pub(crate) fn log(data: &[u8]) {
     damage::apply(edits, &mut row.0);
     // Whoever edits the database recomputes the hash beside the entry, too.
     row.1 = hash(&row.0);
-    let mut check = ChainCheck::new(None);
+    let mut check = ChainCheck::new(&[]);
     let chained = (0..)
         .zip(&rows)
         .try_for_each(|(at, (entry, stored))| check.next(at, entry, *stored));
@@ -123,12 +123,13 @@ impl Rig {
     fn new() -> Self {
         let directory = scratch::directory();
         let random = Arc::new(SystemRandom);
-        let state = State::init(&directory.path().join("state"), random.clone(), Fixed.now());
+        let path = directory.path().join("state");
+        let state = State::init(&path, None, random.clone(), Fixed.now());
         let state = state.expect("a new state");
         let broker = Broker::new(state, Arc::new(Fixed), random, Settings::default());
         let broker = Arc::new(broker.expect("a broker"));
         broker
-            .set_policy(&honest().policy_text)
+            .set_policy(&honest().policy_text, None)
             .expect("an honest policy");
         let request = rcar::Request::new(casemate_attest::TeeKind::Tdx);
         let request = serde_json::to_vec(&request).expect("a request has a JSON form");

@@ -127,29 +127,7 @@ impl VerifiedCredential {
     /// [`Unverified::Credential`] for another signer or changed bytes, [`Refused::Expired`] or
     /// [`Refused::NotYetValid`] for the wrong time.
     pub fn verify(envelope: &[u8], issuer: &VerifyingKey, now: u64) -> Result<Self, ReleaseError> {
-        let envelope: Envelope = decode("credential", envelope, MAX_CREDENTIAL_BYTES)?;
-        let signature = Signature(envelope.signature);
-        issuer
-            .verify(DOMAIN, &envelope.body, &signature)
-            .map_err(|_| Unverified::Credential)?;
-        let body = Body::parse(&envelope.body)?;
-        if body.issuer != *issuer.as_bytes() {
-            return Err(Unverified::Credential.into());
-        }
-        let credential = Credential {
-            evidence_digest: body.evidence_digest,
-            keyset_digest: body.keyset_digest,
-            model_digest: ModelDigest(body.model_digest),
-            model_version: body.model_version,
-            adapter_digests: body.adapter_digests.into_iter().map(Into::into).collect(),
-            service: body.service,
-            policy_version: body.policy_version,
-            log_size: body.log_size,
-            log_head: body.log_head,
-            issued_at: body.issued_at,
-            expires_at: body.expires_at,
-        };
-        credential.check()?;
+        let credential = past_claims(envelope, issuer)?;
         let Credential {
             issued_at,
             expires_at,
@@ -176,6 +154,39 @@ impl VerifiedCredential {
     pub fn issuer(&self) -> &VerifyingKey {
         &self.issuer
     }
+}
+
+/// What an issuer stated at some time, whether or not it still holds: for comparing with the issuer's log, not for trusting
+/// a service.
+///
+/// # Errors
+/// [`ReleaseError::Malformed`] for anything but the one encoding of a credential, [`Unverified::Credential`] for another
+/// signer or changed bytes.
+pub fn past_claims(envelope: &[u8], issuer: &VerifyingKey) -> Result<Credential, ReleaseError> {
+    let envelope: Envelope = decode("credential", envelope, MAX_CREDENTIAL_BYTES)?;
+    let signature = Signature(envelope.signature);
+    issuer
+        .verify(DOMAIN, &envelope.body, &signature)
+        .map_err(|_| Unverified::Credential)?;
+    let body = Body::parse(&envelope.body)?;
+    if body.issuer != *issuer.as_bytes() {
+        return Err(Unverified::Credential.into());
+    }
+    let credential = Credential {
+        evidence_digest: body.evidence_digest,
+        keyset_digest: body.keyset_digest,
+        model_digest: ModelDigest(body.model_digest),
+        model_version: body.model_version,
+        adapter_digests: body.adapter_digests.into_iter().map(Into::into).collect(),
+        service: body.service,
+        policy_version: body.policy_version,
+        log_size: body.log_size,
+        log_head: body.log_head,
+        issued_at: body.issued_at,
+        expires_at: body.expires_at,
+    };
+    credential.check()?;
+    Ok(credential)
 }
 
 /// The issuer that a credential names, verified or not; to tell a person what was found.

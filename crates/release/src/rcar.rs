@@ -444,8 +444,10 @@ impl std::str::FromStr for ResourcePath {
                 && part != ".."
         };
         if text.split('/').count() != 3 || !text.split('/').all(part_is_valid) {
-            return Err(Malformed::Text {
+            return Err(Malformed::Unsupported {
                 what: "resource path",
+                found: shown(text),
+                expected: "repository/type/tag, each 1 to 64 letters, digits, '.', '_' or '-', and not . or ..",
             });
         }
         Ok(Self(text.into()))

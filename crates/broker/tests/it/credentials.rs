@@ -70,7 +70,7 @@ fn a_credential_states_what_was_appraised_and_anchors_the_log() {
     assert_eq!(entry.content.unwrap().bytes(), claims.keyset_digest);
     assert_eq!(entry.expires_at, Some(now + 900));
     rig.release();
-    rig.broker.verify_log(Some(anchor)).unwrap();
+    rig.broker.verify_log(&[anchor]).unwrap();
 }
 
 #[test]
@@ -87,14 +87,29 @@ fn a_credential_does_not_outlive_its_keyset() {
 }
 
 #[test]
-fn credentials_are_renewed_in_the_same_session() {
+fn every_credential_needs_an_attestation_of_its_own() {
     let rig = Rig::new();
+    let ended = |session: &str| {
+        assert_eq!(rig.broker.session_counts(), (0, 0));
+        matches!(
+            rig.broker.challenge(session),
+            Err(Rejection::Session(SessionFault::Unknown))
+        )
+    };
     let guest = rig.release();
-    for _ in 0..3 {
-        let request = rig.credential_request(&guest.session, &rig.keyset());
-        ask(&rig.broker, &guest.session, &request).unwrap();
-        rig.clock.advance(600);
-    }
+    let request = rig.credential_request(&guest.session, &rig.keyset());
+    ask(&rig.broker, &guest.session, &request).unwrap();
+    assert!(ended(&guest.session), "after it was issued");
+
+    let guest = rig.release();
+    let mut request = rig.credential_request(&guest.session, &rig.keyset());
+    request.service = "another".into();
+    assert_eq!(claim(ask(&rig.broker, &guest.session, &request)), "service");
+    assert!(ended(&guest.session), "after it was denied");
+
+    let guest = rig.release();
+    let request = rig.credential_request(&guest.session, &rig.keyset());
+    ask(&rig.broker, &guest.session, &request).unwrap();
 }
 
 #[test]
@@ -121,10 +136,14 @@ fn a_nonce_is_the_sessions_own_fresh_and_used_once() {
     let request = rig.credential_request(&guest.session, &rig.keyset());
     ask(&rig.broker, &guest.session, &request).unwrap();
     assert!(
-        nonce_refused(ask(&rig.broker, &guest.session, &request)),
+        matches!(
+            ask(&rig.broker, &guest.session, &request),
+            Err(Rejection::Session(SessionFault::Unknown))
+        ),
         "replayed"
     );
 
+    let guest = rig.release();
     let request = rig.credential_request(&guest.session, &rig.keyset());
     rig.clock.advance(120);
     assert!(
@@ -163,6 +182,7 @@ fn evidence_must_be_over_this_keyset_for_this_purpose() {
         "report_data"
     );
 
+    let guest = rig.release();
     let nonce = rig.broker.challenge(&guest.session).unwrap().nonce();
     let request = rig.credential_request_over(&nonce, &rig.keyset(), Purpose::Serving);
     assert_eq!(
@@ -174,7 +194,6 @@ fn evidence_must_be_over_this_keyset_for_this_purpose() {
 #[test]
 fn keysets_that_do_not_fit_the_release_are_denied_by_claim() {
     let rig = Rig::new();
-    let guest = rig.release();
     let now = rig.clock.seconds();
     let good = rig.keyset();
     let cases = [
@@ -217,6 +236,7 @@ fn keysets_that_do_not_fit_the_release_are_denied_by_claim() {
         ),
     ];
     for (expected, keyset) in cases {
+        let guest = rig.release();
         let request = rig.credential_request(&guest.session, &keyset);
         assert_eq!(claim(ask(&rig.broker, &guest.session, &request)), expected);
         let size = rig.broker.head().unwrap().size;
@@ -227,6 +247,7 @@ fn keysets_that_do_not_fit_the_release_are_denied_by_claim() {
         );
         assert_eq!(entry.denial.unwrap().claim, expected);
     }
+    let guest = rig.release();
     let mut request = rig.credential_request(&guest.session, &good);
     request.service = "somebody-elses".into();
     assert_eq!(claim(ask(&rig.broker, &guest.session, &request)), "service");
@@ -242,7 +263,9 @@ fn a_policy_that_changes_after_the_release_applies_to_the_credential() {
         ask(&rig.broker, &guest.session, &request),
         Err(Rejection::NotAllowed(_))
     ));
-    rig.set_policy(3, 1, &[ModelDigest([7; 32])]).unwrap();
+    rig.set_policy(3, 1, &[MODEL]).unwrap();
+    let guest = rig.release();
+    rig.set_policy(4, 1, &[ModelDigest([7; 32])]).unwrap();
     let request = rig.credential_request(&guest.session, &rig.keyset());
     assert_eq!(
         claim(ask(&rig.broker, &guest.session, &request)),
@@ -265,14 +288,15 @@ fn keysets_that_are_not_deterministic_are_malformed() {
 #[test]
 fn the_service_name_is_the_resources() {
     let rig = Rig::new();
-    let grant = crate::support::grant(&rig.provider, 1);
+    let grant = crate::support::grant(&rig.provider, 3);
     rig.broker
-        .put_resource(&path(), &grant, true, Some("bank-assistant"))
+        .put_resource(&path(), &grant, true, Some("bank-assistant"), None)
         .unwrap();
     let guest = rig.release();
-    let mut request = rig.credential_request(&guest.session, &rig.keyset());
+    let request = rig.credential_request(&guest.session, &rig.keyset());
     assert_eq!(claim(ask(&rig.broker, &guest.session, &request)), "service");
-    request = rig.credential_request(&guest.session, &rig.keyset());
+    let guest = rig.release();
+    let mut request = rig.credential_request(&guest.session, &rig.keyset());
     request.service = "bank-assistant".into();
     ask(&rig.broker, &guest.session, &request).unwrap();
 }

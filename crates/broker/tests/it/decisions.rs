@@ -233,13 +233,20 @@ fn a_policy_that_changes_after_attestation_applies_to_the_release() {
     );
     assert_eq!(decision.policy_version, Some(2));
 
-    // The measurement is back, but the model is not allowed any more.
-    rig.set_policy(3, 1, &[ModelDigest([7; 32])]).unwrap();
+    // The measurement is back, but the denial has ended the session.
+    rig.set_policy(3, 1, &[MODEL]).unwrap();
+    let outcome = rig.broker.resource(&guest.session, &path());
+    assert_eq!(session_fault(outcome), SessionFault::Unknown);
+
+    // The model is not allowed any more.
+    let guest = rig.attest(1).unwrap();
+    rig.set_policy(4, 1, &[ModelDigest([7; 32])]).unwrap();
     let denial = denied(rig.broker.resource(&guest.session, &path()));
     assert_eq!(denial.claim, "model.digest");
     assert_eq!(denial.found, MODEL.to_string());
 
-    rig.set_policy(4, 1, &[MODEL]).unwrap();
+    let guest = rig.attest(1).unwrap();
+    rig.set_policy(5, 1, &[MODEL]).unwrap();
     rig.broker.resource(&guest.session, &path()).unwrap();
 }
 
@@ -275,6 +282,7 @@ fn an_unknown_resource_is_said_to_be_unknown_to_attested_guests_only() {
     ));
     assert_eq!(last(&rig).denial.unwrap().claim, "resource");
     rig.broker.delete_resource(&path()).unwrap();
+    let guest = rig.attest(1).unwrap();
     assert!(matches!(
         rig.broker.resource(&guest.session, &path()),
         Err(Rejection::NoResource(_))
@@ -286,7 +294,7 @@ fn an_opaque_resource_is_released_under_the_measurements_alone() {
     let rig = Rig::new();
     let other = "default/secret/token".parse().unwrap();
     rig.broker
-        .put_resource(&other, b"any bytes", false, None)
+        .put_resource(&other, b"any bytes", false, None, None)
         .unwrap();
     let guest = rig.attest(1).unwrap();
     let jwe = rig.broker.resource(&guest.session, &other).unwrap();
@@ -307,7 +315,7 @@ fn a_damaged_grant_is_not_stored() {
     damaged[last] ^= 1;
     let before = rig.broker.head().unwrap();
     assert!(matches!(
-        rig.broker.put_resource(&path(), &damaged, true, None),
+        rig.broker.put_resource(&path(), &damaged, true, None, None),
         Err(Rejection::Store(StoreError::Grant(_)))
     ));
     assert_eq!(rig.broker.head().unwrap(), before);
@@ -336,7 +344,7 @@ fn policy_versions_only_go_up() {
         "the same policy again changes nothing"
     );
     assert!(matches!(
-        rig.broker.set_policy("version = 6"),
+        rig.broker.set_policy("version = 6", None),
         Err(Rejection::Policy(_))
     ));
     assert_eq!(rig.broker.policy().unwrap().version(), 5);
@@ -359,7 +367,7 @@ fn a_restart_keeps_everything_but_sessions() {
     assert_eq!(rig.broker.issuer(), issuer);
     assert_eq!(rig.broker.token_jwk(), token_key);
     assert_eq!(rig.broker.head().unwrap(), head);
-    assert_eq!(rig.broker.verify_log(Some(head)).unwrap(), head);
+    assert_eq!(rig.broker.verify_log(&[head]).unwrap(), head);
     assert_eq!(rig.broker.policy().unwrap().version(), 1);
     for session in [&guest.session, &waiting] {
         let outcome = rig.broker.resource(session, &path());
@@ -433,7 +441,7 @@ fn a_resource_moved_to_another_path_does_not_decrypt() {
     let rig = Rig::new();
     let other = "default/model/other".parse().unwrap();
     rig.broker
-        .put_resource(&other, b"low value", false, None)
+        .put_resource(&other, b"low value", false, None, None)
         .unwrap();
     let connection = rusqlite::Connection::open(database(&rig.state())).unwrap();
     connection
@@ -485,6 +493,28 @@ fn sessions_are_bounded() {
     rig.broker.resource(&newest.session, &path()).unwrap();
 }
 
+/// Whoever reads a cookie off the wire cannot make the log grow without end: the guest itself could not either.
+#[test]
+fn a_session_asks_for_a_bounded_number_of_resources() {
+    let sessions = SessionLimits {
+        max_releases: 3,
+        ..Default::default()
+    };
+    let rig = Rig::with(Settings {
+        sessions,
+        ..settings()
+    });
+    let guest = rig.attest(1).unwrap();
+    for _ in 0..3 {
+        rig.broker.resource(&guest.session, &path()).unwrap();
+    }
+    let size = rig.broker.head().unwrap().size;
+    let outcome = rig.broker.resource(&guest.session, &path());
+    assert_eq!(session_fault(outcome), SessionFault::Unknown);
+    assert_eq!(rig.broker.head().unwrap().size, size);
+    assert_eq!(rig.broker.session_counts(), (0, 0));
+}
+
 #[test]
 fn sessions_run_side_by_side() {
     let rig = Rig::new();
@@ -498,7 +528,7 @@ fn sessions_run_side_by_side() {
         }
     });
     // Begin, policy, resource; then 18 × (attest, release).
-    let head = rig.broker.verify_log(None).unwrap();
+    let head = rig.broker.verify_log(&[]).unwrap();
     assert_eq!(head.size, 3 + 36);
     assert_eq!(
         rig.broker

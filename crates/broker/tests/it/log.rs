@@ -6,9 +6,12 @@ use casemate_broker::log::{Anchor, Digest, Entry, Head, LogFault, hash};
 use casemate_broker::state::database;
 use casemate_broker::store::{StoreError, verify_offline};
 use casemate_container::signing::{SigningKey, VerifyingKey};
+use casemate_release::credential::past_claims;
+use casemate_release::issuance::CredentialResponse;
 use rusqlite::{Connection, params};
 
-use crate::support::Rig;
+use crate::serving::{MALFORMED, NOT_AUTHENTIC, failed, program, stderr};
+use crate::support::{Rig, cut_log};
 
 /// A database with a finished log, outside any broker.
 struct Copy {
@@ -37,13 +40,13 @@ impl Copy {
 
     /// Verifies a fresh copy after changing it.
     fn after(&self, change: impl FnOnce(&Connection)) -> Result<Head, LogFault> {
-        self.after_with(change, None)
+        self.after_with(change, &[])
     }
 
     fn after_with(
         &self,
         change: impl FnOnce(&Connection),
-        anchor: Option<Anchor>,
+        anchors: &[Anchor],
     ) -> Result<Head, LogFault> {
         let path = self.rig.directory.path().join("changed.sqlite3");
         let _ = std::fs::remove_file(&path);
@@ -51,7 +54,7 @@ impl Copy {
         let connection = Connection::open(&path).unwrap();
         change(&connection);
         drop(connection);
-        match verify_offline(&path, &self.issuer, anchor) {
+        match verify_offline(&path, &self.issuer, anchors) {
             Ok(head) => Ok(head),
             Err(StoreError::Log(fault)) => Err(fault),
             Err(other) => panic!("{other}"),
@@ -80,7 +83,7 @@ fn entry(connection: &Connection, position: u64) -> Vec<u8> {
 fn an_untouched_log_is_whole() {
     let copy = Copy::new();
     assert_eq!(copy.after(|_| {}), Ok(copy.head));
-    assert_eq!(copy.after_with(|_| {}, Some(copy.head)), Ok(copy.head));
+    assert_eq!(copy.after_with(|_| {}, &[copy.head]), Ok(copy.head));
     assert!(copy.head.size >= 7);
 }
 
@@ -260,7 +263,7 @@ fn an_older_copy_does_not_contain_a_later_anchor() {
     drop(guest);
     assert_eq!(copy.after(|_| {}), Ok(copy.head));
     assert_eq!(
-        copy.after_with(|_| {}, Some(later)),
+        copy.after_with(|_| {}, &[later]),
         Err(LogFault::NotAnchored(later.size))
     );
     let other = Anchor {
@@ -268,10 +271,10 @@ fn an_older_copy_does_not_contain_a_later_anchor() {
         hash: Digest::from([1; 32]),
     };
     assert_eq!(
-        copy.after_with(|_| {}, Some(other)),
+        copy.after_with(|_| {}, &[copy.head, other]),
         Err(LogFault::NotAnchored(other.size))
     );
-    copy.rig.broker.verify_log(Some(copy.head)).unwrap();
+    copy.rig.broker.verify_log(&[copy.head]).unwrap();
 }
 
 #[test]
@@ -301,4 +304,73 @@ fn a_changed_end_is_found_at_start() {
         other => panic!("opened: {}", other.is_ok()),
     }
     drop(directory);
+}
+
+/// The end is cut off and signed again, as only the issuer itself could: the log is whole in itself, and a credential that
+/// somebody kept gives it away, however the file holds it.
+#[test]
+fn a_tail_cut_after_a_credential_was_issued_shows() {
+    let rig = Rig::new();
+    let guest = rig.release();
+    let request = rig.credential_request(&guest.session, &rig.keyset());
+    let body = request.to_json().unwrap();
+    let response = rig.broker.credential(&guest.session, &body).unwrap();
+    rig.release();
+    let state = rig.state();
+    let json = serde_json::to_vec(&response).unwrap();
+    let envelope = CredentialResponse::parse(&json).unwrap();
+    let claims = past_claims(&envelope, &rig.broker.issuer()).unwrap();
+    let Rig {
+        directory, broker, ..
+    } = rig;
+    drop(broker);
+
+    let file = directory.path().join("credential");
+    let verify = |with: bool| {
+        let mut command = program();
+        command.args(["admin", "log", "verify", "--offline"]);
+        command.arg(&state);
+        if with {
+            command.arg("--credential").arg(&file);
+        }
+        command.output().unwrap()
+    };
+    let base64 = json_member(&json);
+    let forms = [json, envelope.clone(), base64.into_bytes()];
+    for form in &forms {
+        std::fs::write(&file, form).unwrap();
+        let output = verify(true);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    let issuer = SigningKey::read_file(&state.join("issuer.pem")).unwrap();
+    let connection = Connection::open(database(&state)).unwrap();
+    // All after the credential's own entry: nobody kept anything that names it.
+    cut_log(&connection, claims.log_size, &issuer);
+    assert!(verify(true).status.success());
+    cut_log(&connection, claims.log_size - 1, &issuer);
+    drop(connection);
+    assert!(verify(false).status.success(), "whole in itself");
+    for form in &forms {
+        std::fs::write(&file, form).unwrap();
+        failed(&verify(true), NOT_AUTHENTIC, "anchored head");
+    }
+
+    // Only the issuer's own credentials are anchors.
+    let claims = casemate_release::credential::Credential {
+        log_size: 1,
+        ..claims
+    };
+    std::fs::write(&file, claims.issue(&SigningKey::generate()).unwrap()).unwrap();
+    failed(
+        &verify(true),
+        NOT_AUTHENTIC,
+        "not signed by the expected issuer",
+    );
+    std::fs::write(&file, b"{}").unwrap();
+    failed(&verify(true), MALFORMED, "no deployment credential");
+}
+
+fn json_member(json: &[u8]) -> String {
+    let value: serde_json::Value = serde_json::from_slice(json).unwrap();
+    value["credential"].as_str().unwrap().to_owned()
 }

@@ -4,7 +4,11 @@
 
 mod credentials;
 mod decisions;
+mod floods;
 mod http;
 mod log;
 mod program;
+mod races;
+mod rollbacks;
+mod serving;
 mod support;

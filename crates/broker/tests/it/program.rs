@@ -1,137 +1,26 @@
 //! The program as an operator starts it: files, sockets, signals, exit codes.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
 
 use casemate_broker::state::database;
 use casemate_container::signing::SigningKey;
+use casemate_release::rollback::{Rollback, Target, sha256};
 use casemate_testkit::fake_tee::FakeTee;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::serving::{
+    IO, MALFORMED, NOT_AUTHENTIC, REFUSED, Serving, USAGE, failed, program, run, stderr, stdout,
+};
 use crate::support::{MODEL, NOW, grant, measurement, policy};
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_casemate-broker"));
-    command.env_remove("RUST_LOG");
-    command
-}
-
-fn run<const N: usize>(arguments: [&str; N]) -> Output {
-    program().args(arguments).output().unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
-}
-
-fn failed(output: &Output, says: &str) {
-    assert_eq!(output.status.code(), Some(1), "{}", stderr(output));
-    assert!(
-        stderr(output).contains(says),
-        "{:?} in {}",
-        says,
-        stderr(output)
-    );
-}
-
-/// A serving broker; killed when dropped.
-struct Serving {
-    child: Child,
-    address: String,
-    socket: PathBuf,
-}
-
-impl Serving {
-    fn start(state: &Path) -> Self {
-        let mut child = program()
-            .args(["serve", "--listen", "127.0.0.1:0", "--state"])
-            .arg(state)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
-            for line in lines.lines().map_while(Result::ok) {
-                let _ = sender.send(line);
-            }
-        });
-        let line = receiver
-            .recv_timeout(Duration::from_secs(20))
-            .expect("the broker gets ready");
-        let address = line
-            .strip_prefix("listening on ")
-            .expect("its first line")
-            .to_owned();
-        Self {
-            child,
-            address,
-            socket: state.join("admin.sock"),
-        }
-    }
-
-    fn admin(&self, arguments: &[&str]) -> Output {
-        program()
-            .args(["admin", "--socket"])
-            .arg(&self.socket)
-            .args(arguments)
-            .output()
-            .unwrap()
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.admin(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{}", stderr(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-s", name, &pid])
-                .status()
-                .unwrap()
-                .success()
-        );
-    }
-
-    fn wait(mut self) -> Option<i32> {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(
-                start.elapsed() < Duration::from_secs(20),
-                "the broker does not end"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 struct Files {
     directory: TempDir,
     tee: FakeTee,
+    provider: SigningKey,
 }
 
 impl Files {
@@ -139,8 +28,12 @@ impl Files {
         let files = Self {
             directory: tempfile::tempdir().unwrap(),
             tee: FakeTee::ephemeral(NOW).unwrap(),
+            provider: SigningKey::generate(),
         };
-        let output = run(["init", "--state", files.state().to_str().unwrap()]);
+        let provider = files.provider.verifying_key().to_string();
+        let state = files.state();
+        let state = state.to_str().unwrap();
+        let output = run(["init", "--state", state, "--provider", &provider]);
         assert!(output.status.success(), "{}", stderr(&output));
         files
     }
@@ -161,7 +54,7 @@ impl Files {
     }
 
     fn grant(&self) -> String {
-        self.write("model.grant", &grant(&SigningKey::generate(), 2))
+        self.write("model.grant", &grant(&self.provider, 2))
     }
 }
 
@@ -188,6 +81,7 @@ fn init_prints_the_issuer_and_keeps_secrets_to_the_owner() {
     let pem = std::fs::read(state.join("issuer.pem")).unwrap();
     failed(
         &run(["init", "--state", state.to_str().unwrap()]),
+        IO,
         "never overwritten",
     );
     assert_eq!(std::fs::read(state.join("issuer.pem")).unwrap(), pem);
@@ -199,7 +93,11 @@ fn an_administrator_sets_lists_and_deletes() {
     let serving = Serving::start(&files.state());
     assert_eq!(serving.socket.metadata().unwrap().mode() & 0o777, 0o600);
     assert_eq!(serving.json(&["status"])["policy"], Value::Null);
-    failed(&serving.admin(&["policy", "show"]), "no policy is in force");
+    failed(
+        &serving.admin(&["policy", "show"]),
+        REFUSED,
+        "no policy is in force",
+    );
 
     let reply = serving.json(&["policy", "set", &files.policy(3)]);
     assert_eq!(reply["version"], 3);
@@ -214,12 +112,18 @@ fn an_administrator_sets_lists_and_deletes() {
     );
     failed(
         &serving.admin(&["policy", "set", &files.policy(2)]),
+        REFUSED,
         "versions only go up",
     );
     let broken = files.write("broken.toml", b"version = 9\nunknown = 1\n");
-    failed(&serving.admin(&["policy", "set", &broken]), "policy");
+    failed(
+        &serving.admin(&["policy", "set", &broken]),
+        MALFORMED,
+        "policy",
+    );
     failed(
         &serving.admin(&["policy", "set", "/nonexistent"]),
+        IO,
         "/nonexistent",
     );
 
@@ -240,6 +144,7 @@ fn an_administrator_sets_lists_and_deletes() {
     ]);
     failed(
         &serving.admin(&["resource", "put", "a/b/d", "--grant", &opaque]),
+        MALFORMED,
         "key grant",
     );
     let listed = serving.json(&["resource", "list"]);
@@ -257,6 +162,7 @@ fn an_administrator_sets_lists_and_deletes() {
     );
     failed(
         &serving.admin(&["resource", "delete", "a/b/c"]),
+        REFUSED,
         "no resource",
     );
     assert_eq!(
@@ -267,7 +173,7 @@ fn an_administrator_sets_lists_and_deletes() {
         Some(2)
     );
 
-    let log = stdout(&serving.admin(&["log", "show"]));
+    let log = stdout(&serving.admin(&["log", "show", "--json"]));
     let actions: Vec<Value> = log
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap()["action"].take())
@@ -282,6 +188,10 @@ fn an_administrator_sets_lists_and_deletes() {
             "delete_resource"
         ]
     );
+    let log = stdout(&serving.admin(&["log", "show", "--from", "2", "--limit", "1"]));
+    let line = log.lines().next().unwrap();
+    assert!(line.contains("put_resource"), "{line}");
+    assert!(line.contains(" default/model/m "), "{line}");
     let head = serving.json(&["log", "verify"]);
     assert_eq!(head["size"], 5);
     let anchor = format!("5:{}", head["hash"].as_str().unwrap());
@@ -289,6 +199,7 @@ fn an_administrator_sets_lists_and_deletes() {
     let other = format!("5:{}", "00".repeat(32));
     failed(
         &serving.admin(&["log", "verify", "--anchor", &other]),
+        NOT_AUTHENTIC,
         "anchored head",
     );
 }
@@ -339,11 +250,12 @@ fn a_stopped_broker_leaves_no_socket_and_its_log_can_be_checked_offline() {
     );
     let file = database(&state);
     let file = file.to_str().unwrap();
-    failed(&check(&[file]), "--issuer");
+    failed(&check(&[file]), USAGE, "--issuer");
     let issuer = std::fs::read_to_string(state.join("issuer.pub")).unwrap();
     assert!(check(&[file, "--issuer", issuer.trim()]).status.success());
     failed(
         &check(&[file, "--issuer", &"11".repeat(32)]),
+        NOT_AUTHENTIC,
         "not signed by the issuer",
     );
     let connection = rusqlite::Connection::open(file).unwrap();
@@ -351,7 +263,11 @@ fn a_stopped_broker_leaves_no_socket_and_its_log_can_be_checked_offline() {
         .execute("DELETE FROM log WHERE position = 0", [])
         .unwrap();
     drop(connection);
-    failed(&check(&[state.to_str().unwrap()]), "entry 0 is missing");
+    failed(
+        &check(&[state.to_str().unwrap()]),
+        NOT_AUTHENTIC,
+        "entry 0 is missing",
+    );
 }
 
 #[test]
@@ -366,18 +282,20 @@ fn a_start_that_cannot_succeed_says_why() {
             .unwrap()
     };
     let missing = files.directory.path().join("missing");
-    failed(&serve(&missing, "127.0.0.1:0"), "casemate-broker init");
+    failed(&serve(&missing, "127.0.0.1:0"), IO, "casemate-broker init");
 
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     failed(
         &serve(&state, &address),
+        IO,
         &format!("cannot listen on {address}"),
     );
 
     let serving = Serving::start(&state);
     failed(
         &serve(&state, "127.0.0.1:0"),
+        IO,
         "another casemate-broker is serving",
     );
     drop(serving);
@@ -387,18 +305,18 @@ fn a_start_that_cannot_succeed_says_why() {
     };
     for file in ["issuer.pem", "storage.key", "token.p8"] {
         mode(file, 0o644);
-        failed(&serve(&state, "127.0.0.1:0"), file);
+        failed(&serve(&state, "127.0.0.1:0"), IO, file);
         mode(file, 0o600);
     }
     mode(".", 0o755);
-    failed(&serve(&state, "127.0.0.1:0"), "nobody but its owner");
+    failed(&serve(&state, "127.0.0.1:0"), IO, "nobody but its owner");
     mode(".", 0o700);
     for file in ["issuer.pem", "storage.key", "token.p8"] {
         let bytes = std::fs::read(state.join(file)).unwrap();
         std::fs::write(state.join(file), b"garbage").unwrap();
-        failed(&serve(&state, "127.0.0.1:0"), file);
+        failed(&serve(&state, "127.0.0.1:0"), MALFORMED, file);
         std::fs::remove_file(state.join(file)).unwrap();
-        failed(&serve(&state, "127.0.0.1:0"), file);
+        failed(&serve(&state, "127.0.0.1:0"), IO, file);
         std::fs::write(state.join(file), bytes).unwrap();
         mode(file, 0o600);
     }
@@ -411,7 +329,7 @@ fn a_start_that_cannot_succeed_says_why() {
         b"not a database, but long enough to be looked at",
     )
     .unwrap();
-    failed(&serve(&state, "127.0.0.1:0"), "database");
+    failed(&serve(&state, "127.0.0.1:0"), IO, "database");
     std::fs::write(database(&state), bytes).unwrap();
 
     let mut serving = Serving::start(&state);
@@ -432,8 +350,8 @@ fn a_client_without_a_broker_says_so() {
         .arg(&socket)
         .output()
         .unwrap();
-    failed(&output, "is casemate-broker serving");
-    failed(&run(["admin", "status"]), "--socket PATH is needed");
+    failed(&output, IO, "is casemate-broker serving");
+    failed(&run(["admin", "status"]), USAGE, "--socket PATH is needed");
 }
 
 #[test]
@@ -449,6 +367,96 @@ fn a_socket_left_behind_is_replaced_but_no_other_file() {
         .arg(files.state())
         .output()
         .unwrap();
-    failed(&output, "admin.sock");
+    failed(&output, IO, "admin.sock");
     assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
+}
+
+#[test]
+fn an_administrator_goes_back_with_the_providers_file_only() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    let old = files.policy(4);
+    let old = files.write("old.toml", &std::fs::read(old).unwrap());
+    serving.json(&["policy", "set", &old]);
+    serving.json(&["policy", "set", &files.policy(5)]);
+    let issuer = std::fs::read_to_string(files.state().join("issuer.pub")).unwrap();
+    let rollback = |provider: &SigningKey, target, permitted: &[u8], from_version, to_version| {
+        let rollback = Rollback {
+            issuer: issuer.trim().parse().unwrap(),
+            target,
+            from_version,
+            to_version,
+            permitted: sha256(permitted),
+            expires_at: std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() + 600,
+        };
+        files.write("rollback", &rollback.sign(provider).unwrap())
+    };
+    let text = std::fs::read(&old).unwrap();
+    failed(
+        &serving.admin(&["policy", "set", &old]),
+        REFUSED,
+        "casemate rollback policy",
+    );
+    let forged = rollback(&SigningKey::generate(), Target::Policy, &text, 5, 4);
+    let set = ["policy", "set", &old, "--rollback", &forged];
+    failed(&serving.admin(&set), NOT_AUTHENTIC, "not signed by");
+    rollback(&files.provider, Target::Policy, b"another policy", 5, 4);
+    failed(&serving.admin(&set), REFUSED, "SHA-256");
+    rollback(&files.provider, Target::Policy, &text, 5, 4);
+    assert_eq!(serving.json(&set)["version"], 4);
+
+    let put = |grant: &str, more: &[&str]| {
+        let put = ["resource", "put", "default/model/m", "--grant", grant];
+        serving.admin(&[&put, more].concat())
+    };
+    let new = files.write("new.grant", &grant(&files.provider, 3));
+    assert!(put(&new, &[]).status.success());
+    let old = files.grant();
+    failed(&put(&old, &[]), REFUSED, "casemate rollback model");
+    let target = Target::Model {
+        path: "default/model/m".parse().unwrap(),
+        name: "smollm2".into(),
+    };
+    let envelope = std::fs::read(&old).unwrap();
+    let file = rollback(&files.provider, target, &envelope, 3, 2);
+    let output = put(&old, &["--rollback", &file]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    failed(
+        &put(&new, &["--rollback", &file]),
+        REFUSED,
+        "does not go back",
+    );
+    serving.json(&["log", "verify"]);
+}
+
+#[test]
+fn files_that_are_something_else_are_named_as_such() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    let large = files.write("model.casemate", &vec![0xa3; 2 << 20]);
+    let put = |option: &str| serving.admin(&["resource", "put", "a/b/c", option, &large]);
+    failed(
+        &put("--grant"),
+        MALFORMED,
+        "as `casemate grant --out` writes it",
+    );
+    failed(&put("--opaque"), MALFORMED, "model.casemate is too large");
+    failed(
+        &serving.admin(&["policy", "set", &large]),
+        MALFORMED,
+        "a policy has at most",
+    );
+    let small = files.write("small", b"text");
+    let put = ["resource", "put", "a/b/c", "--grant", &small];
+    failed(&serving.admin(&put), MALFORMED, "key grant");
+    let stranger = files.write("stranger", &grant(&SigningKey::generate(), 1));
+    let put = ["resource", "put", "a/b/c", "--grant", &stranger];
+    failed(&serving.admin(&put), REFUSED, "this broker's provider is");
+    let output = serving.admin(&["resource", "delete", "a/../c"]);
+    failed(&output, USAGE, "repository/type/tag, each 1 to 64");
+    let help = stdout(&run(["admin", "--help"]));
+    assert!(
+        help.contains("admin --socket <PATH> [--json] <COMMAND>"),
+        "{help}"
+    );
 }

@@ -8,6 +8,7 @@ use casemate_attest::measure::Measurement;
 use casemate_attest::{Evidence, ReportData, TeeKind, UnixTime};
 use casemate_broker::broker::{Broker, Rejection, Settings};
 use casemate_broker::clock::Clock;
+use casemate_broker::log::{Head, hash};
 use casemate_broker::state::State;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_container::signing::SigningKey;
@@ -94,8 +95,10 @@ impl Rig {
     pub(crate) fn empty(settings: Settings) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let clock = Arc::new(TestClock(AtomicU64::new(NOW)));
+        let provider = Arc::new(SigningKey::generate());
         let state = State::init(
             &directory.path().join("state"),
+            Some(provider.verifying_key()),
             Arc::new(SystemRandom),
             clock.now(),
         );
@@ -108,7 +111,7 @@ impl Rig {
         Self {
             directory,
             tee: Arc::new(FakeTee::ephemeral(NOW).unwrap()),
-            provider: Arc::new(SigningKey::generate()),
+            provider,
             broker: Arc::new(broker.unwrap()),
             clock,
             settings,
@@ -121,6 +124,13 @@ impl Rig {
 
     /// Ends the broker and opens its state again.
     pub(crate) fn restart(self) -> Self {
+        let (clock, settings) = (self.clock.clone(), self.settings);
+        self.restart_with(|state| open(state, &clock, settings))
+    }
+
+    /// Ends the broker and has another one made of its state.
+    pub(crate) fn restart_with(self, make: impl FnOnce(&Path) -> Broker) -> Self {
+        let state = self.state();
         let Self {
             directory,
             clock,
@@ -130,13 +140,12 @@ impl Rig {
             settings,
         } = self;
         drop(Arc::into_inner(broker).expect("nobody else holds the broker"));
-        let broker = open(&directory.path().join("state"), &clock, settings);
         Self {
             directory,
             clock,
             tee,
             provider,
-            broker: Arc::new(broker),
+            broker: Arc::new(make(&state)),
             settings,
         }
     }
@@ -152,14 +161,14 @@ impl Rig {
         models: &[ModelDigest],
     ) -> Result<(), Rejection> {
         self.broker
-            .set_policy(&self.policy(version, measured, models))
+            .set_policy(&self.policy(version, measured, models), None)
             .map(|_| ())
     }
 
     pub(crate) fn put_grant(&self, minimum_version: u64) {
         let envelope = grant(&self.provider, minimum_version);
         self.broker
-            .put_resource(&path(), &envelope, true, None)
+            .put_resource(&path(), &envelope, true, None, None)
             .unwrap();
     }
 
@@ -278,4 +287,29 @@ pub(crate) fn grant(provider: &SigningKey, minimum_version: u64) -> Vec<u8> {
         api_keys: ApiKeys::default(),
     };
     grant.sign(provider).unwrap().to_vec()
+}
+
+/// Cuts a log down to `size` entries and signs the new end, as who holds the issuer's key could.
+pub(crate) fn cut_log(connection: &rusqlite::Connection, size: u64, issuer: &SigningKey) {
+    let row = i64::try_from(size).unwrap();
+    connection
+        .execute("DELETE FROM log WHERE position >= ?1", [row])
+        .unwrap();
+    let last: Vec<u8> = connection
+        .query_row(
+            "SELECT entry FROM log WHERE position = ?1",
+            [row - 1],
+            |row| row.get(0),
+        )
+        .unwrap();
+    let head = Head {
+        size,
+        hash: hash(&last),
+    };
+    connection
+        .execute(
+            "UPDATE log_head SET size = ?1, hash = ?2, signature = ?3",
+            rusqlite::params![row, head.hash.bytes(), head.sign(issuer)],
+        )
+        .unwrap();
 }
