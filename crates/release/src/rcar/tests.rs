@@ -355,7 +355,8 @@ fn deep_nesting_is_malformed_and_harms_nothing() {
 /// Every byte of every message, three changes each: a panic nowhere, and what is still accepted was said differently.
 #[test]
 fn every_single_byte_corruption_of_a_message_is_refused_or_another_message() {
-    let messages: [(Vec<u8>, fn(&[u8]) -> Option<Value>); 4] = [
+    type Parse = fn(&[u8]) -> Option<Value>;
+    let messages: [(Vec<u8>, Parse); 4] = [
         (
             serde_json::to_vec(&Request::new(TeeKind::Tdx)).unwrap(),
             |bytes| Some(serde_json::to_value(Request::parse(bytes).ok()?.0).unwrap()),
