@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use serde_json::Value;
 
 /// Begins an internal name. This and the next two are noncharacters, which Unicode keeps for
 /// internal use; in text of clients they become U+FFFD.
@@ -135,6 +136,19 @@ impl ControlNames {
         Cow::Owned(guarded)
     }
 
+    /// [`Self::guard`] for every string and key in a JSON value.
+    pub(crate) fn guard_json(&self, value: &Value) -> Value {
+        match value {
+            Value::String(text) => Value::String(self.guard(text).into_owned()),
+            Value::Array(list) => list.iter().map(|v| self.guard_json(v)).collect(),
+            Value::Object(map) => map
+                .iter()
+                .map(|(key, v)| (self.guard(key).into_owned(), self.guard_json(v)))
+                .collect(),
+            other => other.clone(),
+        }
+    }
+
     /// What the encoder reads for a prompt: internal names where the template wrote control tokens,
     /// and no marks.
     pub(crate) fn translate(&self, prompt: &Prompt) -> String {
@@ -185,6 +199,11 @@ impl Prompt {
     #[must_use]
     pub fn text(&self) -> String {
         unmarked(&self.0)
+    }
+
+    /// Adds text of the server's own, in which names of control tokens count.
+    pub fn push_trusted(&mut self, text: &str) {
+        self.0.push_str(text);
     }
 }
 

@@ -142,6 +142,19 @@ pub enum SubmitError {
         /// Bytes in each.
         bytes: usize,
     },
+    /// More alternatives than are computed.
+    #[error(
+        "log-probabilities of {asked} alternatives were asked for, but at most {most} are possible"
+    )]
+    Logprobs {
+        /// Alternatives.
+        asked: usize,
+        /// Alternatives.
+        most: usize,
+    },
+    /// A stop string could cut what the grammar promises to be whole.
+    #[error("stop strings cannot be combined with a grammar")]
+    StopWithGrammar,
     /// As many requests wait as may wait.
     #[error("{waiting} requests are already waiting")]
     Busy {
@@ -160,6 +173,9 @@ pub enum RequestError {
     /// The model's arithmetic gave values that are not finite.
     #[error("the model computed values that are not finite")]
     NonFinite,
+    /// The vocabulary has no token that its grammar allows.
+    #[error("the model's vocabulary cannot write what the grammar demands")]
+    Vocabulary,
     /// A fault in the engine; other requests go on.
     #[error("internal error")]
     Internal,

@@ -1,5 +1,5 @@
-//! From prompt to streamed tokens on the CPU: tokenizer, chat template, model, KV cache, sampler
-//! and scheduler.
+//! From prompt to streamed tokens on the CPU: tokenizer, chat template, model, KV cache, sampler,
+//! constraints on answers, and scheduler.
 //!
 //! [`Engine::load`] takes a model that `casemate-container` has verified, [`Engine::submit`] a
 //! [`Request`] and a sink for its [`Event`]s. Requests are computed together and never influence
@@ -13,12 +13,14 @@
 #![forbid(unsafe_code)]
 
 pub mod chat;
+mod constrain;
 mod control;
 mod dequant;
 mod engine;
 mod error;
 mod kv;
 pub mod linear;
+mod logprobs;
 mod model;
 mod request;
 mod rope;
@@ -28,10 +30,12 @@ mod stop;
 mod tokenizer;
 mod weights;
 
-pub use chat::{ChatError, ChatMessage, ChatTemplate};
+pub use chat::{CallFormat, ChatError, ChatMessage, ChatTemplate, FunctionCall, ToolCall};
+pub use constrain::{Grammar, MaskMeter, SchemaError};
 pub use control::{ControlNames, Prompt};
 pub use engine::{Engine, EngineOptions, Stats};
 pub use error::{LoadError, RequestError, SubmitError};
+pub use logprobs::{MAXIMUM_TOP, TokenLogprobs};
 pub use request::{
     Event, FinishReason, MAXIMUM_STOP_BYTES, MAXIMUM_STOPS, Request, RequestId, Sink,
 };

@@ -3,8 +3,10 @@
 
 use std::ops::ControlFlow;
 
+use crate::constrain::{Constraint, Grammar};
 use crate::error::{RequestError, SubmitError};
 use crate::kv::Slot;
+use crate::logprobs::{MAXIMUM_TOP, TokenLogprobs};
 use crate::sampler::{Sampler, Sampling, Scratch};
 use crate::stop::{Progress, StopMatcher};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
@@ -29,6 +31,11 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Go on after end tokens. For measurements.
     pub ignore_end: bool,
+    /// Tell how likely each token was, beside so many of the likeliest ones.
+    pub logprobs: Option<usize>,
+    /// The answer can only be this. It ends with the last byte of it, so end tokens and stop
+    /// strings play no part.
+    pub grammar: Option<Grammar>,
 }
 
 /// Names a request while it lives.
@@ -36,7 +43,7 @@ pub struct Request {
 pub struct RequestId(pub(crate) u64);
 
 /// What a request's sink receives: one `Token` for each generated token, then one `Finished`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The next token.
     Token {
@@ -45,6 +52,8 @@ pub enum Event {
         /// Text that is now certain. Empty while a character or a stop string may be incomplete;
         /// the last event carries what was held back.
         text: String,
+        /// Where they were asked for, unless the token is an end token.
+        logprobs: Option<Box<TokenLogprobs>>,
     },
     /// Nothing follows.
     Finished {
@@ -60,7 +69,7 @@ pub enum Event {
 /// Why a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end token or a stop string.
+    /// An end token, a stop string, or the end of what a grammar describes.
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
@@ -95,6 +104,9 @@ pub(crate) struct Sequence {
     sampler: Sampler,
     decoder: StreamDecoder,
     stops: StopMatcher,
+    logprobs: Option<usize>,
+    constraint: Option<Box<Constraint>>,
+    tokenizer: Tokenizer,
     sink: Sink,
     pub(crate) slot: Option<Slot>,
     /// It has ended; the scheduler removes it.
@@ -127,6 +139,8 @@ impl Sequence {
             stop,
             mut stop_tokens,
             ignore_end,
+            logprobs,
+            grammar,
         } = request;
         let prompt = tokens.len();
         if prompt == 0 {
@@ -157,6 +171,23 @@ impl Sequence {
                 bytes: MAXIMUM_STOP_BYTES,
             });
         }
+        if let Some(top) = logprobs.filter(|&top| top > MAXIMUM_TOP) {
+            return Err(SubmitError::Logprobs {
+                asked: top,
+                most: MAXIMUM_TOP,
+            });
+        }
+        if let Some(&(id, _)) = sampling.bias.iter().find(|&&(id, _)| id >= limits.vocab) {
+            return Err(SubmitError::UnknownToken {
+                id,
+                vocab: limits.vocab,
+            });
+        }
+        if grammar.is_some() && !stop.is_empty() {
+            return Err(SubmitError::StopWithGrammar);
+        }
+        let constraint =
+            grammar.map(|grammar| Box::new(Constraint::new(grammar, tokenizer.trie(limits.vocab))));
         let generate = max_tokens.min(limits.context - prompt);
         let sampler = Sampler::new(sampling, &tokens, generate)?;
         tokens.reserve_exact(generate);
@@ -173,6 +204,9 @@ impl Sequence {
             sampler,
             decoder: tokenizer.stream(),
             stops: StopMatcher::new(stop),
+            logprobs,
+            constraint,
+            tokenizer: tokenizer.clone(),
             sink,
             slot: None,
             over: false,
@@ -208,13 +242,34 @@ impl Sequence {
 
     /// Chooses the next token and tells the sink.
     pub(crate) fn advance(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Advance {
-        let Ok(id) = self.sampler.sample(logits, scratch) else {
-            self.finish(FinishReason::Error(RequestError::NonFinite));
-            return Advance::Failed;
+        if self.logprobs.is_some() {
+            scratch.row.keep(logits);
+        }
+        let Ok(allowed) = self
+            .constraint
+            .as_deref_mut()
+            .map(Constraint::mask)
+            .transpose()
+        else {
+            return self.fail(RequestError::Vocabulary);
+        };
+        let Ok(id) = self.sampler.sample(logits, allowed, scratch) else {
+            return self.fail(RequestError::NonFinite);
         };
         self.tokens.push(id);
-        let ended = self.end_tokens.contains(&id);
-        let piece = if ended {
+        let ended = match &mut self.constraint {
+            None => self.end_tokens.contains(&id),
+            Some(constraint) => match constraint.accept(self.tokenizer.token_bytes(id)) {
+                Ok(complete) => complete,
+                Err(_) => return self.fail(RequestError::Internal),
+            },
+        };
+        let silent = ended && self.constraint.is_none();
+        let logprobs = match self.logprobs {
+            Some(top) if !silent => Some(Box::new(scratch.row.logprobs(id, top))),
+            _ => None,
+        };
+        let piece = if silent {
             String::new()
         } else {
             self.decoder.push(id)
@@ -233,7 +288,7 @@ impl Sequence {
                 Progress::Stopped(rest) => text.push_str(&rest),
             }
         }
-        if (self.sink)(Event::Token { id, text }).is_break() {
+        if (self.sink)(Event::Token { id, text, logprobs }).is_break() {
             return Advance::Over;
         }
         match (stopped, full) {
@@ -242,6 +297,11 @@ impl Sequence {
             (false, false) => return Advance::Continue,
         }
         Advance::Over
+    }
+
+    fn fail(&mut self, error: RequestError) -> Advance {
+        self.finish(FinishReason::Error(error));
+        Advance::Failed
     }
 
     /// Tells the sink that it is over.

@@ -3,8 +3,10 @@
 //! `scheduler`.
 //!
 //! Order of the filters, as in `transformers`: repetition penalty, frequency and presence penalty,
-//! temperature, top-k, top-p, min-p, then one draw. A request's random stream belongs to that
+//! bias, what a constraint allows, temperature, top-k, top-p, min-p, then one draw. A request's random stream belongs to that
 //! request alone, so its tokens do not depend on what else is in the batch.
+
+use crate::logprobs::Row;
 
 /// How the next token is chosen. The default is greedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +27,8 @@ pub struct Sampling {
     /// Divides positive and multiplies negative logits of tokens in the prompt or the answer; 1
     /// changes nothing.
     pub repetition_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub bias: Vec<(u32, f32)>,
     /// The request's random stream. The caller draws it where the client gave none: the engine has
     /// no randomness of its own.
     pub seed: u64,
@@ -40,6 +44,7 @@ impl Default for Sampling {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             repetition_penalty: 1.0,
+            bias: Vec::new(),
             seed: 0,
         }
     }
@@ -69,6 +74,9 @@ impl Sampling {
         within("min_p", self.min_p, 0.0, 1.0)?;
         within("presence_penalty", self.presence_penalty, -100.0, 100.0)?;
         within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)?;
+        for &(_, bias) in &self.bias {
+            within("logit_bias", bias, -100.0, 100.0)?;
+        }
         within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
     }
 
@@ -102,6 +110,8 @@ pub struct NonFiniteLogits;
 #[derive(Default)]
 pub struct Scratch {
     candidates: Vec<Candidate>,
+    /// The row as the model computed it, where somebody asked for log-probabilities.
+    pub(crate) row: Row,
 }
 
 #[derive(Clone, Copy)]
@@ -152,19 +162,29 @@ impl Sampler {
         })
     }
 
-    /// Chooses the next token and records it. `logits` is changed in place.
+    /// Chooses the next token and records it. `logits` is changed in place. `allowed` has a bit for
+    /// each token that may be chosen, and at least one is set; `None` allows all.
     ///
     /// # Errors
     /// [`NonFiniteLogits`]: nothing was chosen and nothing recorded.
     pub fn sample(
         &mut self,
         logits: &mut [f32],
+        allowed: Option<&[u64]>,
         scratch: &mut Scratch,
     ) -> Result<u32, NonFiniteLogits> {
         if logits.is_empty() || !all_finite(logits) {
             return Err(NonFiniteLogits);
         }
         self.penalise(logits);
+        for &(id, bias) in &self.sampling.bias {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit += bias;
+            }
+        }
+        if let Some(allowed) = allowed {
+            forbid_others(logits, allowed);
+        }
         let id = if self.sampling.temperature == 0.0 {
             arg_max(logits)
         } else {
@@ -247,6 +267,17 @@ impl Sampler {
             }
         }
         last
+    }
+}
+
+/// Makes all tokens impossible whose bit is not set.
+fn forbid_others(logits: &mut [f32], allowed: &[u64]) {
+    for (logits, bits) in logits.chunks_mut(64).zip(allowed) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if bits >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
     }
 }
 
@@ -348,7 +379,11 @@ mod tests {
         let mut sampler = Sampler::new(sampling, &[], n).unwrap();
         let mut scratch = Scratch::default();
         (0..n)
-            .map(|_| sampler.sample(&mut logits.to_vec(), &mut scratch).unwrap())
+            .map(|_| {
+                sampler
+                    .sample(&mut logits.to_vec(), None, &mut scratch)
+                    .unwrap()
+            })
             .collect()
     }
 
@@ -563,12 +598,12 @@ mod tests {
         let mut sampler = Sampler::new(warm(), &[], 1).unwrap();
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             assert_eq!(
-                sampler.sample(&mut [0.0, bad], &mut Scratch::default()),
+                sampler.sample(&mut [0.0, bad], None, &mut Scratch::default()),
                 Err(NonFiniteLogits)
             );
         }
         assert_eq!(
-            sampler.sample(&mut [], &mut Scratch::default()),
+            sampler.sample(&mut [], None, &mut Scratch::default()),
             Err(NonFiniteLogits)
         );
         for (bad, parameter) in [
@@ -648,7 +683,7 @@ mod tests {
         ) {
             let sampling = Sampling { temperature, top_k, top_p, min_p, seed, ..Sampling::default() };
             let mut sampler = Sampler::new(sampling, &[], 1).unwrap();
-            let id = sampler.sample(&mut logits.clone(), &mut Scratch::default()).unwrap() as usize;
+            let id = sampler.sample(&mut logits.clone(), None, &mut Scratch::default()).unwrap() as usize;
             prop_assert!(id < logits.len());
             let maximum = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let more_likely = logits.iter().filter(|&&x| x > logits[id]).count();
@@ -657,6 +692,59 @@ mod tests {
             if temperature > 0.0 {
                 prop_assert!(((logits[id] - maximum) / temperature).exp() >= min_p * 0.9999);
             }
+        }
+    }
+
+    #[test]
+    fn biases_are_added_after_penalties() {
+        let biased = |bias: &[(u32, f32)], temperature| Sampling {
+            temperature,
+            bias: bias.to_vec(),
+            ..warm()
+        };
+        let logits = [0.0, 3.0, 1.0, 2.0];
+        assert_eq!(
+            draws(biased(&[(1, -2.5), (3, -1.0)], 0.0), &logits, 2),
+            [2, 2]
+        );
+        assert_eq!(draws(biased(&[(0, 3.5)], 0.0), &logits, 1), [0]);
+        // The most and the least that the API lets through force and ban.
+        assert_eq!(draws(biased(&[(0, 100.0)], 1.0), &logits, 50), [0; 50]);
+        assert!(!draws(biased(&[(1, -100.0)], 1.0), &logits, 500).contains(&1));
+        for bias in [f32::NAN, 101.0] {
+            let error = biased(&[(0, bias)], 1.0).validate().unwrap_err();
+            assert_eq!(error.parameter, "logit_bias");
+        }
+        // A token's repetition is penalised before its bias counts.
+        let sampling = Sampling {
+            repetition_penalty: 2.0,
+            ..biased(&[(1, -0.4)], 0.0)
+        };
+        let mut sampler = Sampler::new(sampling, &[1], 4).unwrap();
+        let mut row = [1.0, 3.0];
+        sampler
+            .sample(&mut row, None, &mut Scratch::default())
+            .unwrap();
+        assert!((row[1] - 1.1).abs() < 1e-6, "{row:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn only_allowed_tokens_are_chosen(
+            logits in prop::collection::vec(-30.0f32..30.0, 1..200),
+            allowed in prop::collection::vec(any::<bool>(), 200),
+            seed: u64, hot in any::<bool>(), top_k in 0u32..4, top_p in 0.01f32..1.0, min_p in 0.0f32..0.5,
+        ) {
+            prop_assume!(allowed[..logits.len()].contains(&true));
+            let mut mask = vec![0u64; 4];
+            for (id, _) in allowed.iter().enumerate().filter(|(_, ok)| **ok) {
+                mask[id / 64] |= 1 << (id % 64);
+            }
+            let temperature = if hot { 1.0 } else { 0.0 };
+            let sampling = Sampling { temperature, top_k, top_p, min_p, seed, ..Sampling::default() };
+            let mut sampler = Sampler::new(sampling, &[], 1).unwrap();
+            let id = sampler.sample(&mut logits.clone(), Some(&mask), &mut Scratch::default()).unwrap();
+            prop_assert!(allowed[id as usize]);
         }
     }
 }

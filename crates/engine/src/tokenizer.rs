@@ -4,10 +4,11 @@
 //! [`crate::control`]'s. It holds no chat format: see [`crate::chat`].
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::Value;
 
+use crate::constrain::Trie;
 use crate::control::{ControlNames, Prompt, plain};
 
 /// The model's tokenizer. Cheap to clone.
@@ -21,6 +22,8 @@ struct Inner {
     /// Prepended by `encode` with `add_special`, unless the tokenizer's own rules did so.
     bos: Option<u32>,
     pieces: Pieces,
+    /// Made for the first answer that is constrained.
+    trie: OnceLock<Arc<Trie>>,
 }
 
 /// Why a tokenizer cannot be used.
@@ -93,6 +96,7 @@ impl Tokenizer {
             control,
             bos,
             pieces,
+            trie: OnceLock::new(),
         })))
     }
 
@@ -174,6 +178,12 @@ impl Tokenizer {
     pub fn token_id(&self, name: &str) -> Option<u32> {
         let internal = self.0.control.internal(name);
         self.0.encoder.token_to_id(internal.unwrap_or(name))
+    }
+
+    /// The bytes of all tokens, for constraints.
+    pub(crate) fn trie(&self, vocab: u32) -> Arc<Trie> {
+        let make = || Arc::new(Trie::new(vocab, |id| self.token_bytes(id)));
+        Arc::clone(self.0.trie.get_or_init(make))
     }
 
     /// A decoder for one answer that continues a prompt.

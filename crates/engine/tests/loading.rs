@@ -178,6 +178,7 @@ fn refuses_tokenizers_and_templates_of_other_models() {
     let messages = [casemate_engine::ChatMessage {
         role: "user".into(),
         content: "hi".into(),
+        ..Default::default()
     }];
     let prompt = engine
         .chat()

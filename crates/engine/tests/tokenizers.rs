@@ -63,6 +63,7 @@ fn render(tokenizer: &Tokenizer, source: &str, contents: &[&str]) -> Prompt {
         .map(|&content| ChatMessage {
             role: "user".into(),
             content: content.into(),
+            ..ChatMessage::default()
         })
         .collect();
     let now = time::OffsetDateTime::UNIX_EPOCH;

@@ -67,6 +67,7 @@ pub(crate) fn chat_template(data: &[u8]) {
     let message = |role: &str, content: &str| ChatMessage {
         role: role.to_owned(),
         content: content.to_owned(),
+        ..ChatMessage::default()
     };
     let messages = [
         message("system", "Be brief."),

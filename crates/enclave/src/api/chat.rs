@@ -123,6 +123,7 @@ fn parse_messages(values: Vec<serde_json::Value>) -> Result<Vec<ChatMessage>, Ap
         Ok(ChatMessage {
             role: role.to_owned(),
             content,
+            ..ChatMessage::default()
         })
     };
     values.into_iter().enumerate().map(parse).collect()

@@ -372,6 +372,7 @@ impl Common {
             presence_penalty: float("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
             frequency_penalty: float("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
             repetition_penalty: repetition,
+            bias: Vec::new(),
             seed: self.seed.map_or_else(random_seed, i64::cast_unsigned),
         })
     }

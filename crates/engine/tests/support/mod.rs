@@ -78,7 +78,7 @@ impl Pending {
         let mut answer = Answer::default();
         for event in self.0 {
             match event {
-                Event::Token { id, text } => {
+                Event::Token { id, text, .. } => {
                     answer.ids.push(id);
                     answer.pieces.push(text);
                 }

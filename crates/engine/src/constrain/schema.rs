@@ -1,0 +1,484 @@
+//! What an answer must be: any JSON object, or what a JSON Schema describes. Only the part of JSON
+//! Schema that the automaton enforces is accepted; a keyword that would be ignored is refused by
+//! its name, except for annotations.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::automaton::MAX_DEPTH;
+
+/// Most kinds of values in one schema.
+const MAX_NODES: usize = 1024;
+/// Most keys of one object: they are counted in the bits of a word.
+const MAX_KEYS: usize = 64;
+/// Most listed values of one `enum`, and their bytes over all of a schema.
+const MAX_LITERALS: usize = 1024;
+const MAX_LITERAL_BYTES: usize = 64 << 10;
+/// Keywords that say nothing about which values are valid.
+const ANNOTATIONS: &[&str] = &[
+    "$comment",
+    "$id",
+    "$schema",
+    "default",
+    "deprecated",
+    "description",
+    "examples",
+    "readOnly",
+    "title",
+    "writeOnly",
+];
+
+/// What an answer may be. Cheap to clone.
+#[derive(Clone)]
+pub struct Grammar(Arc<Inner>);
+
+struct Inner {
+    nodes: Vec<Node>,
+    root: u16,
+}
+
+/// One kind of value.
+#[derive(Clone, Default)]
+pub(super) struct Node {
+    pub(super) kinds: Kinds,
+    pub(super) object: Option<Object>,
+    pub(super) array: Option<Array>,
+    /// If there are any, the value is one of these; sorted.
+    pub(super) literals: Vec<Box<[u8]>>,
+}
+
+/// Which scalars.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Kinds {
+    pub(super) string: bool,
+    pub(super) number: bool,
+    pub(super) integer: bool,
+    pub(super) boolean: bool,
+    pub(super) null: bool,
+}
+
+#[derive(Clone)]
+pub(super) struct Object {
+    /// Any key, with values of this kind; there are no declared ones then.
+    pub(super) open: Option<u16>,
+    /// Sorted by their text.
+    pub(super) keys: Vec<Key>,
+    /// A bit for each key that must be there.
+    pub(super) required: u64,
+}
+
+#[derive(Clone)]
+pub(super) struct Key {
+    /// As JSON writes it, without its quotes.
+    pub(super) text: Box<[u8]>,
+    pub(super) node: u16,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Array {
+    pub(super) items: u16,
+    pub(super) min: u64,
+    pub(super) max: u64,
+}
+
+impl Object {
+    /// A bit for each declared key.
+    pub(super) fn all(&self) -> u64 {
+        match self.keys.len() {
+            0 => 0,
+            n => u64::MAX >> (64 - n),
+        }
+    }
+}
+
+/// Why a schema cannot be enforced. It names a place in the schema, which is not secret, and nothing
+/// of its texts.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{place}: {reason}")]
+pub struct SchemaError {
+    /// Where, as in `schema.properties.name`.
+    pub place: String,
+    /// What is wrong, and what to do.
+    pub reason: String,
+}
+
+impl Grammar {
+    /// Any JSON object.
+    #[must_use]
+    pub fn json_object() -> Self {
+        let mut compiler = Compiler::default();
+        let any = compiler.any();
+        let root = compiler.object_of(any);
+        compiler.finish(root)
+    }
+
+    /// What a schema describes; at its root, an object.
+    ///
+    /// # Errors
+    /// [`SchemaError`]: a keyword that cannot be enforced, or a schema that contradicts itself.
+    pub fn from_schema(schema: &Value) -> Result<Self, SchemaError> {
+        let mut compiler = Compiler::default();
+        let root = compiler.compile(schema, "schema", 0)?;
+        let node = &compiler.nodes[usize::from(root)];
+        let scalar = node.kinds.string
+            || node.kinds.number
+            || node.kinds.integer
+            || node.kinds.boolean
+            || node.kinds.null;
+        if node.object.is_none() || node.array.is_some() || scalar {
+            return Err(wrong("schema", "its root must be of type \"object\" alone"));
+        }
+        Ok(compiler.finish(root))
+    }
+
+    pub(super) fn root(&self) -> u16 {
+        self.0.root
+    }
+
+    pub(super) fn node(&self, node: u16) -> &Node {
+        &self.0.nodes[usize::from(node)]
+    }
+}
+
+fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
+    // A place is made of a client's own keys; it is cut because it came from outside.
+    SchemaError {
+        place: place.chars().take(200).collect(),
+        reason: reason.into(),
+    }
+}
+
+#[derive(Default)]
+struct Compiler {
+    nodes: Vec<Node>,
+    any: Option<u16>,
+    literal_bytes: usize,
+}
+
+impl Compiler {
+    fn finish(self, root: u16) -> Grammar {
+        let nodes = self.nodes;
+        Grammar(Arc::new(Inner { nodes, root }))
+    }
+
+    fn add(&mut self, node: Node) -> u16 {
+        self.nodes.push(node);
+        // `compile` refuses more than MAX_NODES.
+        (self.nodes.len() - 1) as u16
+    }
+
+    /// Any value.
+    fn any(&mut self) -> u16 {
+        if let Some(any) = self.any {
+            return any;
+        }
+        let node = self.add(Node::default());
+        self.nodes[usize::from(node)] = Node {
+            kinds: Kinds {
+                string: true,
+                number: true,
+                integer: true,
+                boolean: true,
+                null: true,
+            },
+            object: Some(open(node)),
+            array: Some(Array {
+                items: node,
+                min: 0,
+                max: u64::MAX,
+            }),
+            literals: Vec::new(),
+        };
+        self.any = Some(node);
+        node
+    }
+
+    fn object_of(&mut self, node: u16) -> u16 {
+        self.add(Node {
+            object: Some(open(node)),
+            ..Node::default()
+        })
+    }
+
+    fn compile(&mut self, schema: &Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
+        if depth == MAX_DEPTH {
+            return Err(wrong(place, format!("nested deeper than {MAX_DEPTH}")));
+        }
+        if self.nodes.len() >= MAX_NODES {
+            return Err(wrong(place, format!("more than {MAX_NODES} schemas in it")));
+        }
+        let schema = schema
+            .as_object()
+            .ok_or_else(|| wrong(place, "must be an object"))?;
+        if let Some(list) = schema.get("anyOf") {
+            only(schema, place, &["anyOf"])?;
+            return self.any_of(list, place, depth);
+        }
+        if schema.contains_key("enum") || schema.contains_key("const") {
+            only(schema, place, &["enum", "const", "type"])?;
+            let literals = self.literals(schema, place)?;
+            return Ok(self.add(Node {
+                literals,
+                ..Node::default()
+            }));
+        }
+        let mut node = Node::default();
+        let mut allowed = vec!["type"];
+        for name in type_names(schema, place)? {
+            match name {
+                "string" => node.kinds.string = true,
+                "number" => node.kinds.number = true,
+                "integer" => node.kinds.integer = true,
+                "boolean" => node.kinds.boolean = true,
+                "null" => node.kinds.null = true,
+                "object" => {
+                    allowed.extend(["properties", "required", "additionalProperties"]);
+                    node.object = Some(self.object(schema, place, depth)?);
+                }
+                "array" => {
+                    allowed.extend(["items", "minItems", "maxItems"]);
+                    node.array = Some(self.array(schema, place, depth)?);
+                }
+                _ => return Err(wrong(place, "has a 'type' that JSON Schema does not know")),
+            }
+        }
+        only(schema, place, &allowed)?;
+        Ok(self.add(node))
+    }
+
+    fn object(
+        &mut self,
+        schema: &Map<String, Value>,
+        place: &str,
+        depth: usize,
+    ) -> Result<Object, SchemaError> {
+        let Some(properties) = schema.get("properties") else {
+            if schema.contains_key("required") {
+                return Err(wrong(place, "has 'required' without 'properties'"));
+            }
+            if schema.get("additionalProperties") == Some(&Value::Bool(false)) {
+                return Ok(Object {
+                    open: None,
+                    keys: Vec::new(),
+                    required: 0,
+                });
+            }
+            return Ok(match schema.get("additionalProperties") {
+                None | Some(Value::Bool(_)) => open(self.any()),
+                Some(values) => {
+                    let inner = format!("{place}.additionalProperties");
+                    open(self.compile(values, &inner, depth + 1)?)
+                }
+            });
+        };
+        let properties = properties
+            .as_object()
+            .ok_or_else(|| wrong(place, "'properties' must be an object"))?;
+        if schema.get("additionalProperties") != Some(&Value::Bool(false)) {
+            return Err(wrong(
+                place,
+                "needs \"additionalProperties\": false beside 'properties'",
+            ));
+        }
+        if properties.len() > MAX_KEYS {
+            return Err(wrong(place, format!("has more than {MAX_KEYS} properties")));
+        }
+        let mut sorted = BTreeMap::new();
+        for (name, value) in properties {
+            let node = self.compile(value, &format!("{place}.properties.{name}"), depth + 1)?;
+            sorted.insert(quoted(name), (name, node));
+        }
+        let mut required = 0;
+        for name in strings(schema, "required", place)? {
+            let at = sorted
+                .values()
+                .position(|(property, _)| *property == name)
+                .ok_or_else(|| wrong(place, "'required' names what 'properties' does not have"))?;
+            required |= 1 << at;
+        }
+        let keys = sorted
+            .into_iter()
+            .map(|(text, (_, node))| Key { text, node })
+            .collect();
+        Ok(Object {
+            open: None,
+            keys,
+            required,
+        })
+    }
+
+    fn array(
+        &mut self,
+        schema: &Map<String, Value>,
+        place: &str,
+        depth: usize,
+    ) -> Result<Array, SchemaError> {
+        let items = match schema.get("items") {
+            None => self.any(),
+            Some(items) => self.compile(items, &format!("{place}.items"), depth + 1)?,
+        };
+        let count = |name: &str, default| match schema.get(name) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .ok_or_else(|| wrong(place, format!("'{name}' must be a whole number"))),
+        };
+        let (min, max) = (count("minItems", 0)?, count("maxItems", u64::MAX)?);
+        if min > max {
+            return Err(wrong(place, "'minItems' is more than 'maxItems'"));
+        }
+        Ok(Array { items, min, max })
+    }
+
+    /// Alternatives that differ in the type of the value, so that its first byte says which.
+    fn any_of(&mut self, list: &Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
+        let list = list
+            .as_array()
+            .filter(|list| !list.is_empty())
+            .ok_or_else(|| wrong(place, "'anyOf' must be a list of schemas"))?;
+        let mut all = Node::default();
+        for (index, schema) in list.iter().enumerate() {
+            let node = self.compile(schema, &format!("{place}.anyOf[{index}]"), depth + 1)?;
+            let node = self.nodes[usize::from(node)].clone();
+            let (a, b) = (all.kinds, node.kinds);
+            let numeric = |kinds: Kinds| kinds.number || kinds.integer;
+            let shared = (a.string && b.string)
+                || (numeric(a) && numeric(b))
+                || (a.boolean && b.boolean)
+                || (a.null && b.null)
+                || (all.object.is_some() && node.object.is_some())
+                || (all.array.is_some() && node.array.is_some());
+            if shared || (!node.literals.is_empty() && list.len() > 1) {
+                let reason = "the alternatives of 'anyOf' must differ in their types, without 'enum' and 'const'";
+                return Err(wrong(place, reason));
+            }
+            all.kinds = Kinds {
+                string: a.string || b.string,
+                number: a.number || b.number,
+                integer: a.integer || b.integer,
+                boolean: a.boolean || b.boolean,
+                null: a.null || b.null,
+            };
+            all.object = all.object.or(node.object);
+            all.array = all.array.or(node.array);
+            all.literals = node.literals;
+        }
+        Ok(self.add(all))
+    }
+
+    fn literals(
+        &mut self,
+        schema: &Map<String, Value>,
+        place: &str,
+    ) -> Result<Vec<Box<[u8]>>, SchemaError> {
+        let values = match (schema.get("enum"), schema.get("const")) {
+            (Some(Value::Array(list)), None) if !list.is_empty() => list.as_slice(),
+            (None, Some(value)) => std::slice::from_ref(value),
+            _ => {
+                return Err(wrong(
+                    place,
+                    "needs either 'const' or a list of values in 'enum'",
+                ));
+            }
+        };
+        let types: Vec<&str> = match schema.get("type") {
+            None => Vec::new(),
+            Some(_) => type_names(schema, place)?,
+        };
+        if values.len() > MAX_LITERALS {
+            return Err(wrong(
+                place,
+                format!("lists more than {MAX_LITERALS} values"),
+            ));
+        }
+        let mut literals = Vec::with_capacity(values.len());
+        for value in values {
+            if !types.is_empty() && !types.iter().any(|name| is_of(value, name)) {
+                return Err(wrong(place, "lists a value that is not of its 'type'"));
+            }
+            let text = value.to_string().into_bytes();
+            self.literal_bytes += text.len();
+            literals.push(text.into_boxed_slice());
+        }
+        if self.literal_bytes > MAX_LITERAL_BYTES {
+            let reason = format!("more than {MAX_LITERAL_BYTES} bytes of listed values");
+            return Err(wrong(place, reason));
+        }
+        literals.sort();
+        literals.dedup();
+        Ok(literals)
+    }
+}
+
+fn open(node: u16) -> Object {
+    Object {
+        open: Some(node),
+        keys: Vec::new(),
+        required: 0,
+    }
+}
+
+/// Refuses what is neither in `allowed` nor an annotation.
+fn only(schema: &Map<String, Value>, place: &str, allowed: &[&str]) -> Result<(), SchemaError> {
+    let known = |name: &str| allowed.contains(&name) || ANNOTATIONS.contains(&name);
+    match schema.keys().find(|name| !known(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let name: String = name.chars().take(64).collect();
+            let reason = format!("the keyword '{name}' is not supported here");
+            Err(wrong(place, reason))
+        }
+    }
+}
+
+fn type_names<'a>(
+    schema: &'a Map<String, Value>,
+    place: &str,
+) -> Result<Vec<&'a str>, SchemaError> {
+    let missing = || wrong(place, "needs a 'type'");
+    match schema.get("type") {
+        Some(Value::String(name)) => Ok(vec![name]),
+        Some(Value::Array(names)) if !names.is_empty() => {
+            let names = names.iter().map(|name| name.as_str().ok_or_else(missing));
+            names.collect()
+        }
+        _ => Err(missing()),
+    }
+}
+
+fn strings<'a>(
+    schema: &'a Map<String, Value>,
+    name: &str,
+    place: &str,
+) -> Result<Vec<&'a str>, SchemaError> {
+    let wrong = || wrong(place, format!("'{name}' must be a list of strings"));
+    match schema.get(name) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|item| item.as_str().ok_or_else(wrong))
+            .collect(),
+        Some(_) => Err(wrong()),
+    }
+}
+
+fn is_of(value: &Value, name: &str) -> bool {
+    match name {
+        "string" => value.is_string(),
+        "number" => value.is_number(),
+        "integer" => value.is_i64() || value.is_u64(),
+        "boolean" => value.is_boolean(),
+        "null" => value.is_null(),
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        _ => false,
+    }
+}
+
+/// A key as JSON writes it, without its quotes.
+fn quoted(name: &str) -> Box<[u8]> {
+    let text = Value::from(name).to_string();
+    text.as_bytes()[1..text.len() - 1].into()
+}
