@@ -100,21 +100,16 @@ cut = client.completions.create(
 check("text ends before a stop string", cut.choices[0].text == full[: full.index(stop)], cut.choices[0].text)
 check("a stop string is a stop", cut.choices[0].finish_reason == "stop", cut.choices[0].finish_reason)
 
-refused("logit_bias is refused by name", "logit_bias", "unsupported_parameter", lambda: chat(logit_bias={"5": 1}))
-refused("logprobs are refused by name", "logprobs", "unsupported_parameter", lambda: chat(logprobs=True))
+refused("logit_bias needs a policy", "logit_bias", "extraction_policy", lambda: chat(logit_bias={"5": 1}))
+refused("logprobs need a policy", "logprobs", "extraction_policy", lambda: chat(logprobs=True))
 refused(
     "tools are refused by name",
     "tools",
     "unsupported_parameter",
     lambda: chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]),
 )
-refused(
-    "json mode is refused by name",
-    "response_format",
-    "unsupported_parameter",
-    lambda: chat(response_format={"type": "json_object"}),
-)
-refused("user is refused by name", "user", "unsupported_parameter", lambda: chat(user="u"))
+refused("storing is refused by name", "store", "unsupported_parameter", lambda: chat(store=True))
+check("a user may be named", chat(user="u").choices[0].message.content == whole.choices[0].message.content)
 refused("unknown fields are refused by name", "frobnicate", "unknown_parameter", lambda: chat(extra_body={"frobnicate": 1}))
 refused("another model is refused", "model", "model_not_found", lambda: chat(model="gpt-4o"), status=404)
 refused("temperature has a range", "temperature", "invalid_value", lambda: chat(temperature=3))

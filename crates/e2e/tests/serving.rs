@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use casemate_e2e::{Stage, TINY};
 use casemate_testkit::data;
 use casemate_testkit::deployment::{EnclaveSettings, http_get};
+use casemate_testkit::gguf;
+use casemate_testkit::models::{TOOLS_TEMPLATE, Tiny};
 use serde_json::{Value, json};
 
-#[test]
-fn the_openai_package_is_served_through_the_proxy() {
+/// Runs a script with the official client, which must find at least `least` things in order.
+fn run_client(script: &str, url: &str, least: usize) {
     let Some(python) = std::env::var_os("CASEMATE_PYTHON") else {
         data::skip::<()>("CASEMATE_PYTHON names no Python with the openai package");
         return;
     };
-    let (_stage, url) = Stage::complete().unwrap();
-    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(script);
     let output = Command::new(python)
         .arg(script)
         .args([&format!("{url}/v1"), TINY])
@@ -26,7 +27,29 @@ fn the_openai_package_is_served_through_the_proxy() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{shown}\n{errors}");
     let checks = shown.lines().count();
-    assert!(checks >= 30, "only {checks} checks ran:\n{shown}");
+    assert!(checks >= least, "only {checks} checks ran:\n{shown}");
+}
+
+#[test]
+fn the_openai_package_is_served_through_the_proxy() {
+    let (_stage, url) = Stage::complete().unwrap();
+    run_client("tests/openai_client.py", &url, 30);
+}
+
+#[test]
+fn the_openai_package_reads_logprobs_json_and_calls() {
+    let mut stage = Stage::new().unwrap();
+    let mut model = Tiny::default().build();
+    model.set_chat_template(TOOLS_TEMPLATE);
+    let path = stage.path("tools.gguf");
+    gguf::write(&model, &path).unwrap();
+    let settings = EnclaveSettings {
+        threads: 1,
+        extraction: "logprobs = { top = 3, rounding = 0.1 }\nlogit_bias = true",
+        ..EnclaveSettings::default()
+    };
+    let proxy = stage.deployment.start_all(&path, TINY, &settings).unwrap();
+    run_client("tests/openai_features.py", &proxy.url, 15);
 }
 
 #[test]

@@ -14,6 +14,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
+use crate::api::Extraction;
+
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 64 << 10;
 
@@ -56,6 +58,9 @@ pub struct Config {
     pub broker: Broker,
     /// Where evidence comes from.
     pub tee: Tee,
+    /// What answers tell of the model; absent, nothing.
+    #[serde(default)]
+    pub extraction: Extraction,
 }
 
 /// `[service]`
@@ -267,6 +272,19 @@ mod tests {
         assert!(matches!(measured.config.model.compute, ComputeName::Int8));
         assert_eq!(measured.config.broker.issuer.to_string(), KEY);
         assert_eq!(measured.bytes, text().into_bytes());
+    }
+
+    #[test]
+    fn the_extraction_policy_is_nothing_unless_written() {
+        let parse = |text: String| match MeasuredConfig::parse(text.into_bytes()) {
+            Ok(measured) => measured.config.extraction,
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!(parse(text()), Extraction::default());
+        let some = "[extraction]\nlogprobs = { top = 3, rounding = 0.1 }\n";
+        assert_ne!(parse(text() + some), Extraction::default());
+        let message = refused(text() + "[extraction]\nlogprob = \"none\"\n");
+        assert!(message.contains("logprob"), "{message}");
     }
 
     #[test]

@@ -196,7 +196,8 @@ async fn prepare(
         ),
         keys => info!(keys, "access is by API key"),
     }
-    let api = Api::new(engine, config.service.name, fingerprint, system_clock);
+    let api = Api::new(engine, config.service.name, fingerprint, system_clock)
+        .with_extraction(config.extraction);
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
     let gateway = Gateway {
         serving: Arc::clone(&serving),

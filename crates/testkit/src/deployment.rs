@@ -214,6 +214,8 @@ pub struct EnclaveSettings {
     pub max_context: usize,
     /// Answers at the same time.
     pub max_batch: usize,
+    /// Lines of the section `[extraction]`; empty leaves it out.
+    pub extraction: &'static str,
 }
 
 impl Default for EnclaveSettings {
@@ -223,6 +225,7 @@ impl Default for EnclaveSettings {
             threads: 0,
             max_context: 2048,
             max_batch: 8,
+            extraction: "",
         }
     }
 }
@@ -414,7 +417,11 @@ impl Deployment {
              max_context = {max_context}\nmax_batch = {max_batch}\n\n\
              [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
              resource = {resource}\n\n\
-             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n",
+             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n{extraction}",
+            extraction = match settings.extraction {
+                "" => String::new(),
+                lines => format!("\n[extraction]\n{lines}\n"),
+            },
             name = quoted(&sealed.name),
             model = quoted(&sealed.path.display().to_string()),
             compute = settings.compute,

@@ -102,6 +102,13 @@ pub const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ mes
     {{ message.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+/// [`CHAT_TEMPLATE`] for models that call functions.
+pub const TOOLS_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}\
+    {% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}\
+    {% for call in message.tool_calls or [] %}<tool_call>\n{\"name\": \"{{ call.function.name }}\", \
+    \"arguments\": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
 /// Token that begins every text.
 pub const BEGIN: &str = "<|begin|>";
 /// Token that ends a generation.
@@ -205,6 +212,16 @@ impl Tiny {
 }
 
 impl MemoryModel {
+    /// Replaces the chat template.
+    ///
+    /// # Panics
+    /// When the model has none.
+    pub fn set_chat_template(&mut self, template: &str) {
+        let mut assets = self.assets.iter_mut();
+        let asset = assets.find(|(name, _)| name == "chat_template.jinja");
+        asset.expect("tiny models have a template").1 = template.as_bytes().to_vec();
+    }
+
     /// Adds a tensor, encoding its values.
     ///
     /// # Panics

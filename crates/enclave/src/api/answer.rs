@@ -4,7 +4,11 @@ use std::sync::{Arc, OnceLock};
 
 use casemate_channel::receipt::{self, Parameters, RequestId};
 
-use serde_json::{Value, json};
+use casemate_engine::{TokenLogprobs, Tokenizer};
+use serde_json::{Map, Value, json};
+
+use super::calls::Call;
+use super::extraction::Shown;
 
 /// Tokens read and written for one request.
 #[derive(Default)]
@@ -52,17 +56,94 @@ impl Ending {
     }
 }
 
+/// How likely a token was, as far as the policy shows it.
+pub(super) struct Likelihood {
+    token: Scored,
+    top: Vec<Scored>,
+    /// Characters of the answer before it.
+    offset: usize,
+}
+
+/// A token with its rounded log-probability.
+struct Scored {
+    text: String,
+    /// `None` for control tokens, which are no text.
+    bytes: Option<Vec<u8>>,
+    logprob: f64,
+}
+
+impl Likelihood {
+    pub(super) fn new(
+        id: u32,
+        logprobs: &TokenLogprobs,
+        shown: Shown,
+        tokenizer: &Tokenizer,
+        offset: usize,
+    ) -> Self {
+        let token = |id, logprob| {
+            let bytes = tokenizer.token_bytes(id);
+            let (text, bytes) = if bytes.is_empty() {
+                (tokenizer.token_name(id).unwrap_or_default(), None)
+            } else {
+                (
+                    String::from_utf8_lossy(bytes).into_owned(),
+                    Some(bytes.to_vec()),
+                )
+            };
+            Scored {
+                text,
+                bytes,
+                logprob: shown.round(logprob),
+            }
+        };
+        let mut top = logprobs.top.clone();
+        // The order must not tell what the rounding hides.
+        top.sort_by(|a, b| {
+            let [x, y] = [a, b].map(|(_, logprob)| shown.round(*logprob));
+            y.total_cmp(&x).then(a.0.cmp(&b.0))
+        });
+        Self {
+            token: token(id, logprobs.chosen),
+            top: top
+                .into_iter()
+                .map(|(id, logprob)| token(id, logprob))
+                .collect(),
+            offset,
+        }
+    }
+}
+
+impl Scored {
+    fn to_json(&self) -> Value {
+        json!({"token": self.text, "logprob": self.logprob, "bytes": self.bytes})
+    }
+}
+
+/// A part of an answer, or all of it.
+#[derive(Default)]
+pub(super) struct Piece {
+    pub(super) text: String,
+    pub(super) calls: Vec<Call>,
+    pub(super) likelihoods: Vec<Likelihood>,
+}
+
+impl Piece {
+    pub(super) fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.calls.is_empty() && self.likelihoods.is_empty()
+    }
+
+    pub(super) fn append(&mut self, other: Self) {
+        self.text.push_str(&other.text);
+        self.calls.extend(other.calls);
+        self.likelihoods.extend(other.likelihoods);
+    }
+}
+
 /// One finished answer.
 #[derive(Default)]
 pub(super) struct Choice {
-    pub(super) text: String,
+    pub(super) piece: Piece,
     pub(super) finish: Option<&'static str>,
-}
-
-/// A piece of a streamed answer.
-pub(super) enum Delta<'a> {
-    Text(&'a str),
-    Finished(&'static str),
 }
 
 /// Which endpoint's objects are wanted.
@@ -79,6 +160,10 @@ pub(super) struct Answer {
     pub(super) created: u64,
     pub(super) model: String,
     pub(super) fingerprint: String,
+    /// Sent again, it repeats the answer.
+    pub(super) seed: i64,
+    /// Whether log-probabilities were asked for.
+    pub(super) logprobs: bool,
 }
 
 impl Answer {
@@ -94,29 +179,70 @@ impl Answer {
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
+            "seed": self.seed,
             "choices": choices,
+        })
+    }
+
+    fn logprobs(&self, likelihoods: &[Likelihood]) -> Value {
+        if !self.logprobs {
+            return Value::Null;
+        }
+        if self.shape == Shape::Chat {
+            let content: Vec<Value> = likelihoods
+                .iter()
+                .map(|likelihood| {
+                    let mut token = likelihood.token.to_json();
+                    token["top_logprobs"] = likelihood.top.iter().map(Scored::to_json).collect();
+                    token
+                })
+                .collect();
+            return json!({"content": content, "refusal": null});
+        }
+        let column =
+            |f: &dyn Fn(&Likelihood) -> Value| -> Value { likelihoods.iter().map(f).collect() };
+        json!({
+            "tokens": column(&|l| json!(l.token.text)),
+            "token_logprobs": column(&|l| json!(l.token.logprob)),
+            "top_logprobs": column(&|l| {
+                let top = l.top.iter().map(|t| (t.text.clone(), json!(t.logprob)));
+                Value::Object(top.collect::<Map<_, _>>())
+            }),
+            "text_offset": column(&|l| json!(l.offset)),
         })
     }
 
     /// The whole answer.
     pub(super) fn whole(&self, choices: &[Choice], usage: &Usage) -> Value {
-        let choices = choices
-            .iter()
-            .enumerate()
-            .map(|(index, choice)| match self.shape {
-                Shape::Chat => json!({
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": null},
-                    "logprobs": null,
-                    "finish_reason": choice.finish,
-                }),
-                Shape::Text => json!({
-                    "index": index,
-                    "text": choice.text,
-                    "logprobs": null,
-                    "finish_reason": choice.finish,
-                }),
-            });
+        let choices =
+            choices
+                .iter()
+                .enumerate()
+                .map(|(index, Choice { piece, finish })| match self.shape {
+                    Shape::Chat => {
+                        let content = match (piece.text.is_empty(), piece.calls.is_empty()) {
+                            (true, false) => Value::Null,
+                            _ => json!(piece.text),
+                        };
+                        let mut message =
+                            json!({"role": "assistant", "content": content, "refusal": null});
+                        if !piece.calls.is_empty() {
+                            message["tool_calls"] = piece.calls.iter().map(Call::to_json).collect();
+                        }
+                        json!({
+                            "index": index,
+                            "message": message,
+                            "logprobs": self.logprobs(&piece.likelihoods),
+                            "finish_reason": finish,
+                        })
+                    }
+                    Shape::Text => json!({
+                        "index": index,
+                        "text": piece.text,
+                        "logprobs": self.logprobs(&piece.likelihoods),
+                        "finish_reason": finish,
+                    }),
+                });
         let mut object = self.object(false, choices.collect());
         object["usage"] = usage.to_json();
         object
@@ -133,19 +259,46 @@ impl Answer {
         })
     }
 
-    /// One piece of a streamed choice.
-    pub(super) fn delta(&self, index: u32, delta: Delta<'_>) -> Value {
-        let (text, finish) = match delta {
-            Delta::Text(text) => (Some(text), None),
-            Delta::Finished(reason) => (None, Some(reason)),
+    /// One piece of a streamed choice; `calls_before` were in earlier pieces.
+    pub(super) fn delta(&self, index: u32, piece: &Piece, calls_before: usize) -> Value {
+        let logprobs = match piece.likelihoods.is_empty() {
+            true => Value::Null,
+            false => self.logprobs(&piece.likelihoods),
         };
+        self.streamed(index, piece, calls_before, logprobs, None)
+    }
+
+    /// The end of a streamed choice.
+    pub(super) fn finished(&self, index: u32, reason: &'static str) -> Value {
+        self.streamed(index, &Piece::default(), 0, Value::Null, Some(reason))
+    }
+
+    fn streamed(
+        &self,
+        index: u32,
+        piece: &Piece,
+        calls_before: usize,
+        logprobs: Value,
+        finish: Option<&'static str>,
+    ) -> Value {
         let choice = match self.shape {
             Shape::Chat => {
-                let delta = text.map_or_else(|| json!({}), |text| json!({"content": text}));
-                json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": finish})
+                let mut delta = json!({});
+                if !piece.text.is_empty() {
+                    delta["content"] = json!(piece.text);
+                }
+                if !piece.calls.is_empty() {
+                    let calls = piece.calls.iter().zip(calls_before..).map(|(call, n)| {
+                        let mut call = call.to_json();
+                        call["index"] = json!(n);
+                        call
+                    });
+                    delta["tool_calls"] = calls.collect();
+                }
+                json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish})
             }
             Shape::Text => json!({
-                "index": index, "text": text.unwrap_or(""), "logprobs": null, "finish_reason": finish,
+                "index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish,
             }),
         };
         self.object(true, json!([choice]))

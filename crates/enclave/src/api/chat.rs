@@ -4,49 +4,31 @@ use axum::body::Bytes;
 use axum::extract::{Extension, State};
 use axum::response::Response;
 use casemate_engine::{ChatMessage, Engine};
-use serde::Deserialize;
+use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::Api;
 use super::answer::Shape;
 use super::error::ApiError;
+use super::format;
 use super::generation::Job;
+use super::messages;
 use super::parameters::Fields;
+use super::tools::Tools;
 use crate::access::Meter;
 
-const OWN_FIELDS: &[&str] = &["messages", "max_tokens", "max_completion_tokens"];
-/// Most messages of one conversation.
-const MAX_MESSAGES: usize = 1024;
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Message {
-    role: Role,
-    content: Content,
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum Role {
-    System,
-    /// OpenAI's newer name of the system role.
-    Developer,
-    User,
-    Assistant,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-enum Part {
-    Text { text: String },
-}
+/// Fields that only this endpoint has.
+pub(super) const OWN_FIELDS: &[&str] = &[
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "parallel_tool_calls",
+    "response_format",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+];
 
 pub(super) async fn create(
     State(api): State<Api>,
@@ -55,40 +37,68 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(&body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
-    let messages: Vec<serde_json::Value> = fields
+    let template = api.engine().chat();
+    let values: Vec<Value> = fields
         .take("messages")?
         .ok_or_else(|| ApiError::missing("messages"))?;
-    let messages = parse_messages(messages)?;
-    api.check_length(messages.iter().map(|message| message.content.len()).sum())?;
-    let max_tokens = match (
-        fields.take::<u32>("max_tokens")?,
-        fields.take::<u32>("max_completion_tokens")?,
-    ) {
-        (Some(_), Some(_)) => {
-            return Err(ApiError::value(
-                "max_tokens",
-                "give either 'max_tokens' or 'max_completion_tokens'",
-            ));
-        }
-        (Some(0), _) => return Err(ApiError::value("max_tokens", "must be at least 1")),
-        (_, Some(0)) => {
-            return Err(ApiError::value(
-                "max_completion_tokens",
-                "must be at least 1",
-            ));
-        }
-        (old, new) => old.or(new),
-    };
+    let calls = template.is_some_and(|template| template.call_format().is_some());
+    let messages = messages::parse(values, calls)?;
+    api.check_length(messages.iter().map(messages::length).sum())?;
+    let tools = Tools::parse(
+        fields.take("tools")?,
+        fields.take("tool_choice")?,
+        fields.take("parallel_tool_calls")?,
+        template,
+    )?;
+    let max_tokens = max_tokens(&mut fields)?;
     let streaming = fields.common.streaming()?;
+    let asked: bool = fields.take("logprobs")?.unwrap_or(false);
+    let top: Option<u64> = fields.take("top_logprobs")?;
+    let logprobs = match (asked, top) {
+        (true, None) => Some(api.extraction().logprobs("logprobs", 0)?),
+        (true, Some(top)) => Some(api.extraction().logprobs("top_logprobs", top)?),
+        (false, None | Some(0)) => None,
+        (false, Some(_)) => {
+            let rule = "only allowed together with 'logprobs': true";
+            return Err(ApiError::value("top_logprobs", rule));
+        }
+    };
+    let format = fields.take("response_format")?.map(format::parse);
+    let mut grammar = format.transpose()?.flatten();
+    let stop = fields.common.stops()?;
+    if grammar.is_some() && tools.reading.is_some() {
+        return Err(ApiError::value(
+            "response_format",
+            "JSON cannot be combined with 'tools' that may be called",
+        ));
+    }
+    if let Some((_, forced)) = &tools.forced {
+        grammar = Some(forced.clone());
+    }
+    if grammar.is_some() && !stop.is_empty() {
+        return Err(ApiError::value(
+            "stop",
+            "an answer that must be whole JSON cannot be cut by stop strings",
+        ));
+    }
+    let sampling = fields.common.sampling(
+        api.extraction(),
+        logprobs.is_some(),
+        api.engine().config().vocab,
+    )?;
     let job = Job {
-        prompts: vec![render(api.engine(), &messages, api.date())?],
+        prompts: vec![render(api.engine(), &messages, &tools, api.date())?],
         choices: fields.common.choices()?,
         max_tokens,
-        sampling: fields.common.sampling()?,
-        stop: fields.common.stops()?,
+        sampling,
+        stop,
+        logprobs,
+        grammar,
+        reading: tools.reading,
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
-    let answer = api.answer(Shape::Chat);
+    let mut answer = api.answer(Shape::Chat, job.sampling.seed);
+    answer.logprobs = job.logprobs.is_some();
     let generation = api.generate(job)?;
     match streaming {
         Some(include_usage) => Ok(generation.stream(answer, include_usage)),
@@ -96,42 +106,27 @@ pub(super) async fn create(
     }
 }
 
-fn parse_messages(values: Vec<serde_json::Value>) -> Result<Vec<ChatMessage>, ApiError> {
-    if values.is_empty() || values.len() > MAX_MESSAGES {
-        return Err(ApiError::value(
-            "messages",
-            format!("1 to {MAX_MESSAGES} messages"),
-        ));
+fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let old = fields.take::<u32>("max_tokens")?;
+    let new = fields.take::<u32>("max_completion_tokens")?;
+    match (old, new) {
+        (Some(_), Some(_)) => Err(ApiError::value(
+            "max_tokens",
+            "give either 'max_tokens' or 'max_completion_tokens'",
+        )),
+        (Some(0), _) => Err(ApiError::value("max_tokens", "must be at least 1")),
+        (_, Some(0)) => Err(ApiError::value(
+            "max_completion_tokens",
+            "must be at least 1",
+        )),
+        (old, new) => Ok(old.or(new)),
     }
-    let parse = |(index, value): (usize, serde_json::Value)| {
-        let message: Message = serde_json::from_value(value).map_err(|_| {
-            ApiError::value(
-                &format!("messages[{index}]"),
-                "needs a 'role' of system, developer, user or assistant and a text 'content'; \
-                 names, tool calls, images and audio are not supported",
-            )
-        })?;
-        let role = match message.role {
-            Role::System | Role::Developer => "system",
-            Role::User => "user",
-            Role::Assistant => "assistant",
-        };
-        let content = match message.content {
-            Content::Text(text) => text,
-            Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
-        };
-        Ok(ChatMessage {
-            role: role.to_owned(),
-            content,
-            ..ChatMessage::default()
-        })
-    };
-    values.into_iter().enumerate().map(parse).collect()
 }
 
 fn render(
     engine: &Engine,
     messages: &[ChatMessage],
+    tools: &Tools,
     now: OffsetDateTime,
 ) -> Result<Vec<u32>, ApiError> {
     let template = engine.chat().ok_or_else(|| {
@@ -140,9 +135,12 @@ fn render(
             "needs a chat template, and the served model has none",
         )
     })?;
-    let prompt = template
-        .render(messages, true, now)
+    let mut prompt = template
+        .render_with_tools(messages, &tools.shown, true, now)
         .map_err(|error| ApiError::value("messages", error))?;
+    if let Some((begin, _)) = &tools.forced {
+        prompt.push_trusted(begin);
+    }
     // The template writes the control tokens itself, the beginning-of-sequence token included.
     engine
         .tokenizer()

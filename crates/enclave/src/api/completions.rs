@@ -12,7 +12,8 @@ use super::generation::Job;
 use super::parameters::Fields;
 use crate::access::Meter;
 
-const OWN_FIELDS: &[&str] = &["prompt", "max_tokens"];
+/// Fields that only this endpoint has.
+pub(super) const OWN_FIELDS: &[&str] = &["logprobs", "max_tokens", "prompt"];
 /// OpenAI's default of `max_tokens` at this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 /// Most prompts of one request.
@@ -59,15 +60,25 @@ pub(super) async fn create(
         tokens => tokens,
     };
     let streaming = fields.common.streaming()?;
+    let asked: Option<u64> = fields.take("logprobs")?;
+    let logprobs = asked.map(|top| api.extraction().logprobs("logprobs", top));
+    let logprobs = logprobs.transpose()?;
+    let vocab = api.engine().config().vocab;
     let job = Job {
         prompts,
         choices: fields.common.choices()?,
         max_tokens: Some(max_tokens),
-        sampling: fields.common.sampling()?,
+        sampling: fields
+            .common
+            .sampling(api.extraction(), logprobs.is_some(), vocab)?,
         stop: fields.common.stops()?,
+        logprobs,
+        grammar: None,
+        reading: None,
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
-    let answer = api.answer(Shape::Text);
+    let mut answer = api.answer(Shape::Text, job.sampling.seed);
+    answer.logprobs = job.logprobs.is_some();
     let generation = api.generate(job)?;
     match streaming {
         Some(include_usage) => Ok(generation.stream(answer, include_usage)),

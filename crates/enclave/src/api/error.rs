@@ -67,6 +67,15 @@ impl ApiError {
         )
     }
 
+    /// What the extraction policy of this service does not allow; `why` says what the policy does.
+    pub(crate) fn policy(param: &str, why: &str) -> Self {
+        Self::invalid(
+            Some(param),
+            "extraction_policy",
+            format!("'{param}' is refused by this service's extraction policy: {why}"),
+        )
+    }
+
     /// A field that no version of the API knows.
     pub(crate) fn unknown(param: &str) -> Self {
         Self::invalid(

@@ -7,13 +7,16 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use casemate_channel::receipt::Parameters;
-use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling};
+use casemate_engine::{Event, FinishReason, Grammar, Request, RequestId, Sampling, TokenLogprobs};
 use futures::stream;
 use tokio::sync::mpsc;
 
 use super::Api;
-use super::answer::{Answer, Choice, Delta, Ending, Served, Usage};
+use super::answer::{Answer, Choice, Ending, Likelihood, Piece, Served, Usage};
+use super::calls::{Call, CallReader};
 use super::error::ApiError;
+use super::extraction::Shown;
+use super::tools::Reading;
 use crate::access::Meter;
 
 /// Most answers to one request: choices times prompts.
@@ -28,6 +31,12 @@ pub(super) struct Job {
     pub(super) max_tokens: Option<u32>,
     pub(super) sampling: Sampling,
     pub(super) stop: Vec<String>,
+    /// Log-probabilities that the policy shows.
+    pub(super) logprobs: Option<Shown>,
+    /// What every answer must be.
+    pub(super) grammar: Option<Grammar>,
+    /// How calls of functions are found in answers.
+    pub(super) reading: Option<Reading>,
     /// Counts what is used.
     pub(super) meter: Meter,
 }
@@ -51,6 +60,16 @@ impl Job {
     }
 }
 
+/// What makes pieces of an answer out of tokens.
+struct Reader {
+    calls: Option<CallReader>,
+    calls_told: usize,
+    logprobs: Option<Shown>,
+    /// Of tokens whose text is still held back.
+    waiting: Vec<Likelihood>,
+    characters: usize,
+}
+
 /// Answers in the making. Dropping it cancels all of them, those that wait or still read their prompt too.
 pub(super) struct Generation {
     api: Api,
@@ -60,6 +79,7 @@ pub(super) struct Generation {
     usage: Usage,
     parameters: Parameters,
     ending: Ending,
+    readers: Vec<Reader>,
 }
 
 impl Api {
@@ -82,6 +102,7 @@ impl Api {
             usage: Usage::default(),
             parameters: job.parameters(),
             ending: Ending::default(),
+            readers: Vec::new(),
         };
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
@@ -97,6 +118,8 @@ impl Api {
                     max_tokens: job.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
                     sampling,
                     stop: job.stop.clone(),
+                    logprobs: job.logprobs.map(|shown| shown.top),
+                    grammar: job.grammar.clone(),
                     ..Request::default()
                 };
                 let sender = sender.clone();
@@ -114,10 +137,69 @@ impl Api {
                 };
                 let id = self.engine().submit(request, Box::new(sink))?;
                 generation.requests.push(id);
+                generation.readers.push(Reader {
+                    calls: job
+                        .reading
+                        .clone()
+                        .map(|r| CallReader::new(r, Call::new_id)),
+                    calls_told: 0,
+                    logprobs: job.logprobs,
+                    waiting: Vec::new(),
+                    characters: 0,
+                });
                 generation.running += 1;
             }
         }
         Ok(generation)
+    }
+}
+
+impl Reader {
+    /// What a token adds that is certain.
+    fn token(
+        &mut self,
+        api: &Api,
+        id: u32,
+        text: &str,
+        logprobs: Option<Box<TokenLogprobs>>,
+    ) -> Piece {
+        if let (Some(shown), Some(logprobs)) = (self.logprobs, logprobs) {
+            let tokenizer = api.engine().tokenizer();
+            let likelihood = Likelihood::new(id, &logprobs, shown, tokenizer, self.characters);
+            self.waiting.push(likelihood);
+            self.characters += String::from_utf8_lossy(tokenizer.token_bytes(id))
+                .chars()
+                .count();
+        }
+        let mut piece = Piece::default();
+        if !text.is_empty() {
+            piece.likelihoods = std::mem::take(&mut self.waiting);
+        }
+        match &mut self.calls {
+            None => piece.text = text.to_owned(),
+            Some(reader) => {
+                let read = reader.push(text);
+                (piece.text, piece.calls) = (read.text, read.calls);
+            }
+        }
+        piece
+    }
+
+    /// What the end adds, and why it ended. A stop string takes the likelihoods of its tokens along.
+    fn finish(&mut self, reason: &FinishReason) -> Result<(Piece, &'static str), ApiError> {
+        let mut ended = finish_reason(reason)?;
+        let mut piece = Piece::default();
+        if *reason == FinishReason::Length {
+            piece.likelihoods = std::mem::take(&mut self.waiting);
+        }
+        if let Some(reader) = &mut self.calls {
+            let read = reader.finish(*reason == FinishReason::Stop);
+            (piece.text, piece.calls) = (read.text, read.calls);
+            if reader.found() && *reason == FinishReason::Stop {
+                ended = "tool_calls";
+            }
+        }
+        Ok((piece, ended))
     }
 }
 
@@ -139,14 +221,20 @@ impl Generation {
                 return Err(ApiError::internal("the engine stopped"));
             };
             let choice = &mut choices[index as usize];
+            let reader = &mut self.readers[index as usize];
             match event {
-                Event::Token { text, .. } => choice.text.push_str(&text),
+                Event::Token { id, text, logprobs } => {
+                    let piece = reader.token(&self.api, id, &text, logprobs);
+                    choice.piece.append(piece);
+                }
                 Event::Finished {
                     reason,
                     completion_tokens,
                     ..
                 } => {
-                    choice.finish = Some(finish_reason(&reason)?);
+                    let (piece, ended) = reader.finish(&reason)?;
+                    choice.piece.append(piece);
+                    choice.finish = Some(ended);
                     self.usage.completion_tokens += completion_tokens as u64;
                     self.running -= 1;
                 }
@@ -214,26 +302,33 @@ impl Streaming {
             let Some((index, event)) = self.generation.events.recv().await else {
                 return Some(self.fail(&ApiError::internal("the engine stopped")));
             };
+            let generation = &mut self.generation;
+            let reader = &mut generation.readers[index as usize];
             match event {
-                Event::Token { text, .. } if text.is_empty() => {}
-                Event::Token { text, .. } => {
-                    let delta = self.answer.delta(index, Delta::Text(&text));
-                    return Some(event_bytes(&delta.to_string()));
+                Event::Token { id, text, logprobs } => {
+                    let piece = reader.token(&generation.api, id, &text, logprobs);
+                    if !piece.is_empty() {
+                        return Some(self.piece(index, &piece));
+                    }
                 }
                 Event::Finished {
                     reason,
                     completion_tokens,
                     ..
                 } => {
-                    self.generation.running -= 1;
-                    self.generation.usage.completion_tokens += completion_tokens as u64;
-                    match finish_reason(&reason) {
-                        Ok(reason) => {
-                            let delta = self.answer.delta(index, Delta::Finished(reason));
-                            return Some(event_bytes(&delta.to_string()));
-                        }
+                    generation.running -= 1;
+                    generation.usage.completion_tokens += completion_tokens as u64;
+                    let (piece, ended) = match reader.finish(&reason) {
+                        Ok(end) => end,
                         Err(error) => return Some(self.fail(&error)),
+                    };
+                    let mut bytes = Vec::new();
+                    if !piece.is_empty() {
+                        bytes = self.piece(index, &piece);
                     }
+                    let end = self.answer.finished(index, ended).to_string();
+                    bytes.extend(event_bytes(&end));
+                    return Some(bytes);
                 }
             }
         }
@@ -245,6 +340,13 @@ impl Streaming {
         }
         bytes.extend(event_bytes("[DONE]"));
         Some(bytes)
+    }
+
+    fn piece(&mut self, index: u32, piece: &Piece) -> Vec<u8> {
+        let told = &mut self.generation.readers[index as usize].calls_told;
+        let delta = self.answer.delta(index, piece, *told);
+        *told += piece.calls.len();
+        event_bytes(&delta.to_string())
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<u8> {

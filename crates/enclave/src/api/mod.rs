@@ -5,12 +5,17 @@
 //! requests. Fields that are not supported are refused by name, never ignored.
 
 mod answer;
+mod calls;
 mod chat;
 mod completions;
 mod error;
+mod extraction;
+mod format;
 mod generation;
 mod length;
+mod messages;
 mod parameters;
+mod tools;
 
 use std::sync::Arc;
 
@@ -26,6 +31,7 @@ use casemate_channel::receipt::RequestId;
 
 pub use answer::{Ending, Served};
 pub use error::ApiError;
+pub use extraction::{Extraction, Logprobs};
 
 /// Largest request body that is parsed, in bytes.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -34,6 +40,7 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 #[derive(Clone)]
 pub struct Api {
     inner: Arc<Inner>,
+    extraction: Extraction,
 }
 
 struct Inner {
@@ -46,7 +53,7 @@ struct Inner {
 
 impl Api {
     /// An API serving `engine` under the name `model`; `fingerprint` is what answers carry as
-    /// `system_fingerprint`, `clock` gives seconds since the Unix epoch.
+    /// `system_fingerprint`, `clock` gives seconds since the Unix epoch. Its extraction policy shows nothing.
     pub fn new(engine: Engine, model: String, fingerprint: String, clock: fn() -> u64) -> Self {
         let loaded_at = clock();
         Self {
@@ -57,7 +64,19 @@ impl Api {
                 loaded_at,
                 clock,
             }),
+            extraction: Extraction::default(),
         }
+    }
+
+    /// The same API under another extraction policy.
+    #[must_use]
+    pub fn with_extraction(mut self, extraction: Extraction) -> Self {
+        self.extraction = extraction;
+        self
+    }
+
+    fn extraction(&self) -> Extraction {
+        self.extraction
     }
 
     /// The engine behind the API.
@@ -75,7 +94,7 @@ impl Api {
             .unwrap_or(time::OffsetDateTime::UNIX_EPOCH)
     }
 
-    fn answer(&self, shape: Shape) -> Answer {
+    fn answer(&self, shape: Shape, seed: u64) -> Answer {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
             Shape::Text => "cmpl",
@@ -88,6 +107,8 @@ impl Api {
             created: self.now(),
             model: self.inner.model.clone(),
             fingerprint: self.inner.fingerprint.clone(),
+            seed: seed.cast_signed(),
+            logprobs: false,
         }
     }
 
@@ -97,6 +118,12 @@ impl Api {
         }
         Err(ApiError::model_not_found(requested, &self.inner.model))
     }
+}
+
+/// Names of all request fields that the API knows, supported or not; some come twice.
+pub fn known_fields() -> impl Iterator<Item = &'static str> {
+    let own = chat::OWN_FIELDS.iter().chain(completions::OWN_FIELDS);
+    parameters::known_fields().chain(own.copied())
 }
 
 /// The routes of the API.

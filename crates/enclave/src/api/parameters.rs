@@ -7,12 +7,15 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::extraction::Extraction;
 
 /// Most choices (`n`) that one request may ask for.
 const MAX_CHOICES: u32 = 8;
 /// Most stop strings, and the longest one in bytes.
 const MAX_STOPS: usize = 4;
 const MAX_STOP_BYTES: usize = 256;
+/// Longest `user`, in bytes.
+const MAX_USER_BYTES: usize = 512;
 
 /// OpenAI fields that are known but not implemented, and why. A value that asks for nothing (null, false, an empty
 /// list, the documented default) is accepted: many clients send those.
@@ -20,35 +23,13 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("audio", "is not supported: this service produces text only"),
     ("best_of", "is not supported: use 'n'"),
     ("echo", "is not supported"),
-    (
-        "function_call",
-        "is not supported: the served model has no function calling",
-    ),
-    (
-        "functions",
-        "is not supported: the served model has no function calling",
-    ),
-    (
-        "logit_bias",
-        "is not supported: it would help to extract the model",
-    ),
-    (
-        "logprobs",
-        "is not supported: it would help to extract the model",
-    ),
-    (
-        "metadata",
-        "is not supported: nothing about a request is stored",
-    ),
+    ("function_call", "is not supported: use 'tool_choice'"),
+    ("functions", "is not supported: use 'tools'"),
     (
         "modalities",
         "is not supported: this service produces text only",
     ),
     ("moderation", "is not supported"),
-    (
-        "parallel_tool_calls",
-        "is not supported: the served model has no tool calling",
-    ),
     ("prediction", "is not supported"),
     (
         "prompt_cache_key",
@@ -62,30 +43,27 @@ const UNSUPPORTED: &[(&str, &str)] = &[
         "reasoning_effort",
         "is not supported: the served model has no reasoning mode",
     ),
-    ("response_format", "supports only {\"type\": \"text\"}"),
-    (
-        "safety_identifier",
-        "is not supported: nothing about a user is stored",
-    ),
-    ("service_tier", "is not supported"),
-    (
-        "store",
-        "is not supported: nothing about a request is stored",
-    ),
     ("suffix", "is not supported"),
     (
-        "tool_choice",
-        "is not supported: the served model has no tool calling",
+        "parallel_tool_calls",
+        "is not supported: only chats have tools",
     ),
     (
-        "tools",
-        "is not supported: the served model has no tool calling",
+        "response_format",
+        "is not supported: only chats can be constrained",
     ),
+    ("tool_choice", "is not supported: only chats have tools"),
+    ("tools", "is not supported: only chats have tools"),
     (
         "top_logprobs",
-        "is not supported: it would help to extract the model",
+        "is not supported: only chats have it; give 'logprobs' a number",
     ),
-    ("user", "is not supported: nothing about a user is stored"),
+    (
+        "max_completion_tokens",
+        "is not supported: only chats have it; use 'max_tokens'",
+    ),
+    ("messages", "is not supported: only chats have it"),
+    ("prompt", "is not supported: only completions have it"),
     ("verbosity", "is not supported"),
     (
         "web_search_options",
@@ -110,6 +88,12 @@ pub(super) struct Common {
     frequency_penalty: Option<f32>,
     repetition_penalty: Option<f32>,
     seed: Option<i64>,
+    logit_bias: Option<Map<String, Value>>,
+    user: Option<String>,
+    safety_identifier: Option<String>,
+    metadata: Option<Map<String, Value>>,
+    store: Option<bool>,
+    service_tier: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -143,7 +127,19 @@ const COMMON_FIELDS: &[&str] = &[
     "frequency_penalty",
     "repetition_penalty",
     "seed",
+    "logit_bias",
+    "user",
+    "safety_identifier",
+    "metadata",
+    "store",
+    "service_tier",
 ];
+
+/// Every field that has a meaning here or is refused with a reason of its own.
+pub(super) fn known_fields() -> impl Iterator<Item = &'static str> {
+    let refused = UNSUPPORTED.iter().map(|(name, _)| *name);
+    COMMON_FIELDS.iter().copied().chain(refused)
+}
 
 /// A JSON object whose every field has been accounted for: common, the endpoint's own, or refused by name.
 pub(super) struct Fields {
@@ -226,8 +222,15 @@ impl Fields {
             presence_penalty,
             frequency_penalty,
             repetition_penalty,
-            seed
+            seed,
+            logit_bias,
+            user,
+            safety_identifier,
+            metadata,
+            store,
+            service_tier
         );
+        fields.common.check_what_has_no_effect()?;
         Ok(fields)
     }
 
@@ -250,23 +253,19 @@ fn take_field<T: DeserializeOwned>(
         .transpose()
 }
 
-/// A seed for a request that gave none.
+/// A seed for a request that gave none. It is told in the answer, so it is a number that every client
+/// can read: below 2^53.
 fn random_seed() -> u64 {
     let mut seed = [0; 8];
     aws_lc_rs::rand::fill(&mut seed).expect("the operating system gives randomness");
-    u64::from_ne_bytes(seed)
+    u64::from_ne_bytes(seed) >> 11
 }
 
 fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match (name, value) {
-        ("response_format", Value::Object(format)) => {
-            format.len() == 1 && format.get("type").and_then(Value::as_str) == Some("text")
-        }
         ("modalities", Value::Array(list)) => list.len() == 1 && list[0] == "text",
-        ("tool_choice" | "function_call", Value::String(choice)) => choice == "none",
-        ("service_tier", Value::String(tier)) => tier == "auto" || tier == "default",
+        ("function_call", Value::String(choice)) => choice == "none",
         ("best_of", value) => value == 1,
-        ("top_logprobs", value) => value == 0,
         (_, Value::Bool(set)) => !set,
         (_, Value::Array(list)) => list.is_empty(),
         (_, Value::Object(object)) => object.is_empty(),
@@ -291,6 +290,52 @@ impl Common {
             frequency_penalty: None,
             repetition_penalty: None,
             seed: None,
+            logit_bias: None,
+            user: None,
+            safety_identifier: None,
+            metadata: None,
+            store: None,
+            service_tier: None,
+        }
+    }
+
+    /// Fields that change nothing here: they are checked, and forgotten.
+    fn check_what_has_no_effect(&self) -> Result<(), ApiError> {
+        for (name, value) in [
+            ("user", &self.user),
+            ("safety_identifier", &self.safety_identifier),
+        ] {
+            if value
+                .as_ref()
+                .is_some_and(|text| text.len() > MAX_USER_BYTES)
+            {
+                let most = format!("at most {MAX_USER_BYTES} bytes");
+                return Err(ApiError::value(name, most));
+            }
+        }
+        if let Some(metadata) = &self.metadata {
+            let fits = |(key, value): (&String, &Value)| {
+                key.len() <= 64 && value.as_str().is_some_and(|text| text.len() <= 512)
+            };
+            if metadata.len() > 16 || !metadata.iter().all(fits) {
+                return Err(ApiError::value(
+                    "metadata",
+                    "at most 16 texts of 512 bytes under names of 64 bytes",
+                ));
+            }
+        }
+        if self.store == Some(true) {
+            return Err(ApiError::unsupported(
+                "store",
+                "must be false: nothing about a request is stored",
+            ));
+        }
+        match self.service_tier.as_deref() {
+            None | Some("auto" | "default") => Ok(()),
+            Some(_) => Err(ApiError::unsupported(
+                "service_tier",
+                "is auto or default: there is only one",
+            )),
         }
     }
 
@@ -348,7 +393,12 @@ impl Common {
     }
 
     /// Sampling parameters in range. Absent ones have OpenAI's defaults: temperature 1, top_p 1.
-    pub(super) fn sampling(&self) -> Result<Sampling, ApiError> {
+    pub(super) fn sampling(
+        &self,
+        policy: Extraction,
+        beside_logprobs: bool,
+        vocab: u32,
+    ) -> Result<Sampling, ApiError> {
         let float = |name, value: Option<f32>, default, low: f32, high: f32| match value {
             None => Ok(default),
             Some(v) if v.is_finite() && v >= low && v <= high => Ok(v),
@@ -372,7 +422,10 @@ impl Common {
             presence_penalty: float("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
             frequency_penalty: float("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
             repetition_penalty: repetition,
-            bias: Vec::new(),
+            bias: match &self.logit_bias {
+                None => Vec::new(),
+                Some(map) => policy.biases(map, beside_logprobs, vocab)?,
+            },
             seed: self.seed.map_or_else(random_seed, i64::cast_unsigned),
         })
     }

@@ -1,0 +1,207 @@
+//! What a service lets its users learn about the distribution behind its answers. The policy is
+//! part of the measured configuration, so a user can know it, and an operator cannot widen it.
+
+use serde::Deserialize;
+use serde::de::Error as _;
+
+use super::error::ApiError;
+
+/// Most biased tokens of one request, as OpenAI's API allows.
+const MAX_BIASES: usize = 300;
+/// Most alternatives that a policy may show.
+const MAX_TOP: u8 = 5;
+/// Range of `rounding`, in nats: what is finer than the least would be no rounding at all.
+const ROUNDING: std::ops::RangeInclusive<f64> = 0.001..=10.0;
+
+/// `[extraction]` of the configuration. The default shows nothing and steers nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Extraction {
+    /// `"none"`, or the table `{ top = 3, rounding = 0.1 }`.
+    #[serde(default)]
+    pub logprobs: Logprobs,
+    /// Whether users may bias tokens.
+    #[serde(default)]
+    pub logit_bias: bool,
+}
+
+/// How much of the log-probabilities is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Logprobs {
+    /// Nothing.
+    #[default]
+    None,
+    /// Rounded values of the chosen token and of the likeliest ones.
+    Rounded {
+        /// Most alternatives, 0 to 5.
+        top: u8,
+        /// Values are multiples of this, in nats.
+        rounding: f64,
+    },
+}
+
+impl<'de> Deserialize<'de> for Logprobs {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(
+            untagged,
+            expecting = "`logprobs` is \"none\" or a table such as { top = 3, rounding = 0.1 }"
+        )]
+        enum Written {
+            Word(String),
+            Table(Table),
+        }
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Table {
+            top: u8,
+            rounding: f64,
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Word(word) if word == "none" => Ok(Self::None),
+            Written::Word(_) => Err(D::Error::custom("the only word for `logprobs` is \"none\"")),
+            Written::Table(Table { top, .. }) if top > MAX_TOP => Err(D::Error::custom(format!(
+                "`top` of `logprobs` is from 0 to {MAX_TOP}"
+            ))),
+            Written::Table(Table { top, rounding }) if ROUNDING.contains(&rounding) => {
+                Ok(Self::Rounded { top, rounding })
+            }
+            Written::Table(_) => Err(D::Error::custom(format!(
+                "`rounding` of `logprobs` is from {} to {} nats",
+                ROUNDING.start(),
+                ROUNDING.end()
+            ))),
+        }
+    }
+}
+
+/// Log-probabilities that a request may have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Shown {
+    /// Alternatives at each position.
+    pub(super) top: usize,
+    rounding: f64,
+}
+
+impl Shown {
+    /// A value as the policy shows it.
+    pub(super) fn round(&self, logprob: f32) -> f64 {
+        // The nearest multiple, then the nearest decimal, so that 0.1 · 3 is not 0.30000000000000004.
+        let rounded = (f64::from(logprob) / self.rounding).round() * self.rounding;
+        (rounded * 1e6).round() / 1e6 + 0.0
+    }
+}
+
+impl Extraction {
+    /// Allows `top` alternatives at each position, or refuses; `param` is the field that asks.
+    pub(super) fn logprobs(&self, param: &str, top: u64) -> Result<Shown, ApiError> {
+        match self.logprobs {
+            Logprobs::None => Err(ApiError::policy(
+                param,
+                "it shows no log-probabilities, because they help to extract the model",
+            )),
+            Logprobs::Rounded { top: most, .. } if top > most.into() => Err(ApiError::policy(
+                param,
+                &format!(
+                    "it shows at most {most} of the likeliest tokens, and {top} were asked for"
+                ),
+            )),
+            Logprobs::Rounded { rounding, .. } => Ok(Shown {
+                top: top as usize,
+                rounding,
+            }),
+        }
+    }
+
+    /// Allows a map from token ids to biases, or refuses.
+    pub(super) fn biases(
+        &self,
+        map: &serde_json::Map<String, serde_json::Value>,
+        beside_logprobs: bool,
+        vocab: u32,
+    ) -> Result<Vec<(u32, f32)>, ApiError> {
+        if map.is_empty() {
+            return Ok(Vec::new());
+        }
+        if !self.logit_bias {
+            return Err(ApiError::policy(
+                "logit_bias",
+                "it lets nobody bias tokens, because biases help to extract the model",
+            ));
+        }
+        if beside_logprobs {
+            return Err(ApiError::policy(
+                "logit_bias",
+                "it never combines biases with 'logprobs'",
+            ));
+        }
+        if map.len() > MAX_BIASES {
+            let most = format!("at most {MAX_BIASES} tokens");
+            return Err(ApiError::value("logit_bias", most));
+        }
+        let wrong = || {
+            let rule =
+                format!("maps token ids below {vocab}, in decimal, to numbers from -100 to 100");
+            ApiError::value("logit_bias", rule)
+        };
+        let parse = |(id, bias): (&String, &serde_json::Value)| {
+            let number: u32 = id.parse().map_err(|_| wrong())?;
+            // One spelling for each token, so that none is given twice.
+            if number.to_string() != *id || number >= vocab {
+                return Err(wrong());
+            }
+            let bias = bias.as_f64().filter(|b| (-100.0..=100.0).contains(b));
+            Ok((number, bias.ok_or_else(wrong)? as f32))
+        };
+        map.iter().map(parse).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Extraction, String> {
+        toml::from_str(text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_default_shows_nothing() {
+        let nothing = Extraction {
+            logprobs: Logprobs::None,
+            logit_bias: false,
+        };
+        assert_eq!(parse(""), Ok(nothing));
+        assert_eq!(parse("logprobs = \"none\""), Ok(nothing));
+        assert!(nothing.logprobs("logprobs", 0).is_err());
+    }
+
+    #[test]
+    fn bounds_are_part_of_the_format() {
+        let rounded = |top, rounding| Logprobs::Rounded { top, rounding };
+        let some = parse("logprobs = { top = 5, rounding = 0.001 }\nlogit_bias = true").unwrap();
+        assert_eq!((some.logprobs, some.logit_bias), (rounded(5, 0.001), true));
+        for (bad, told) in [
+            ("logprobs = { top = 6, rounding = 0.1 }", "0 to 5"),
+            ("logprobs = { top = 1, rounding = 0.0 }", "0.001"),
+            ("logprobs = { top = 1, rounding = nan }", "0.001"),
+            ("logprobs = { top = 1 }", "such as"),
+            ("logprobs = { top = 1, rounding = 0.1, x = 1 }", "such as"),
+            ("logprobs = \"all\"", "none"),
+            ("logprobs = true", "such as"),
+            ("logit_biases = true", "logit_biases"),
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains(told), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_are_multiples_of_the_rounding() {
+        let shown = |rounding| Shown { top: 0, rounding };
+        assert_eq!(shown(0.1).round(-0.31), -0.3);
+        assert_eq!(shown(0.1).round(-0.04).to_string(), "0");
+        assert_eq!(shown(0.25).round(-12.4), -12.5);
+        assert_eq!(shown(10.0).round(-4.9), 0.0);
+    }
+}

@@ -1,0 +1,64 @@
+//! `response_format`: plain text, any JSON object, or a JSON Schema.
+
+use casemate_engine::Grammar;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+
+/// Largest schema, in bytes of JSON.
+const MAX_SCHEMA_BYTES: usize = 64 << 10;
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+enum Format {
+    Text {},
+    JsonObject {},
+    JsonSchema { json_schema: Schema },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Schema {
+    name: String,
+    #[serde(default, rename = "description")]
+    _description: Option<String>,
+    schema: Map<String, Value>,
+    /// Either way the schema is enforced whole: what cannot be is refused.
+    #[serde(default, rename = "strict")]
+    _strict: Option<bool>,
+}
+
+/// What answers must be; `None` leaves them free.
+pub(super) fn parse(value: Value) -> Result<Option<Grammar>, ApiError> {
+    let format: Format = serde_json::from_value(value).map_err(|_| {
+        ApiError::value(
+            "response_format",
+            "its 'type' is text, json_object or json_schema; json_schema needs a 'json_schema' with \
+             'name' and 'schema'",
+        )
+    })?;
+    match format {
+        Format::Text {} => Ok(None),
+        Format::JsonObject {} => Ok(Some(Grammar::json_object())),
+        Format::JsonSchema { json_schema } => {
+            if !super::tools::is_name(&json_schema.name) {
+                return Err(ApiError::value(
+                    "response_format",
+                    "the schema's name has 1 to 64 letters, digits, '_' and '-'",
+                ));
+            }
+            compile("response_format", json_schema.schema).map(Some)
+        }
+    }
+}
+
+/// A client's schema as a grammar.
+pub(super) fn compile(param: &str, schema: Map<String, Value>) -> Result<Grammar, ApiError> {
+    let schema = Value::Object(schema);
+    if schema.to_string().len() > MAX_SCHEMA_BYTES {
+        let most = format!("a schema has at most {MAX_SCHEMA_BYTES} bytes");
+        return Err(ApiError::value(param, most));
+    }
+    Grammar::from_schema(&schema).map_err(|error| ApiError::value(param, error))
+}

@@ -1,0 +1,241 @@
+//! `tools` and `tool_choice`: which functions a model may or must call. What it writes is read by
+//! [`super::calls`].
+
+use casemate_engine::{CallFormat, ChatTemplate, Grammar};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::error::ApiError;
+use super::format::compile;
+
+/// Most functions of one request, and their definitions in bytes of JSON.
+const MAX_TOOLS: usize = 128;
+const MAX_TOOL_BYTES: usize = 256 << 10;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tool {
+    #[serde(rename = "type")]
+    kind: FunctionWord,
+    function: Function,
+}
+
+/// The word `function`.
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum FunctionWord {
+    Function,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Function {
+    name: String,
+    #[serde(default, rename = "description")]
+    _description: Option<String>,
+    #[serde(default)]
+    parameters: Option<Map<String, Value>>,
+    #[serde(default)]
+    strict: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Choice {
+    Word(Word),
+    Named(Named),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Word {
+    None,
+    Auto,
+    Required,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    #[serde(rename = "type")]
+    _kind: FunctionWord,
+    function: Name,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Name {
+    name: String,
+}
+
+/// What a request says about functions.
+#[derive(Default)]
+pub(super) struct Tools {
+    /// As the template sees them; none where none may be called.
+    pub(super) shown: Vec<Value>,
+    /// How answers are read; `None` where none may be called.
+    pub(super) reading: Option<Reading>,
+    /// Where a call is forced: what the answer begins with, and what it must be.
+    pub(super) forced: Option<(&'static str, Grammar)>,
+}
+
+/// How calls are found in what a model writes.
+#[derive(Clone)]
+pub(super) struct Reading {
+    pub(super) format: CallFormat,
+    /// Names that count.
+    pub(super) names: Vec<String>,
+    /// At most one call.
+    pub(super) single: bool,
+    /// The whole answer is one call.
+    pub(super) forced: bool,
+}
+
+/// 1 to 64 letters, digits, `_` and `-`.
+pub(super) fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
+
+impl Tools {
+    /// Reads the three fields. `template` is the model's.
+    pub(super) fn parse(
+        tools: Option<Vec<Value>>,
+        choice: Option<Value>,
+        parallel: Option<bool>,
+        template: Option<&ChatTemplate>,
+    ) -> Result<Self, ApiError> {
+        let shown = tools.unwrap_or_default();
+        let choice = match choice {
+            None => Choice::Word(Word::Auto),
+            Some(choice) => serde_json::from_value(choice).map_err(|_| {
+                let rule = "is none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": …}}";
+                ApiError::value("tool_choice", rule)
+            })?,
+        };
+        if shown.is_empty() {
+            return match choice {
+                Choice::Word(Word::None | Word::Auto) => Ok(Self::default()),
+                _ => Err(ApiError::value(
+                    "tool_choice",
+                    "needs 'tools' to choose from",
+                )),
+            };
+        }
+        let Some(format) = template.and_then(ChatTemplate::call_format) else {
+            return Err(ApiError::unsupported(
+                "tools",
+                "is not supported: the served model's chat template shows no functions to the model, \
+                 or shows calls in a form that this service cannot read",
+            ));
+        };
+        let functions = parse_functions(&shown)?;
+        let find = |name: &str| functions.iter().find(|function| function.name == name);
+        if matches!(choice, Choice::Word(Word::None)) {
+            return Ok(Self::default());
+        }
+        let only = match (&choice, functions.as_slice()) {
+            (Choice::Named(named), _) => {
+                let unknown = || ApiError::value("tool_choice", "names none of 'tools'");
+                Some(find(&named.function.name).ok_or_else(unknown)?)
+            }
+            (Choice::Word(Word::Required), [one]) => Some(one),
+            _ => None,
+        };
+        let strict = functions.iter().position(|f| f.strict == Some(true));
+        if let (Some(index), None) = (strict, only) {
+            return Err(ApiError::unsupported(
+                &format!("tools[{index}].function.strict"),
+                "is only enforced where 'tool_choice' leaves one function",
+            ));
+        }
+        let must = !matches!(choice, Choice::Word(Word::Auto));
+        let forced = must.then(|| force(format, &functions, only)).transpose()?;
+        Ok(Self {
+            reading: Some(Reading {
+                format,
+                names: functions.into_iter().map(|f| f.name).collect(),
+                single: parallel == Some(false),
+                forced: must,
+            }),
+            forced,
+            shown,
+        })
+    }
+}
+
+fn parse_functions(tools: &[Value]) -> Result<Vec<Function>, ApiError> {
+    if tools.len() > MAX_TOOLS {
+        return Err(ApiError::value("tools", format!("at most {MAX_TOOLS}")));
+    }
+    if tools
+        .iter()
+        .map(|tool| tool.to_string().len())
+        .sum::<usize>()
+        > MAX_TOOL_BYTES
+    {
+        let most = format!("at most {MAX_TOOL_BYTES} bytes in all");
+        return Err(ApiError::value("tools", most));
+    }
+    let mut functions: Vec<Function> = Vec::with_capacity(tools.len());
+    for (index, tool) in tools.iter().enumerate() {
+        let place = format!("tools[{index}]");
+        let Ok(Tool {
+            kind: FunctionWord::Function,
+            function,
+        }) = Tool::deserialize(tool)
+        else {
+            return Err(ApiError::value(
+                &place,
+                "needs \"type\": \"function\" and a 'function' with 'name', and perhaps 'description', \
+                 'parameters' and 'strict'",
+            ));
+        };
+        if !is_name(&function.name) {
+            let rule = "a function's name has 1 to 64 letters, digits, '_' and '-'";
+            return Err(ApiError::value(&place, rule));
+        }
+        if functions.iter().any(|other| other.name == function.name) {
+            return Err(ApiError::value(&place, "two functions have the same name"));
+        }
+        functions.push(function);
+    }
+    Ok(functions)
+}
+
+/// What an answer must be that is a call. With one function and `strict` its arguments follow the
+/// schema; otherwise they are any object.
+fn force(
+    format: CallFormat,
+    functions: &[Function],
+    only: Option<&Function>,
+) -> Result<(&'static str, Grammar), ApiError> {
+    let (begin, arguments) = match format {
+        CallFormat::Tagged => ("<tool_call>\n", "arguments"),
+        CallFormat::Bare => ("", "parameters"),
+    };
+    let names: Vec<&str> = match only {
+        Some(function) => vec![&function.name],
+        None => functions.iter().map(|f| f.name.as_str()).collect(),
+    };
+    let schema = match only {
+        Some(Function {
+            strict: Some(true),
+            parameters: Some(parameters),
+            ..
+        }) => {
+            // Refused under its own name before it is refused as a part of another schema.
+            compile("tools", parameters.clone())?;
+            Value::Object(parameters.clone())
+        }
+        _ => json!({"type": "object"}),
+    };
+    let call = json!({
+        "type": "object", "additionalProperties": false, "required": ["name", arguments],
+        "properties": {"name": {"enum": names}, arguments: schema},
+    });
+    let grammar = Grammar::from_schema(&call).map_err(|error| ApiError::value("tools", error))?;
+    Ok((begin, grammar))
+}

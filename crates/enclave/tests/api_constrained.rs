@@ -1,0 +1,280 @@
+//! Answers that must be JSON, and calls of functions, over a model that writes noise.
+
+mod support;
+
+use axum::Router;
+use axum::http::StatusCode;
+use casemate_enclave::api::{Extraction, Logprobs, router};
+use casemate_testkit::models::TOOLS_TEMPLATE;
+use serde_json::{Value, json};
+use support::{api, api_with, chat, events, post};
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn with_tools() -> Router {
+    let policy = Extraction {
+        logprobs: Logprobs::None,
+        logit_bias: true,
+    };
+    router(api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy))
+}
+
+async fn answered(router: &Router, extra: &Value) -> Value {
+    let (status, answer) = post(router, CHAT, &chat(extra)).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    answer
+}
+
+async fn refused(router: &Router, extra: &Value) -> (String, String) {
+    let (status, answer) = post(router, CHAT, &chat(extra)).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    let text = |name: &str| answer["error"][name].as_str().unwrap().to_owned();
+    (text("param"), text("message"))
+}
+
+#[tokio::test]
+async fn every_json_answer_that_ends_is_an_object() {
+    let router = router(api());
+    let (mut ended, mut cut) = (0, 0);
+    for seed in 0..12 {
+        let extra = json!({"response_format": {"type": "json_object"}, "temperature": 1, "n": 4, "seed": seed, "max_tokens": 60});
+        let answer = answered(&router, &extra).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            let text = choice["message"]["content"].as_str().unwrap();
+            let parsed = serde_json::from_str::<Value>(text);
+            if choice["finish_reason"] == "stop" {
+                assert!(parsed.unwrap().is_object(), "{text}");
+                ended += 1;
+            } else {
+                assert_eq!(choice["finish_reason"], "length");
+                assert!(
+                    parsed.is_err() && text.trim_start().starts_with('{'),
+                    "{text}"
+                );
+                cut += 1;
+            }
+        }
+    }
+    assert!(ended > 3 && cut > 3, "{ended} ended, {cut} were cut");
+}
+
+#[tokio::test]
+async fn a_streamed_json_answer_is_the_whole_one() {
+    let router = router(api());
+    let extra = json!({"response_format": {"type": "json_object"}, "temperature": 1, "seed": 5, "max_tokens": 100});
+    let whole = answered(&router, &extra).await;
+    let mut body = chat(&extra);
+    body["stream"] = json!(true);
+    let streamed: String = events(&router, CHAT, &body)
+        .await
+        .iter()
+        .filter_map(|event| {
+            event["choices"][0]["delta"]["content"]
+                .as_str()
+                .map(str::to_owned)
+        })
+        .collect();
+    assert_eq!(
+        streamed,
+        whole["choices"][0]["message"]["content"].as_str().unwrap()
+    );
+}
+
+#[tokio::test]
+async fn answers_follow_a_schema() {
+    let router = router(api());
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["ok", "label"],
+        "properties": {"ok": {"type": "boolean"}, "label": {"enum": ["red", "green", null]}, "n": {"type": "integer"}},
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "colour", "strict": true, "schema": schema}});
+    let mut ended = 0;
+    for seed in 0..6 {
+        let extra = json!({"response_format": format, "temperature": 1, "n": 4, "seed": seed, "max_tokens": 200});
+        let answer = answered(&router, &extra).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            if choice["finish_reason"] == "stop" {
+                let value: Value =
+                    serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+                assert!(
+                    value["ok"].is_boolean()
+                        && ["red", "green"].iter().any(|l| value["label"] == *l)
+                        || value["label"].is_null()
+                );
+                assert!(
+                    value.as_object().unwrap().len() <= 3 && value.get("label").is_some(),
+                    "{value}"
+                );
+                ended += 1;
+            }
+        }
+    }
+    assert!(ended > 6, "{ended}");
+    let bad = json!({"type": "object", "additionalProperties": false, "properties": {"a": {"type": "string", "pattern": "x"}}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": bad}});
+    let (param, message) = refused(&router, &json!({"response_format": format})).await;
+    assert_eq!(param, "response_format");
+    assert!(
+        message.contains("'pattern'") && message.contains("schema.properties.a"),
+        "{message}"
+    );
+    let stopped = json!({"response_format": {"type": "json_object"}, "stop": "x"});
+    assert_eq!(refused(&router, &stopped).await.0, "stop");
+}
+
+fn tool(name: &str, strict: bool) -> Value {
+    let parameters = json!({
+        "type": "object", "additionalProperties": false, "required": ["rainy"],
+        "properties": {"rainy": {"type": "boolean"}},
+    });
+    json!({"type": "function", "function": {"name": name, "description": "x", "strict": strict, "parameters": parameters}})
+}
+
+#[tokio::test]
+async fn a_forced_call_is_made_whole_and_streamed() {
+    let router = with_tools();
+    let named = json!({"type": "function", "function": {"name": "sun"}});
+    // A model of noise would fill its answer with white space.
+    let no_blanks = json!({"9": -100, "10": -100, "13": -100, "32": -100});
+    let mut made = 0;
+    for (tools, choice) in [
+        (json!([tool("rain", false), tool("sun", true)]), named),
+        (json!([tool("sun", true)]), json!("required")),
+    ] {
+        for seed in 0..4 {
+            let extra = json!({"tools": tools, "tool_choice": choice, "temperature": 1, "seed": seed, "max_tokens": 150, "logit_bias": no_blanks});
+            let answer = answered(&router, &extra).await;
+            let whole = &answer["choices"][0];
+            if whole["finish_reason"] == "length" {
+                continue;
+            }
+            made += 1;
+            assert_eq!(whole["finish_reason"], "tool_calls", "{answer}");
+            assert_eq!(whole["message"]["content"], Value::Null);
+            let call = &whole["message"]["tool_calls"][0];
+            assert_eq!(
+                (&call["type"], &call["function"]["name"]),
+                (&json!("function"), &json!("sun"))
+            );
+            assert!(call["id"].as_str().unwrap().starts_with("call_"));
+            let arguments: Value =
+                serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+            assert!(
+                arguments["rainy"].is_boolean() && arguments.as_object().unwrap().len() == 1,
+                "{arguments}"
+            );
+
+            let mut body = chat(&extra);
+            body["stream"] = json!(true);
+            let events = events(&router, CHAT, &body).await;
+            let deltas: Vec<&Value> = events
+                .iter()
+                .filter(|e| !e["choices"][0]["delta"]["tool_calls"].is_null())
+                .collect();
+            assert_eq!(deltas.len(), 1);
+            let streamed = &deltas[0]["choices"][0]["delta"]["tool_calls"][0];
+            assert_eq!(
+                (&streamed["index"], &streamed["function"]),
+                (&json!(0), &call["function"])
+            );
+            assert_eq!(
+                events.last().unwrap()["choices"][0]["finish_reason"],
+                "tool_calls"
+            );
+        }
+    }
+    assert!(made > 2, "{made}");
+}
+
+#[tokio::test]
+async fn calls_and_results_go_into_the_prompt() {
+    let router = with_tools();
+    let conversation = |id: &str, arguments: &str| {
+        json!({"messages": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "call_1", "type": "function", "function": {"name": "rain", "arguments": arguments}}]},
+            {"role": "tool", "tool_call_id": id, "content": "wet"},
+        ]})
+    };
+    let long = answered(&router, &conversation("call_1", "{\"a\": \"bcdefghi\"}")).await;
+    let short = answered(&router, &conversation("call_1", "{}")).await;
+    let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens(&long) > tokens(&short) + 8);
+    for (id, arguments, told) in [
+        ("call_2", "{}", "no earlier call"),
+        ("call_1", "[]", "JSON object"),
+        ("call_1", "{", "JSON object"),
+    ] {
+        let (param, message) = refused(&router, &conversation(id, arguments)).await;
+        assert!(
+            param.starts_with("messages[") && message.contains(told),
+            "{message}"
+        );
+    }
+    // The same turns for a model that knows no functions.
+    let without = support::api();
+    let (param, message) = refused(
+        &casemate_enclave::api::router(without),
+        &conversation("call_1", "{}"),
+    )
+    .await;
+    assert!(
+        param == "messages[1]" && message.contains("chat template"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn functions_have_limits_and_need_a_template() {
+    let plain = router(api());
+    let (param, message) = refused(&plain, &json!({"tools": [tool("f", false)]})).await;
+    assert!(
+        param == "tools" && message.contains("chat template"),
+        "{message}"
+    );
+    let router = with_tools();
+    let many: Vec<Value> = (0..129).map(|n| tool(&format!("f{n}"), false)).collect();
+    let large = json!([{"type": "function", "function": {"name": "f", "description": "x".repeat(300_000)}}]);
+    for (tools, param) in [
+        (json!(many), "tools"),
+        (large, "tools"),
+        (json!([tool("f", false), tool("f", false)]), "tools[1]"),
+        (json!([tool("a b", false)]), "tools[0]"),
+        (json!([{"type": "web_search"}]), "tools[0]"),
+        (json!([tool("f", true)]), "tools[0].function.strict"),
+        (
+            json!([tool("a", true), tool("b", false)]),
+            "tools[0].function.strict",
+        ),
+    ] {
+        assert_eq!(refused(&router, &json!({"tools": tools})).await.0, param);
+    }
+    let both = json!({"tools": [tool("f", false)], "response_format": {"type": "json_object"}});
+    assert_eq!(refused(&router, &both).await.0, "response_format");
+    // Shown to the model only where it may call them.
+    let free = answered(&router, &json!({"tools": [tool("f", false)]})).await;
+    let none = answered(
+        &router,
+        &json!({"tools": [tool("f", false)], "tool_choice": "none"}),
+    )
+    .await;
+    let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens(&free) > tokens(&none) + 50);
+}
+
+#[tokio::test]
+async fn the_seed_that_was_drawn_is_reported_and_repeats_the_answer() {
+    let router = router(api());
+    let drawn = answered(&router, &json!({"temperature": 1, "max_tokens": 20})).await;
+    let seed = drawn["seed"].as_i64().unwrap();
+    assert!((0..1 << 53).contains(&seed));
+    let again = answered(
+        &router,
+        &json!({"temperature": 1, "max_tokens": 20, "seed": seed}),
+    )
+    .await;
+    assert_eq!(again["choices"], drawn["choices"]);
+    let given = answered(&router, &json!({"seed": -3})).await;
+    assert_eq!(given["seed"], -3);
+}

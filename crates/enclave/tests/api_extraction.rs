@@ -1,0 +1,214 @@
+//! What the extraction policy lets users learn and steer.
+
+mod support;
+
+use axum::Router;
+use axum::http::StatusCode;
+use casemate_enclave::api::{Extraction, Logprobs, router};
+use serde_json::{Value, json};
+use support::{api, chat, events, post};
+
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+
+fn governed(logprobs: Logprobs, logit_bias: bool) -> Router {
+    router(api().with_extraction(Extraction {
+        logprobs,
+        logit_bias,
+    }))
+}
+
+fn rounded(top: u8, rounding: f64) -> Logprobs {
+    Logprobs::Rounded { top, rounding }
+}
+
+async fn refused(router: &Router, path: &str, body: &Value) -> (String, String, String) {
+    let (status, answer) = post(router, path, body).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    let text = |name: &str| answer["error"][name].as_str().unwrap_or("").to_owned();
+    (text("param"), text("code"), text("message"))
+}
+
+async fn answered(router: &Router, path: &str, body: &Value) -> Value {
+    let (status, answer) = post(router, path, body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    answer
+}
+
+#[tokio::test]
+async fn without_a_policy_nothing_is_shown_or_steered() {
+    let router = router(api());
+    for (extra, field) in [
+        (json!({"logprobs": true}), "logprobs"),
+        (json!({"logprobs": true, "top_logprobs": 1}), "top_logprobs"),
+        (json!({"logit_bias": {"1": 5}}), "logit_bias"),
+    ] {
+        let (param, code, message) = refused(&router, CHAT, &chat(&extra)).await;
+        assert_eq!(
+            (param.as_str(), code.as_str()),
+            (field, "extraction_policy")
+        );
+        assert!(message.contains("extraction policy"), "{message}");
+    }
+    let body = json!({"model": "tiny", "prompt": "a", "logprobs": 0});
+    assert_eq!(refused(&router, TEXT, &body).await.1, "extraction_policy");
+}
+
+#[tokio::test]
+async fn logprobs_are_bounded_rounded_and_the_same_streamed() {
+    let router = governed(rounded(3, 0.25), false);
+    let (param, code, message) = refused(
+        &router,
+        CHAT,
+        &chat(&json!({"logprobs": true, "top_logprobs": 4})),
+    )
+    .await;
+    assert_eq!(
+        (param.as_str(), code.as_str()),
+        ("top_logprobs", "extraction_policy")
+    );
+    assert!(message.contains("at most 3"), "{message}");
+    let (param, code, _) = refused(&router, CHAT, &chat(&json!({"top_logprobs": 2}))).await;
+    assert_eq!(
+        (param.as_str(), code.as_str()),
+        ("top_logprobs", "invalid_value")
+    );
+
+    let body = chat(&json!({"logprobs": true, "top_logprobs": 3}));
+    let whole = answered(&router, CHAT, &body).await;
+    let content = whole["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
+    assert_eq!(content.len() as u64, whole["usage"]["completion_tokens"]);
+    let text: Vec<u8> = content
+        .iter()
+        .flat_map(|token| token["bytes"].as_array().unwrap())
+        .map(|byte| byte.as_u64().unwrap() as u8)
+        .collect();
+    assert_eq!(
+        String::from_utf8_lossy(&text),
+        whole["choices"][0]["message"]["content"].as_str().unwrap()
+    );
+    for token in content {
+        let top = token["top_logprobs"].as_array().unwrap();
+        assert_eq!(top.len(), 3);
+        // Greedy: the chosen token is the likeliest.
+        assert_eq!(token["logprob"], top[0]["logprob"]);
+        for entry in top.iter().chain([token]) {
+            let value = entry["logprob"].as_f64().unwrap();
+            assert!(value <= 0.0 && (value * 4.0).fract() == 0.0, "{value}");
+        }
+        assert!(top[0]["logprob"].as_f64() >= top[2]["logprob"].as_f64());
+    }
+
+    let mut body = body;
+    body["stream"] = json!(true);
+    let streamed: Vec<Value> = events(&router, CHAT, &body)
+        .await
+        .iter()
+        .filter_map(|event| {
+            event["choices"][0]["logprobs"]["content"]
+                .as_array()
+                .cloned()
+        })
+        .flatten()
+        .collect();
+    assert_eq!(&streamed, content);
+}
+
+#[tokio::test]
+async fn completions_have_logprobs_in_their_own_shape() {
+    let router = governed(rounded(2, 0.1), false);
+    let body =
+        json!({"model": "tiny", "prompt": "ab", "max_tokens": 6, "temperature": 0, "logprobs": 2});
+    let whole = answered(&router, TEXT, &body).await;
+    let logprobs = &whole["choices"][0]["logprobs"];
+    let column = |name: &str| logprobs[name].as_array().unwrap().len();
+    assert_eq!(
+        ["tokens", "token_logprobs", "top_logprobs", "text_offset"].map(column),
+        [6; 4]
+    );
+    assert_eq!(logprobs["text_offset"][0], 0);
+    let first = logprobs["tokens"][0].as_str().unwrap();
+    assert_eq!(logprobs["text_offset"][1], first.chars().count());
+    assert_eq!(
+        logprobs["top_logprobs"][0][first],
+        logprobs["token_logprobs"][0]
+    );
+    let mut streaming = body.clone();
+    streaming["stream"] = json!(true);
+    let streamed: Vec<Value> = events(&router, TEXT, &streaming)
+        .await
+        .iter()
+        .filter_map(|event| {
+            event["choices"][0]["logprobs"]["tokens"]
+                .as_array()
+                .cloned()
+        })
+        .flatten()
+        .collect();
+    assert_eq!(&json!(streamed), &logprobs["tokens"]);
+    let none = json!({"model": "tiny", "prompt": "ab", "max_tokens": 1, "logprobs": 0});
+    let none = answered(&router, TEXT, &none).await;
+    assert_eq!(none["choices"][0]["logprobs"]["top_logprobs"], json!([{}]));
+}
+
+#[tokio::test]
+async fn tokens_of_a_stop_string_are_not_shown() {
+    let router = governed(rounded(0, 0.1), false);
+    let free = answered(&router, CHAT, &chat(&json!({"logprobs": true}))).await;
+    let text = free["choices"][0]["message"]["content"].as_str().unwrap();
+    let stop: String = text.chars().skip(2).take(2).collect();
+    let cut = answered(
+        &router,
+        CHAT,
+        &chat(&json!({"logprobs": true, "stop": stop})),
+    )
+    .await;
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+    let shown = |answer: &Value| {
+        answer["choices"][0]["logprobs"]["content"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert!(shown(&cut) < 4 && shown(&cut) < shown(&free), "{cut}");
+}
+
+#[tokio::test]
+async fn biases_need_a_policy_and_never_go_with_logprobs() {
+    let router = governed(rounded(5, 0.1), true);
+    let letter = 'Q' as u32 - '!' as u32 + 33;
+    let forced = answered(
+        &router,
+        CHAT,
+        &chat(&json!({"logit_bias": {letter.to_string(): 100}})),
+    )
+    .await;
+    assert_eq!(forced["choices"][0]["message"]["content"], "QQQQQQQQ");
+    let both = chat(&json!({"logprobs": true, "logit_bias": {"5": 1}}));
+    let (param, code, message) = refused(&router, CHAT, &both).await;
+    assert_eq!(
+        (param.as_str(), code.as_str()),
+        ("logit_bias", "extraction_policy")
+    );
+    assert!(message.contains("never combines"), "{message}");
+    let many: serde_json::Map<_, _> = (0..301).map(|n| (n.to_string(), json!(1))).collect();
+    for bad in [
+        json!({"5": 101}),
+        json!({"5": -100.5}),
+        json!({"5": "1"}),
+        json!({"05": 1}),
+        json!({"-1": 1}),
+        json!({"100000": 1}),
+        json!(many),
+        json!([1]),
+    ] {
+        let (param, code, _) = refused(&router, CHAT, &chat(&json!({"logit_bias": bad}))).await;
+        assert_eq!(
+            (param.as_str(), code.as_str()),
+            ("logit_bias", "invalid_value"),
+            "{bad}"
+        );
+    }
+}
