@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use casemate_broker::clock::{Clock, SystemClock};
 use casemate_broker::state::State;
 use casemate_container::signing::VerifyingKey;
+use casemate_kernels::hardening;
 use casemate_release::random::SystemRandom;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -46,6 +47,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    hardening::at_start();
+    let granted = hardening::before_secrets();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Init { state, provider } => init(&state, provider),
         Command::Serve(options) => {
+            tracing::info!("{granted}");
             runtime().and_then(|runtime| runtime.block_on(serve::serve(options)))
         }
         Command::Admin(options) => {

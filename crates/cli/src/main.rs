@@ -26,6 +26,7 @@ mod verify;
 
 use std::process::ExitCode;
 
+use casemate_kernels::hardening;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Failure;
@@ -59,6 +60,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Data keys, signing keys and prompts pass through here. The proxy shows what was granted.
+    hardening::at_start();
+    let granted = hardening::before_secrets();
     let cli = Cli::parse();
     let done: Result<(), Failure> = match cli.command {
         Command::Keygen(args) => keygen::run(&args),
@@ -70,7 +74,7 @@ fn main() -> ExitCode {
         Command::Rollback(args) => rollback::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Verify(args) => verify::run(&args),
-        Command::Proxy(args) => proxy::run(&args),
+        Command::Proxy(args) => proxy::run(&args, granted),
         Command::Receipt(args) => receipt::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

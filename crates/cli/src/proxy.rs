@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::serve::ListenerExt as _;
+use casemate_kernels::hardening::Hardening;
 use casemate_listen::{Limits, Server};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -57,7 +58,7 @@ pub(crate) struct Args {
     receipts: Option<PathBuf>,
 }
 
-pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+pub(crate) fn run(args: &Args, granted: Hardening) -> Result<(), Failure> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(
@@ -65,6 +66,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 .unwrap_or_else(|_| "casemate=info".into()),
         )
         .init();
+    tracing::info!("{granted}");
     let service = Service::new(
         &args.enclave,
         read_policy(&args.policy)?,

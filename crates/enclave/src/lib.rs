@@ -13,7 +13,7 @@
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
 //! | [`receipts`] | signed statements about its answers |
-//! | [`hardening`], [`metrics`] | what the system granted, and counters |
+//! | [`metrics`] | counters |
 //!
 //! Sealing and importing models, judging evidence and talking to users' programs happen elsewhere; the library form
 //! exists for tests.
@@ -24,7 +24,6 @@ pub mod access;
 pub mod api;
 pub mod config;
 pub mod gateway;
-pub mod hardening;
 pub mod metrics;
 pub mod provision;
 pub mod receipts;

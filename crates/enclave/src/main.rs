@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use casemate_enclave::config::MeasuredConfig;
 use casemate_enclave::startup;
 use casemate_enclave::workers::Workers;
+use casemate_kernels::hardening;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
@@ -28,6 +29,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    hardening::at_start();
     let arguments = Arguments::parse();
     // Only this program's own events: libraries may log what they carry. The environment has no say.
     let filter = EnvFilter::new(format!("off,casemate_enclave={}", arguments.log));

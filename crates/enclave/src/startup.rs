@@ -17,6 +17,7 @@ use axum::serve::ListenerExt as _;
 use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
 use casemate_engine::{Engine, EngineOptions};
+use casemate_kernels::hardening;
 use casemate_listen::{Limits, Server};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::TcpListener;
@@ -28,7 +29,6 @@ use crate::access::{self, Access};
 use crate::api::{self, Api};
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
-use crate::hardening;
 use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
 use crate::receipts::{self, Receipts};
@@ -65,7 +65,7 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     let bound = listener.local_addr()?;
 
     let quoter = connect_tee(&measured.config.tee)?;
-    info!("{}", hardening::apply());
+    info!("{}", hardening::before_secrets());
 
     let metrics = Arc::new(Metrics::default());
     let shared = Arc::new(Shared {

@@ -20,6 +20,7 @@ pub mod bandwidth;
 pub mod cpu;
 pub mod elementwise;
 pub mod gemm;
+pub mod hardening;
 mod isa;
 pub mod mem;
 pub mod norm;
