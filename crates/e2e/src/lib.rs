@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod canary;
 pub mod search;
 pub mod soak;
 pub mod watch;

@@ -3,16 +3,16 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 
-/// The forms in which a word may stand in bytes: as it is, in hexadecimal, and inside base64, wherever it begins there.
-pub fn forms(word: &str) -> Vec<Vec<u8>> {
+/// The forms in which a secret may stand in bytes: as it is, in hexadecimal, and inside base64, wherever it begins there.
+pub fn forms(word: &[u8]) -> Vec<Vec<u8>> {
     let mut forms = vec![
-        word.as_bytes().to_vec(),
+        word.to_vec(),
         hex::encode(word).into_bytes(),
         hex::encode_upper(word).into_bytes(),
     ];
     for before in 0..3 {
         let mut bytes = vec![0; before];
-        bytes.extend_from_slice(word.as_bytes());
+        bytes.extend_from_slice(word);
         // Characters that also depend on what stands before or after the word are left out.
         let from = (before * 8).div_ceil(6);
         let to = bytes.len() * 8 / 6;
@@ -28,7 +28,7 @@ pub fn forms(word: &str) -> Vec<Vec<u8>> {
 
 /// Whether `bytes` hold the word in any of its forms.
 pub fn holds(bytes: &[u8], word: &str) -> bool {
-    forms(word)
+    forms(word.as_bytes())
         .iter()
         .any(|form| bytes.windows(form.len()).any(|window| window == form))
 }

@@ -89,6 +89,7 @@ pub struct Deployment {
     programs: PathBuf,
     work: PathBuf,
     shown: bool,
+    trace: bool,
     fake_tee: Option<FakeTeeFacts>,
     broker: Option<BrokerFacts>,
     keys: Option<KeyFacts>,
@@ -246,6 +247,7 @@ impl Deployment {
             programs: absolute(programs)?,
             work: absolute(work)?,
             shown: false,
+            trace: false,
             fake_tee: None,
             broker: None,
             keys: None,
@@ -281,6 +283,11 @@ impl Deployment {
     /// Lets commands show their progress on our standard error.
     pub fn show_progress(&mut self, shown: bool) {
         self.shown = shown;
+    }
+
+    /// Lets programs that start from now on log all they can. The enclave's level is an argument, so it is measured.
+    pub fn log_everything(&mut self) {
+        self.trace = true;
     }
 
     /// Everything in order, for who wants the result only: proxy and enclave running over the model in `model`.
@@ -336,7 +343,7 @@ impl Deployment {
             });
         }
         let launch = self
-            .launch("casemate-broker", "casemate-broker")
+            .talkative("casemate-broker", "casemate-broker", "RUST_LOG")
             .arg("serve")
             .option("--state", &state)
             .option("--listen", "127.0.0.1:0")
@@ -606,7 +613,7 @@ impl Deployment {
     ) -> Result<ProxyFacts, DeploymentError> {
         let started = Instant::now();
         let mut launch = self
-            .launch("casemate-proxy", "casemate")
+            .talkative("casemate-proxy", "casemate", "CASEMATE_LOG")
             .arg("proxy")
             .option("--policy", self.user_policy()?)
             .option("--enclave", enclave)
@@ -661,9 +668,22 @@ impl Deployment {
     }
 
     fn enclave_launch(&self) -> Result<Launch, DeploymentError> {
-        Ok(self
+        let launch = self
             .launch("casemate-enclave", "casemate-enclave")
-            .option("--config", self.config()?))
+            .option("--config", self.config()?);
+        Ok(match self.trace {
+            true => launch.option("--log", "trace"),
+            false => launch,
+        })
+    }
+
+    /// A launch whose log level `variable` sets.
+    fn talkative(&self, name: &'static str, program: &str, variable: &str) -> Launch {
+        let mut launch = self.launch(name, program);
+        if self.trace {
+            launch.environment.push((variable.into(), "trace".into()));
+        }
+        launch
     }
 
     fn run(&self, launch: Launch) -> Result<String, DeploymentError> {
