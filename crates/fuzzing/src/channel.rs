@@ -134,6 +134,11 @@ impl Service {
     }
 }
 
+/// An honest answer of a service.
+pub(crate) fn honest_response() -> &'static AttestationResponse {
+    &service().response
+}
+
 /// A service's answer as a document. It reads back as written and is not accepted: nobody signed it.
 pub(crate) fn response(data: &[u8]) {
     let Ok(response) = AttestationResponse::from_json(data) else {

@@ -54,7 +54,7 @@ fn open(path: &Path) {
 }
 
 /// Zeros behind the input stand for the tensors, so that an input is a header only.
-const DATA: usize = 1 << 18;
+const DATA: usize = 1 << 16;
 
 /// A GGUF file's header.
 pub(crate) fn gguf(data: &[u8]) {

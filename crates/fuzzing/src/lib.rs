@@ -15,6 +15,7 @@ mod damage;
 mod enclave;
 mod engine;
 mod import;
+mod receipt;
 mod release;
 mod scratch;
 mod tee;
@@ -106,6 +107,8 @@ targets! {
     ohttp_request: channel::request, channel::request_seeds, 4 << 10;
     ohttp_answer: channel::answer, channel::answer_seeds, 64;
     ohttp_message: channel::message, channel::message_seeds, 8 << 10;
+    receipt: receipt::receipt, receipt::receipt_seeds, 4 << 10;
+    receipt_bundle: receipt::bundle, receipt::bundle_seeds, 48 << 10;
     api_body: enclave::api, enclave::api_seeds, 4 << 10;
     enclave_config: enclave::config, enclave::config_seeds, 4 << 10;
     broker_log: broker::log, broker::log_seeds, 2 << 10;

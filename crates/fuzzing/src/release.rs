@@ -282,7 +282,7 @@ fn signed_grant(body: &[u8]) -> Vec<u8> {
 }
 
 /// The first byte string of an envelope, which is the body.
-fn body_of(envelope: &[u8]) -> Vec<u8> {
+pub(crate) fn body_of(envelope: &[u8]) -> Vec<u8> {
     let mut decoder = minicbor::Decoder::new(envelope);
     let body = decoder
         .map()

@@ -8,7 +8,10 @@
 //! | JWE | none of these change the payload |
 //! | attestation response | inside the collateral as above; keyset and credential are the same |
 
+use casemate_attest::Policy;
+use casemate_attest::measure::Measurement;
 use casemate_fuzzing::walks;
+use casemate_testkit::policies::PolicyFile;
 
 /// Changes `step`th bytes of what belongs to `target`, each with every mask.
 fn walk(target: &str, step: usize, masks: &[u8]) {
@@ -71,4 +74,66 @@ fn no_corrupted_evidence_changes_a_claim() {
 #[test]
 fn no_corrupted_service_is_another_service() {
     walk("service_damage", 7, &[0x01]);
+}
+
+/// What a policy says, apart from the digest of its bytes.
+fn meaning(policy: &Policy) -> String {
+    format!(
+        "{:?}",
+        (
+            (
+                policy.version(),
+                policy.tee(),
+                policy.dangerous_development_root()
+            ),
+            (
+                policy.minimum_tcb_evaluation_data_number(),
+                policy.tcb_allowances()
+            ),
+            (policy.service_tds(), policy.measurements()),
+            (policy.model().ok(), policy.service().ok()),
+        )
+    )
+}
+
+/// Two changes leave what a policy says as it was: one inside of a comment, and the case of a letter in hexadecimal.
+/// Neither leaves its digest as it was.
+#[test]
+fn a_corrupted_policy_is_refused_or_says_something_else() {
+    let measurement = Measurement {
+        mr_td: [0xab; 48],
+        mr_config_id: [0x12; 48],
+        rtmr: [[0; 48]; 4],
+    };
+    let mut file = PolicyFile::new([0xcd; 32], measurement);
+    file.models = Some((vec!["0e".repeat(32)], 7));
+    file.service = Some(("f1".repeat(32), "demo".into()));
+    let text = format!("# comment\n{}", file.to_toml());
+    let honest = Policy::from_toml(&text).unwrap();
+    let comment = 1.."# comment".len();
+    let mut harmless = 0;
+    for at in 0..text.len() {
+        for mask in BITS {
+            let mut bytes = text.clone().into_bytes();
+            let before = bytes[at];
+            bytes[at] ^= mask;
+            let after = bytes[at];
+            let Some(policy) = String::from_utf8(bytes)
+                .ok()
+                .and_then(|t| Policy::from_toml(&t).ok())
+            else {
+                continue;
+            };
+            assert_ne!(policy.digest(), honest.digest(), "byte {at} ^ {mask:#x}");
+            if meaning(&policy) == meaning(&honest) {
+                let case = before.is_ascii_hexdigit() && after.eq_ignore_ascii_case(&before);
+                assert!(
+                    case || comment.contains(&at),
+                    "byte {at} ^ {mask:#x} of {text}"
+                );
+                harmless += 1;
+            }
+        }
+    }
+    assert!(harmless > 0);
 }

@@ -101,6 +101,8 @@ survives! {
     ohttp_request
     ohttp_answer
     ohttp_message
+    receipt
+    receipt_bundle
     api_body
     enclave_config
     broker_log

@@ -1,0 +1,128 @@
+//! Receipts, and the bundles that users keep of them.
+
+use casemate_attest::UnixTime;
+use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::receipt::{
+    AnswerHash, Bundle, DOMAIN, FetchedReceipt, Parameters, Receipt, RequestHash, RequestId, Salt,
+    SavedAttestation, SignedReceipt, Usage,
+};
+use casemate_channel::verify::Challenge;
+use casemate_container::signing::SigningKey;
+
+use crate::attest::NOW;
+use crate::channel::honest_response;
+
+fn key() -> SigningKey {
+    SigningKey::from_seed(&[0x66; 32])
+}
+
+fn honest() -> Receipt {
+    Receipt {
+        id: RequestId::new("chatcmpl", [1; 16]),
+        counter: 2,
+        keyset_digest: KeysetDigest([3; 32]),
+        evidence_digest: [4; 32],
+        model_digest: [5; 32],
+        model_version: 6,
+        adapter_digests: vec![[7; 32]],
+        compute: "int8-g32".into(),
+        parameters: Parameters {
+            temperature: 0.5,
+            top_p: 0.9,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: 8,
+            choices: 1,
+            max_tokens: Some(9),
+        },
+        request_hash: RequestHash([10; 32]),
+        status: 200,
+        answer_hash: AnswerHash([11; 32]),
+        usage: Some(Usage {
+            prompt_tokens: 12,
+            completion_tokens: 13,
+        }),
+        time: NOW,
+    }
+}
+
+/// An envelope as it is, or a body that is signed whatever it says; the first byte chooses. What is accepted is its own
+/// one encoding.
+pub(crate) fn receipt(data: &[u8]) {
+    let (which, bytes) = data.split_first().unwrap_or((&0, &[]));
+    if which % 2 == 0 {
+        let _ = SignedReceipt::parse(bytes);
+        if let Ok(id) = String::from_utf8_lossy(bytes).parse::<RequestId>() {
+            assert_eq!(id.as_str().as_bytes(), bytes);
+        }
+        return;
+    }
+    let mut cbor = minicbor::Encoder::new(Vec::new());
+    cbor.map(2)
+        .and_then(|e| e.u8(0)?.bytes(bytes))
+        .and_then(|e| e.u8(1)?.bytes(&key().sign(DOMAIN, bytes).0))
+        .expect("memory takes all bytes");
+    let envelope = cbor.into_writer();
+    if let Ok(parsed) = SignedReceipt::parse(&envelope) {
+        let again = parsed
+            .unverified()
+            .sign(&key())
+            .expect("an accepted receipt");
+        assert_eq!(again, envelope, "a second encoding was accepted");
+    }
+}
+
+pub(crate) fn receipt_seeds() -> Vec<Vec<u8>> {
+    let mut incomplete = honest();
+    incomplete.usage = None;
+    incomplete.parameters.max_tokens = None;
+    incomplete.adapter_digests.clear();
+    let mut seeds = vec![[&[0], honest().id.as_str().as_bytes()].concat()];
+    for receipt in [honest(), incomplete] {
+        let envelope = receipt.sign(&key()).expect("an honest receipt");
+        seeds.push([&[1], &crate::release::body_of(&envelope)[..]].concat());
+        seeds.push([&[0], &envelope[..]].concat());
+    }
+    seeds
+}
+
+/// A bundle, and what an enclave hands out; the first byte chooses. What was read is written and read as the same.
+pub(crate) fn bundle(data: &[u8]) {
+    let (which, bytes) = data.split_first().unwrap_or((&0, &[]));
+    if which % 2 == 0 {
+        if let Ok(bundle) = Bundle::from_json(bytes) {
+            let text = bundle.to_json();
+            let again = Bundle::from_json(text.as_bytes()).expect("what was written");
+            assert_eq!(again.to_json(), text);
+        }
+    } else if let Ok(fetched) = FetchedReceipt::from_json(bytes, &honest().id) {
+        let text = fetched.to_json();
+        let again = FetchedReceipt::from_json(text.as_bytes(), &honest().id);
+        assert_eq!(again.map(|again| again.to_json()), Ok(text));
+        let parsed = SignedReceipt::parse(&fetched.receipt).expect("checked before");
+        assert_eq!(parsed.unverified().id, honest().id);
+    }
+}
+
+pub(crate) fn bundle_seeds() -> Vec<Vec<u8>> {
+    let fetched = || FetchedReceipt {
+        receipt: honest().sign(&key()).expect("an honest receipt"),
+        request_salt: Salt::from_bytes(&[1; 32]),
+        answer_salt: Salt::from_bytes(&[2; 32]),
+    };
+    let bundle = Bundle {
+        fetched: fetched(),
+        attestation: SavedAttestation {
+            response: honest_response().clone(),
+            challenge: Challenge::from_parts([9; 32], UnixTime::from_secs(NOW)),
+            verified_at: UnixTime::from_secs(NOW + 1),
+        },
+    };
+    vec![
+        [&[0], bundle.to_json().as_bytes()].concat(),
+        [&[1], fetched().to_json().as_bytes()].concat(),
+    ]
+}
