@@ -223,7 +223,8 @@ async fn peers_answers_pass_in_the_known_forms_only() {
             .insert("set-cookie", HeaderValue::from_static("a=b"));
         response
     }
-    let cases: [(fn() -> Response<Body>, u16); 9] = [
+    type Peer = fn() -> Response<Body>;
+    let cases: [(Peer, u16); 9] = [
         (|| plain(StatusCode::MISDIRECTED_REQUEST, ""), 400),
         (|| problem(StatusCode::CONFLICT, 10), 409),
         (|| problem(StatusCode::PAYLOAD_TOO_LARGE, 10), 413),
