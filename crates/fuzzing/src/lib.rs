@@ -100,6 +100,7 @@ targets! {
     jwe: release::jwe, release::jwe_seeds, 4 << 10;
     grant: release::grant, release::grant_seeds, 2 << 10;
     credential: release::credential, release::credential_seeds, 4 << 10;
+    rollback: release::rollback, release::rollback_seeds, 2 << 10;
     issuance: release::issuance, release::issuance_seeds, 16 << 10;
     keyset: channel::keyset, channel::keyset_seeds, 4 << 10;
     attestation_response: channel::response, channel::response_seeds, 48 << 10;

@@ -17,6 +17,7 @@ use casemate_release::rcar::{
     self, AttestResponse, Attestation, Challenge, ErrorInformation, Request, ResourcePath,
     RuntimeData,
 };
+use casemate_release::rollback::{self, Rollback, Target, VerifiedRollback};
 use casemate_release::{ReleaseError, credential};
 use serde::Serialize;
 use serde_json::json;
@@ -150,6 +151,8 @@ pub(crate) fn walks() -> Vec<Walk> {
     let credential = honest_credential()
         .issue(&issuer())
         .expect("an honest credential");
+    let rollback = honest_rollback(model_target()).sign(&provider());
+    let rollback = rollback.expect("an honest rollback");
     let walk = |target, what, prefix, len| Walk {
         target,
         what,
@@ -160,6 +163,7 @@ pub(crate) fn walks() -> Vec<Walk> {
         walk("jwe", "a JWE", &[2], honest_jwe().len()),
         walk("grant", "a key grant", &[1], grant.len()),
         walk("credential", "a credential", &[1], credential.len()),
+        walk("rollback", "a rollback", &[1], rollback.len()),
     ]
 }
 
@@ -247,7 +251,7 @@ pub(crate) fn grant(data: &[u8]) {
             damage::apply(bytes, &mut envelope);
             envelope
         }
-        _ => signed_grant(bytes),
+        _ => signed_by_provider(grant::DOMAIN, bytes),
     };
     let _ = grant::inspect(&envelope);
     if which % 3 == 1 {
@@ -269,14 +273,14 @@ pub(crate) fn grant(data: &[u8]) {
     }
 }
 
-/// `{0: body, 1: key, 2: signature}`.
-fn signed_grant(body: &[u8]) -> Vec<u8> {
+/// `{0: body, 1: key, 2: signature}`, as grants and rollbacks have it.
+fn signed_by_provider(domain: &str, body: &[u8]) -> Vec<u8> {
     let provider = provider();
     let mut cbor = minicbor::Encoder::new(Vec::new());
     cbor.map(3)
         .and_then(|e| e.u8(0)?.bytes(body))
         .and_then(|e| e.u8(1)?.bytes(provider.verifying_key().as_bytes()))
-        .and_then(|e| e.u8(2)?.bytes(&provider.sign(grant::DOMAIN, body).0))
+        .and_then(|e| e.u8(2)?.bytes(&provider.sign(domain, body).0))
         .expect("memory takes all bytes");
     cbor.into_writer()
 }
@@ -295,6 +299,68 @@ pub(crate) fn grant_seeds() -> Vec<Vec<u8>> {
     let envelope = honest_grant().sign(&provider()).expect("an honest grant");
     let mut seeds = vec![tagged(0, &envelope), tagged(2, &body_of(&envelope))];
     seeds.extend(damage::seeds().into_iter().map(|seed| tagged(1, &seed)));
+    seeds
+}
+
+fn honest_rollback(target: Target) -> Rollback {
+    Rollback {
+        issuer: issuer().verifying_key(),
+        target,
+        from_version: 5,
+        to_version: 3,
+        permitted: [0x12; 32],
+        expires_at: NOW + 3600,
+    }
+}
+
+fn model_target() -> Target {
+    Target::Model {
+        path: "default/model/smollm2".parse().expect("a path"),
+        name: "smollm2".into(),
+    }
+}
+
+/// A rollback, in the same three ways as [`grant`].
+pub(crate) fn rollback(data: &[u8]) {
+    let (which, bytes) = split(data);
+    let honest = honest_rollback(model_target()).sign(&provider());
+    let honest = honest.expect("an honest rollback");
+    let envelope = match which % 3 {
+        0 => bytes.to_vec(),
+        1 => {
+            let mut envelope = honest.clone();
+            damage::apply(bytes, &mut envelope);
+            envelope
+        }
+        _ => signed_by_provider(rollback::DOMAIN, bytes),
+    };
+    let (provider, issuer) = (provider(), issuer().verifying_key());
+    let verified = VerifiedRollback::verify(&envelope, &provider.verifying_key(), &issuer, NOW);
+    if which % 3 == 1 {
+        assert_eq!(verified.is_ok(), honest == envelope);
+    }
+    if let Ok(verified) = verified {
+        let again = verified
+            .claims()
+            .sign(&provider)
+            .expect("an accepted rollback");
+        assert_eq!(again, envelope, "a second encoding was accepted");
+        assert!(verified.claims().to_version < verified.claims().from_version);
+    }
+}
+
+pub(crate) fn rollback_seeds() -> Vec<Vec<u8>> {
+    let mut seeds: Vec<_> = damage::seeds()
+        .into_iter()
+        .map(|seed| tagged(1, &seed))
+        .collect();
+    for target in [Target::Policy, model_target()] {
+        let envelope = honest_rollback(target)
+            .sign(&provider())
+            .expect("an honest rollback");
+        seeds.push(tagged(0, &envelope));
+        seeds.push(tagged(2, &body_of(&envelope)));
+    }
     seeds
 }
 

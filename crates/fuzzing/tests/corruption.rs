@@ -46,6 +46,11 @@ fn no_corrupted_credential_is_accepted() {
 }
 
 #[test]
+fn no_corrupted_rollback_is_accepted() {
+    walk("rollback", 1, &BITS);
+}
+
+#[test]
 fn no_corrupted_jwe_yields_another_payload() {
     walk("jwe", 1, &BITS);
 }

@@ -94,6 +94,7 @@ survives! {
     jwe
     grant
     credential
+    rollback
     issuance
     keyset
     attestation_response
