@@ -13,6 +13,7 @@
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
 //! | [`receipts`] | signed statements about its answers |
+//! | [`denial`] | why a start was denied, for machines |
 //! | [`metrics`] | counters |
 //!
 //! Sealing and importing models, judging evidence and talking to users' programs happen elsewhere; the library form
@@ -23,6 +24,7 @@
 pub mod access;
 pub mod api;
 pub mod config;
+pub mod denial;
 pub mod gateway;
 pub mod metrics;
 pub mod provision;

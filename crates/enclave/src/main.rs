@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use casemate_enclave::config::MeasuredConfig;
+use casemate_enclave::denial::StartDenial;
 use casemate_enclave::startup;
 use casemate_enclave::workers::Workers;
 use casemate_kernels::hardening;
@@ -43,6 +44,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", one_line(&error));
+            if let Some(denial) = StartDenial::of(&error) {
+                eprintln!("{}", denial.line());
+                eprintln!("`casemate explain` reads this log and tells what to do about it");
+            }
             ExitCode::FAILURE
         }
     }
