@@ -9,6 +9,7 @@ mod apikey;
 mod bench;
 mod check;
 mod exit;
+mod explain;
 mod grant;
 mod inspect;
 mod keygen;
@@ -34,7 +35,8 @@ use crate::exit::Failure;
 /// Private language models on machines that their owner does not trust.
 ///
 /// A provider makes keys (keygen), encrypts a model (seal), looks at it (inspect, check) and grants its key to an
-/// attested enclave. A user verifies that enclave and talks to it through a local proxy.
+/// attested enclave. A user verifies that enclave and talks to it through a local proxy. Whatever is refused, explain
+/// puts into plain words.
 #[derive(Parser)]
 #[command(name = "casemate", version, after_help = exit::CODES)]
 struct Cli {
@@ -56,6 +58,7 @@ enum Command {
     Verify(verify::Args),
     Proxy(proxy::Args),
     Receipt(receipt::Args),
+    Explain(explain::Args),
     Bench(bench::Args),
 }
 
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         Command::Proxy(args) => proxy::run(&args, granted),
         Command::Receipt(args) => receipt::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)

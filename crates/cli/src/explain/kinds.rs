@@ -1,0 +1,115 @@
+//! What a file looks like that is not what a command expected, and which command takes it. It goes by the beginning and
+//! by names of fields, decides nothing, and never repeats contents.
+
+use serde_json::Value;
+
+/// One sentence about the file.
+pub(crate) fn describe(bytes: &[u8]) -> &'static str {
+    let starts = |magic: &[u8]| bytes.starts_with(magic);
+    if bytes.is_empty() {
+        return "the file is empty";
+    }
+    if starts(b"\x89CSMT") {
+        return "this is a sealed model; `casemate check` and `casemate inspect` read it";
+    }
+    if starts(b"GGUF") {
+        return "this is a GGUF model that is not sealed; `casemate seal` takes it";
+    }
+    if starts(b"PK\x03\x04") {
+        return "this is a zip archive, in which PyTorch keeps models; convert it to safetensors or GGUF first";
+    }
+    // safetensors: the length of a JSON header, then the header.
+    if bytes.get(8) == Some(&b'{') && bytes[..8].ends_with(&[0, 0]) {
+        return "this is a safetensors file; `casemate seal` takes the directory that it lies in";
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) => describe_text(text),
+        Err(error) if error.valid_up_to() + 4 > bytes.len() => {
+            "this is text that ends in the middle"
+        }
+        Err(_) => "this is a binary file of a kind that casemate does not know",
+    }
+}
+
+fn describe_text(text: &str) -> &'static str {
+    if text.contains("-----BEGIN CASEMATE DATA KEY") {
+        return "this is a data key, which is secret; `casemate seal`, `check` and `grant` take it as --data-key";
+    }
+    if text.contains("-----BEGIN PRIVATE KEY") {
+        return "this is a private key, which is secret; `casemate seal` and `grant` take it as --signing-key";
+    }
+    if text.contains("-----BEGIN PUBLIC KEY") {
+        return "this is a public key; `casemate check` takes it as --provider";
+    }
+    if text.contains("-----BEGIN CERTIFICATE") {
+        return "these are certificates; `casemate verify` takes certificate authorities as --ca";
+    }
+    if let Ok(value) = serde_json::from_str::<Value>(text) {
+        return describe_json(&value);
+    }
+    let has = |field: &str| {
+        text.lines()
+            .any(|line| line.trim_start().starts_with(field))
+    };
+    if has("[[measurement]]") || has("tee = ") {
+        return "this is a policy; `casemate verify --policy` takes it, and `casemate-broker admin policy set`";
+    }
+    if has("[broker]") && has("[model]") {
+        return "this is an enclave's configuration; `casemate measure --config` takes it, and `casemate-enclave`";
+    }
+    if text.contains("passed  ") || text.contains("FAILED  ") {
+        return "this is a transcript for people; run the command again with --json and give that";
+    }
+    if text.contains("casemate: ") || text.contains("error: ") {
+        return "this is a message for people, which says already what is known; with --json, commands say more";
+    }
+    "this is text without a refusal that casemate knows"
+}
+
+fn describe_json(value: &Value) -> &'static str {
+    let has = |name: &str| value.get(name).is_some();
+    if has("explanations") {
+        return "this is what `casemate explain --json` printed";
+    }
+    if has("quote") && has("tee") {
+        return "this is evidence; `casemate verify --evidence` judges it";
+    }
+    if has("keyset") && has("credential") && has("evidence") {
+        return "this is a service's attestation; `casemate verify --service` fetches and judges it";
+    }
+    if has("receipt") || has("receipts") {
+        return "this is a receipt; `casemate receipt verify` judges it";
+    }
+    if has("choices") {
+        return "this is an answer of a model, in which nothing was refused";
+    }
+    if has("header") && has("manifest") {
+        return "this is what `casemate inspect --json` printed, which judges nothing; `casemate check` does";
+    }
+    "this is JSON of a kind that casemate does not know"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_the_command_that_takes_a_file() {
+        for (bytes, command) in [
+            (&b"\x89CSMT\r\x1a\n"[..], "casemate check"),
+            (b"GGUF\x03\0\0\0", "casemate seal"),
+            (b"\x10\0\0\0\0\0\0\0{\"a\":1}", "directory"),
+            (b"-----BEGIN CASEMATE DATA KEY-----", "--data-key"),
+            (b"version = 1\ntee = [\"tdx\"]\n", "--policy"),
+            (b"[model]\n[broker]\n", "casemate measure"),
+            (b"{\"tee\":\"tdx\",\"quote\":\"\"}", "--evidence"),
+            (b"{\"receipt\":1}", "receipt verify"),
+            (b"FAILED   debug   on", "--json"),
+            (b"", "empty"),
+            (b"\xff\xfe\0\0\0\0\0\0\0", "binary"),
+        ] {
+            let described = describe(bytes);
+            assert!(described.contains(command), "{command}: {described}");
+        }
+    }
+}
