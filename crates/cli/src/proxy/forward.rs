@@ -14,6 +14,7 @@ use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, Answer, AnswerError, EncapsulateError, KEY_PROBLEM, PROBLEM_MEDIA_TYPE,
 };
 use casemate_channel::receipt::{InvalidRequestId, RequestId};
+use futures::{Stream, StreamExt as _, stream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use serde::Deserialize;
 
@@ -23,6 +24,10 @@ use super::session::{Current, Session};
 
 /// The largest request body that is carried; an enclave accepts no more either.
 const MAX_BODY: usize = 4 * 1024 * 1024;
+/// The largest answer that is held back until it is whole.
+const MAX_WHOLE: usize = 16 * 1024 * 1024;
+/// Media type of answers that are passed on as they come.
+const EVENT_STREAM: &str = "text/event-stream";
 /// The largest refusal of a service's host that is read.
 const MAX_PROBLEM: usize = 16 * 1024;
 
@@ -104,17 +109,18 @@ fn method_not_allowed() -> Refusal {
 async fn forward(State(shared): State<Shared>, request: Request) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
     let (current, answer) = carry(&shared.session, &inner).await?;
+    let streams = has_media_type(&answer.headers, EVENT_STREAM);
     let mut response = match &shared.saver {
         Some(saver) => {
             let authorization = inner.headers().get(header::AUTHORIZATION);
             let (status, headers, body) =
                 saver.watch(&shared.session, &current, authorization, answer);
-            to_response(status, headers, Body::from_stream(body))
+            to_response(status, headers, passed_on(body, streams).await?)
         }
         None => to_response(
             answer.status,
             answer.headers,
-            Body::from_stream(answer.body),
+            passed_on(answer.body, streams).await?,
         ),
     };
     for name in CONNECTION_FIELDS {
@@ -196,6 +202,31 @@ async fn carry(
         }
         other => Ok((current, other?)),
     }
+}
+
+/// The body of an answer for the client. Nobody can use a part of what is no stream of events, so that is passed on when
+/// its end is there, and one that is cut short becomes an error that a client understands. What is longer than any such
+/// answer is passed on as it comes.
+async fn passed_on(
+    mut body: impl Stream<Item = Result<Bytes, AnswerError>> + Send + Unpin + 'static,
+    streams: bool,
+) -> Result<Body, Refusal> {
+    let mut pieces = Vec::new();
+    let mut length = 0;
+    while !streams && length <= MAX_WHOLE {
+        match body.next().await {
+            Some(piece) => {
+                let piece = piece.map_err(Failure::Answer)?;
+                length += piece.len();
+                pieces.push(Ok::<_, AnswerError>(piece));
+            }
+            None => {
+                let bytes: Vec<Bytes> = pieces.into_iter().flatten().collect();
+                return Ok(Body::from(bytes.concat()));
+            }
+        }
+    }
+    Ok(Body::from_stream(stream::iter(pieces).chain(body)))
 }
 
 /// The request as the service will see it.

@@ -34,8 +34,15 @@ impl IntoResponse for Refusal {
         } else {
             "proxy_error"
         };
+        let message = match self.status.is_server_error() {
+            true => format!(
+                "{}; `casemate explain` reads this answer and tells more",
+                self.message
+            ),
+            false => self.message,
+        };
         let body = json!({
-            "error": { "message": self.message, "type": kind, "param": null, "code": self.code }
+            "error": { "message": message, "type": kind, "param": null, "code": self.code }
         });
         (self.status, Json(body)).into_response()
     }

@@ -439,3 +439,14 @@ async fn an_answer_that_is_cut_off_does_not_look_whole() {
     assert_eq!(response.status(), 200);
     assert!(response.bytes().await.is_err());
 }
+
+#[tokio::test]
+async fn an_answer_that_is_no_stream_is_whole_or_an_error() {
+    let setup = Setup::new().await;
+    setup.enclave.set_fault(Fault::CutAnswer(16 + 100 * 530));
+    let expected = (StatusCode::BAD_GATEWAY, "answer_refused".to_owned());
+    assert_eq!(setup.refusal("/v1/long").await, expected);
+    setup.enclave.set_fault(Fault::None);
+    let whole = setup.get("/v1/long").await.bytes().await.unwrap();
+    assert_eq!(whole.len(), 100_000);
+}

@@ -236,10 +236,11 @@ impl Enclave {
     ) {
         self.processed.fetch_add(1, Ordering::SeqCst);
         let mut headers = HeaderMap::new();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("text/event-stream"),
-        );
+        let media_type = match request.uri().path() {
+            "/v1/long" => "application/json",
+            _ => "text/event-stream",
+        };
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
         headers.insert("x-toy", HeaderValue::from_static("yes"));
         let once = |text: String| stream::iter([Ok(Bytes::from(text))]).boxed();
         let (status, body) = match request.uri().path() {
