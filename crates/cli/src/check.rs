@@ -3,12 +3,17 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use casemate_container::{DataKey, SealedFile};
+use casemate_container::DataKey;
 use serde_json::json;
 
 use crate::exit::{self, Failure, InJson};
 use crate::keys;
 use crate::progress::Bars;
+use crate::sealed;
+
+/// Behind a refusal.
+const MORE: &str =
+    "likely cause and what to do: the same with --json, piped into `casemate explain -`";
 
 /// Verify a sealed model completely: key, provider's signature, every chunk, every digest.
 ///
@@ -40,8 +45,13 @@ fn check(args: &Args) -> Result<(), Failure> {
     let data_key = DataKey::read_file(&args.data_key)?;
     let provider = keys::public_key(&args.provider)?;
     let start = Instant::now();
-    let unlocked = SealedFile::open(&args.model)?.unlock(&data_key, &provider)?;
-    unlocked.check(args.threads, &Bars::new())?;
+    let refused = |error| sealed::of(&args.model, error).hint(MORE);
+    let unlocked = sealed::open(&args.model)?
+        .unlock(&data_key, &provider)
+        .map_err(refused)?;
+    unlocked
+        .check(args.threads, &Bars::new())
+        .map_err(refused)?;
     let seconds = start.elapsed().as_secs_f64();
     let manifest = unlocked.manifest();
     if args.json {

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use anyhow::anyhow;
 use casemate_container::{KeyFileError, OpenError, SealError};
 use casemate_import::ImportError;
 use serde_json::{Value, json};
@@ -61,6 +62,8 @@ pub(crate) struct Failure {
     /// A stable word for machines.
     code: &'static str,
     error: anyhow::Error,
+    /// How to learn more.
+    hint: Option<&'static str>,
     json: bool,
 }
 
@@ -70,7 +73,24 @@ impl Failure {
             class,
             code,
             error: error.into(),
+            hint: None,
             json: false,
+        }
+    }
+
+    /// The same, saying first what it is about.
+    pub(crate) fn about(self, what: String) -> Self {
+        Failure {
+            error: self.error.context(what),
+            ..self
+        }
+    }
+
+    /// The same, with a second line that says how to learn more.
+    pub(crate) fn hint(self, hint: &'static str) -> Self {
+        Failure {
+            hint: Some(hint),
+            ..self
         }
     }
 
@@ -93,6 +113,9 @@ pub(crate) fn report(done: Result<(), Failure>) -> ExitCode {
     }
     let mut stderr = io::stderr().lock();
     let _ = writeln!(stderr, "casemate: {}", one_line(&failure.error));
+    if let Some(hint) = failure.hint.filter(|_| !failure.json) {
+        let _ = writeln!(stderr, "casemate: {hint}");
+    }
     ExitCode::from(failure.class.code())
 }
 
@@ -102,9 +125,12 @@ pub(crate) fn print_json(value: &Value) -> Result<(), Failure> {
     print(&text)
 }
 
-/// Prints on standard output; a closed pipe is a failure, not a panic.
+/// Prints on standard output. A reader that left, as `head` does, has what it wanted: the exit code stays the verdict.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    writeln!(io::stdout().lock(), "{text}").map_err(Failure::io)
+    match writeln!(io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.map_err(Failure::io),
+    }
 }
 
 /// The causes that the message does not already contain.
@@ -150,11 +176,9 @@ impl From<SealError> for Failure {
             SealError::Source(_) => Failure::new(Class::Io, "source", error),
             SealError::SourceChanged { .. } => Failure::new(Class::Io, "source-changed", error),
             SealError::NothingPublic { .. } => Failure::new(Class::Usage, "nothing-public", error),
-            SealError::Exists { .. } => Failure::new(
-                Class::Io,
-                "exists",
-                anyhow::Error::from(error).context("--force replaces it"),
-            ),
+            SealError::Exists { .. } => {
+                Failure::new(Class::Io, "exists", anyhow!("{error}; --force replaces it"))
+            }
             SealError::Io { .. } => Failure::io(error),
         }
     }
@@ -164,11 +188,9 @@ impl From<KeyFileError> for Failure {
     fn from(error: KeyFileError) -> Self {
         match error {
             KeyFileError::Io { .. } => Failure::new(Class::Io, "key-file", error),
-            KeyFileError::Exists { .. } => Failure::new(
-                Class::Io,
-                "exists",
-                anyhow::Error::from(error).context("--force replaces it"),
-            ),
+            KeyFileError::Exists { .. } => {
+                Failure::new(Class::Io, "exists", anyhow!("{error}; --force replaces it"))
+            }
             KeyFileError::Exposed { .. } => Failure::new(Class::Io, "key-file-exposed", error),
             KeyFileError::NotAKey { .. } => Failure::new(Class::Malformed, "not-a-key", error),
         }

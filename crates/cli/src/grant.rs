@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 
 use anyhow::anyhow;
+use casemate_container::DataKey;
 use casemate_container::signing::SigningKey;
-use casemate_container::{DataKey, SealedFile};
 use casemate_release::api_key::ApiKeys;
 use casemate_release::grant::KeyGrant;
 use serde_json::json;
 
 use crate::apikey::file;
 use crate::exit::{self, Class, Failure, InJson};
+use crate::sealed;
 use crate::secret_file;
 
 /// Grant a sealed model's key to whichever enclave the broker's policy accepts.
@@ -54,7 +55,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn grant(args: &Args) -> Result<(), Failure> {
     let data_key = DataKey::read_file(&args.data_key)?;
     let provider = SigningKey::read_file(&args.signing_key)?;
-    let model = SealedFile::open(&args.model)?.unlock(&data_key, &provider.verifying_key())?;
+    let model = sealed::open(&args.model)?
+        .unlock(&data_key, &provider.verifying_key())
+        .map_err(|error| sealed::of(&args.model, error))?;
     let (digest, manifest) = (model.digest(), model.manifest());
     let minimum_version = args.minimum_version.unwrap_or(manifest.version());
     if minimum_version > manifest.version() {

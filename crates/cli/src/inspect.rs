@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use casemate_container::{Access, DataKey, Header, Inspected, Manifest, SealedFile};
+use casemate_container::{Access, DataKey, Header, Inspected, Manifest};
 use serde_json::{Value, json};
 
 use crate::exit::{self, Failure, InJson};
+use crate::sealed;
 
 /// Show what is in a sealed model: without a key the header, with the data key the manifest too.
 ///
@@ -35,9 +36,10 @@ fn inspect(args: &Args) -> Result<(), Failure> {
         .as_deref()
         .map(DataKey::read_file)
         .transpose()?;
-    let file = SealedFile::open(&args.model)?;
+    let file = sealed::open(&args.model)?;
     let header = file.header().clone();
-    let inspected = data_key.map(|key| file.inspect(&key)).transpose()?;
+    let inspected = data_key.map(|key| file.inspect(&key)).transpose();
+    let inspected = inspected.map_err(|error| sealed::of(&args.model, error))?;
     match args.json {
         true => exit::print_json(&json!({
             "header": header_json(&header),

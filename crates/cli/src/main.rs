@@ -20,6 +20,7 @@ mod proxy;
 mod receipt;
 mod rollback;
 mod seal;
+mod sealed;
 mod secret_file;
 mod service;
 mod verdict;

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::exit::{self, Failure, InJson};
 use crate::progress::Bars;
+use crate::sealed;
 
 /// Encrypt and sign a model.
 ///
@@ -54,6 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn seal(args: &Args) -> Result<(), Failure> {
     let data_key = DataKey::read_file(&args.data_key)?;
     let signing_key = SigningKey::read_file(&args.signing_key)?;
+    sealed::refuse_sealed(&args.model)?;
     let source = casemate_import::open(&args.model)?;
     let options = SealOptions {
         name: args.name.clone(),
@@ -64,7 +66,7 @@ fn seal(args: &Args) -> Result<(), Failure> {
     };
     let start = Instant::now();
     let bars = Bars::new();
-    let sealed = casemate_container::seal(
+    let made = casemate_container::seal(
         source.as_ref(),
         &options,
         &data_key,
@@ -79,11 +81,11 @@ fn seal(args: &Args) -> Result<(), Failure> {
             "file": args.out,
             "name": name,
             "version": args.version,
-            "model_digest": sealed.digest.to_string(),
+            "model_digest": made.digest.to_string(),
             "provider": provider.to_string(),
-            "bytes": sealed.file_len,
-            "tensors": sealed.tensors,
-            "public_tensors": sealed.public_tensors,
+            "bytes": made.file_len,
+            "tensors": made.tensors,
+            "public_tensors": made.public_tensors,
             "seconds": start.elapsed().as_secs_f64(),
         }));
     }
@@ -93,11 +95,11 @@ fn seal(args: &Args) -> Result<(), Failure> {
         args.out.display(),
         name,
         args.version,
-        sealed.digest,
+        made.digest,
         provider,
-        sealed.tensors,
-        sealed.public_tensors,
-        sealed.file_len,
+        made.tensors,
+        made.public_tensors,
+        made.file_len,
         start.elapsed().as_secs_f64(),
     ))
 }

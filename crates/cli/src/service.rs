@@ -14,7 +14,7 @@ use casemate_channel::receipt::SavedAttestation;
 use casemate_channel::verify::{
     AttestationResponse, Challenge, MAX_RESPONSE, VerifiedService, verify_service,
 };
-use reqwest::{Certificate, Client, Response, Url, header, redirect};
+use reqwest::{Certificate, Client, Response, StatusCode, Url, header, redirect};
 
 use crate::exit::{Class, Failure};
 
@@ -93,11 +93,7 @@ impl Service {
         ca: Option<&Path>,
         clock: Clock,
     ) -> Result<Service, Failure> {
-        let usable = |url: &Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
-        let url = Url::parse(url).ok().filter(usable).ok_or_else(|| {
-            let error = anyhow!("{url:?} is not the http or https URL of a service");
-            Failure::new(Class::Usage, "url", error)
-        })?;
+        let url = parse_url(url)?;
         // Messages are encrypted end to end, so where they go is no secret's concern; but a redirect
         // or a proxy of the environment is never what was asked for.
         let mut builder = Client::builder()
@@ -189,7 +185,13 @@ impl Service {
         let url = self.join(&challenge.path_and_query());
         let mut response = self.client.get(url).send().await.map_err(describe)?;
         if !response.status().is_success() {
-            return Err(format!("the service answered {}", response.status()));
+            let status = response.status();
+            let hint = match status {
+                StatusCode::NOT_FOUND => "; is this the base URL of a service?",
+                StatusCode::SERVICE_UNAVAILABLE => "; it may still be starting",
+                _ => "",
+            };
+            return Err(format!("the service answered {status}{hint}"));
         }
         let mut json = Vec::new();
         while let Some(bytes) = response.chunk().await.map_err(describe)? {
@@ -232,6 +234,26 @@ impl Service {
     }
 }
 
+/// The URL of a service, with hints about what people mistake for one.
+fn parse_url(text: &str) -> Result<Url, Failure> {
+    let unusable = |why: String| Failure::new(Class::Usage, "url", anyhow!("{text:?} {why}"));
+    if !text.contains("://") && !text.is_empty() {
+        let why = format!("has no scheme; do you mean http://{text} or https://{text}?");
+        return Err(unusable(why));
+    }
+    let usable = |url: &Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
+    let url = Url::parse(text).ok().filter(usable);
+    let url = url.ok_or_else(|| unusable("is not the http or https URL of a service".into()))?;
+    let segments = url.path().split('/').collect::<Vec<_>>();
+    if let Some(at) = segments.iter().position(|segment| *segment == "v1") {
+        let mut base = url.clone();
+        base.set_path(&segments[..at].join("/"));
+        let why = format!("is inside the API; give the service's base URL, {base}");
+        return Err(unusable(why));
+    }
+    Ok(url)
+}
+
 /// An error with its causes and without the URL, which the caller knows.
 fn describe(error: reqwest::Error) -> String {
     let error = error.without_url();
@@ -262,11 +284,20 @@ mod tests {
             join("http://a/x/y/"),
             "http://a/x/y/v1/attestation?nonce=00"
         );
-        for bad in ["ftp://a", "a:1", "", "http://a/?q=1"] {
+        for bad in ["ftp://a", "a:1", "", "http://a/?q=1", "http://a:1/v1"] {
             assert!(
                 Service::with_clock(bad, policy(), None, clock.clone()).is_err(),
                 "{bad}"
             );
         }
+    }
+
+    #[test]
+    fn hints_at_what_was_meant() {
+        let said = |url: &str| format!("{:?}", parse_url(url).err().unwrap());
+        assert!(said("localhost:8090").contains("http://localhost:8090"));
+        let below = said("https://a.example/x/v1/chat/completions");
+        assert!(below.contains("base URL, https://a.example/x"), "{below}");
+        assert!(parse_url("http://a/v10").is_ok());
     }
 }

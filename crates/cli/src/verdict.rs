@@ -10,6 +10,10 @@ use serde_json::{Value, json};
 use crate::exit::{self, Failure};
 use crate::service::{NotVerified, Service, Verification};
 
+/// Behind a refusal.
+const MORE: &str =
+    "likely cause and what to do: the same with --json, piped into `casemate explain -`";
+
 /// A verdict to be shown.
 pub(crate) struct Verdict<'a> {
     /// What was judged, for people.
@@ -106,7 +110,7 @@ impl Verdict<'_> {
         }
         match self.outcome {
             Ok(_) => Ok(()),
-            Err(denial) => Err(NotVerified::Denied(denial).into_failure()),
+            Err(denial) => Err(NotVerified::Denied(denial).into_failure().hint(MORE)),
         }
     }
 

@@ -54,7 +54,10 @@ pub enum FakeTeeError {
         what: &'static str,
     },
     /// Another process uses the same state directory.
-    #[error("{}: in use by another fake TEE", path.display())]
+    #[error(
+        "{}: in use by another fake TEE; use that one, stop it, or give this one another --state and --socket",
+        path.display()
+    )]
     InUse {
         /// The state directory.
         path: PathBuf,

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
@@ -29,9 +30,19 @@ struct Arguments {
     listen_mode: u32,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("casemate-fake-tee: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let arguments = Arguments::parse();
-    let tee = FakeTee::open(&arguments.state, now()).context("cannot open the installation")?;
+    let tee = FakeTee::open(&arguments.state, now())?;
     println!(
         "*** casemate-fake-tee is NOT a TEE. Whoever can read {} can claim to be anything.",
         arguments.state.display()
@@ -43,8 +54,8 @@ fn main() -> Result<()> {
         mode: arguments.listen_mode,
         ..Options::new(arguments.socket.clone())
     };
-    let server =
-        Server::start(tee, options, Box::new(now), Box::new(report)).context("cannot serve")?;
+    let server = Server::start(tee, options, Box::new(now), Box::new(report))
+        .with_context(|| format!("cannot serve on {}", arguments.socket.display()))?;
     println!("listening on {}", arguments.socket.display());
     server.wait();
     Ok(())
