@@ -1,5 +1,6 @@
 //! `cargo xtask demo`: obtains the model, builds the programs, and starts the narrated deployment.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -18,6 +19,15 @@ pub(crate) struct Options {
     /// The question to ask
     #[arg(long, value_name = "TEXT")]
     question: Option<String>,
+    /// Show what it refuses: mount every attack on the list against a deployment of a tiny model
+    #[arg(long, conflicts_with_all = ["keep", "model", "question"])]
+    attacks: bool,
+    /// With --attacks: mount only this one; may be given several times
+    #[arg(long, value_name = "NAME|NUMBER", requires = "attacks")]
+    only: Vec<String>,
+    /// With --attacks: print one JSON object per attack
+    #[arg(long, requires = "attacks")]
+    json: bool,
 }
 
 /// The programs of a deployment, by package.
@@ -30,6 +40,47 @@ const PROGRAMS: &[(&str, &str)] = &[
 ];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let mut demo = Vec::new();
+    if options.attacks {
+        demo.push(OsString::from("--attacks"));
+        for only in &options.only {
+            demo.extend(["--only".into(), only.into()]);
+        }
+        if options.json {
+            demo.push("--json".into());
+        }
+    } else {
+        let (model, name) = model(options)?;
+        demo.extend(["--model".into(), model.into(), "--name".into(), name.into()]);
+        if let Some(question) = &options.question {
+            demo.extend(["--question".into(), question.into()]);
+        }
+        if options.keep {
+            demo.push("--keep".into());
+        }
+    }
+
+    let mut build = process::cargo();
+    build.args(["build", "--release", "--locked"]);
+    for (package, program) in PROGRAMS {
+        build.args(["--package", package, "--bin", program]);
+    }
+    process::run(&mut build)?;
+
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), PathBuf::from);
+    let status = Command::new(target.join("release/casemate-demo"))
+        .args(demo)
+        .status()
+        .context("cannot start the demonstration")?;
+    if !status.success() {
+        bail!("the demonstration failed: {status}");
+    }
+    Ok(())
+}
+
+/// The model to serve and a name for it.
+fn model(options: &Options) -> Result<(PathBuf, String)> {
     // A name that the API takes, out of whatever the file is called.
     let (model, name) = match &options.model {
         Some(path) => {
@@ -57,27 +108,5 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         })
         .take(64)
         .collect();
-
-    let mut build = process::cargo();
-    build.args(["build", "--release", "--locked"]);
-    for (package, program) in PROGRAMS {
-        build.args(["--package", package, "--bin", program]);
-    }
-    process::run(&mut build)?;
-
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from);
-    let mut demo = Command::new(target.join("release/casemate-demo"));
-    demo.arg("--model").arg(model).arg("--name").arg(name);
-    if let Some(question) = &options.question {
-        demo.arg("--question").arg(question);
-    }
-    if options.keep {
-        demo.arg("--keep");
-    }
-    let status = demo.status().context("cannot start the demonstration")?;
-    if !status.success() {
-        bail!("the demonstration failed: {status}");
-    }
-    Ok(())
+    Ok((model, name))
 }

@@ -1,10 +1,11 @@
 //! `casemate-demo`: one deployment on loopback, told step by step. `cargo xtask demo` builds and starts it.
 //!
-//! Holds the story and the question asked at its end. The deployment itself is `casemate_testkit::deployment`, the same
+//! With `--attacks`, the same programs against their enemies. Holds the story and the question asked at its end. The deployment itself is `casemate_testkit::deployment`, the same
 //! that the end-to-end tests use; everything shown is read from what the programs printed, logged or answered.
 
 #![forbid(unsafe_code)]
 
+mod attacks;
 mod narrator;
 mod question;
 mod story;
@@ -19,8 +20,8 @@ use clap::Parser;
 #[command(name = "casemate-demo", version)]
 struct Arguments {
     /// A GGUF file or Hugging Face directory
-    #[arg(long, value_name = "PATH")]
-    model: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "attacks")]
+    model: Option<PathBuf>,
     /// Name under which the model is served
     #[arg(long, default_value = "smollm2-135m-instruct")]
     name: String,
@@ -30,11 +31,20 @@ struct Arguments {
     /// Leave the deployment running until Ctrl-C
     #[arg(long)]
     keep: bool,
+    /// Instead of the story, mount every attack on the list against a deployment of a tiny model
+    #[arg(long, conflicts_with_all = ["model", "keep"])]
+    attacks: bool,
+    #[command(flatten)]
+    options: attacks::Options,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match story::tell(&arguments) {
+    let done = match &arguments.model {
+        Some(model) if !arguments.attacks => story::tell(&arguments, model),
+        _ => attacks::mount(&arguments.options),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nerror: {error:#}");

@@ -12,14 +12,14 @@ use crate::narrator::{Waiting, fact, proved, scene, seconds, short, step, warnin
 use crate::question::{self, Answer};
 
 /// Runs the whole deployment and asks the question.
-pub(crate) fn tell(arguments: &Arguments) -> Result<()> {
-    if !arguments.model.exists() {
-        bail!("there is no model at {}", arguments.model.display());
+pub(crate) fn tell(arguments: &Arguments, model: &Path) -> Result<()> {
+    if !model.exists() {
+        bail!("there is no model at {}", model.display());
     }
     let directory = tempfile::Builder::new().prefix("casemate-").tempdir()?;
     let mut deployment = Deployment::new(&Deployment::programs_of_this_build()?, directory.path())?;
 
-    let sealed = prepare(&mut deployment, &arguments.model, &arguments.name)?;
+    let sealed = prepare(&mut deployment, model, &arguments.name)?;
     let proxy = nine_steps(&mut deployment, &sealed)?;
 
     scene("The question");

@@ -261,6 +261,14 @@ impl Deployment {
         })
     }
 
+    /// Another installation on the same machine, in `work`: the same programs and the same TEE, which stays this
+    /// one's to run; nothing else is there yet.
+    pub fn beside(&self, work: &Path) -> Result<Deployment, DeploymentError> {
+        let mut other = Deployment::new(&self.programs, work)?;
+        other.fake_tee = Some(self.fake_tee()?.clone());
+        Ok(other)
+    }
+
     /// Where cargo put the programs beside the running test or example.
     pub fn programs_of_this_build() -> Result<PathBuf, DeploymentError> {
         let own = std::env::current_exe().map_err(|source| DeploymentError::Io {
@@ -470,10 +478,7 @@ impl Deployment {
     /// Writes the broker's and the user's policy.
     pub fn write_policies(&mut self) -> Result<PolicyFacts, DeploymentError> {
         let (tee, broker, sealed) = (self.fake_tee()?, self.broker()?, self.sealed()?);
-        let measurement = self
-            .measurement
-            .as_ref()
-            .ok_or(DeploymentError::TooEarly("measure_enclave"))?;
+        let measurement = self.measurement()?;
         let common = format!(
             "version = 1\ntee = [\"tdx\"]\n\
              # The fake TEE of this machine. Remove this line, and only real TEEs are accepted.\n\
@@ -732,6 +737,13 @@ impl Deployment {
         self.enclave
             .as_ref()
             .ok_or(DeploymentError::TooEarly("start_enclave"))
+    }
+
+    /// What the enclave will be measured as, once computed.
+    pub fn measurement(&self) -> Result<&MeasurementFacts, DeploymentError> {
+        self.measurement
+            .as_ref()
+            .ok_or(DeploymentError::TooEarly("measure_enclave"))
     }
 
     fn config(&self) -> Result<&Path, DeploymentError> {

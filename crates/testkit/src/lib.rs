@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attacks;
 pub mod data;
 pub mod deployment;
 pub mod fake_tee;
