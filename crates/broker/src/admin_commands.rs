@@ -108,7 +108,7 @@ enum ResourceCommand {
 
 #[derive(Subcommand)]
 enum LogCommand {
-    /// Prints entries, one on a line.
+    /// Prints entries, one JSON object a line; `casemate explain` tells why the denied ones were.
     Show {
         /// Position of the first entry.
         #[arg(long, value_name = "N", default_value_t = 0)]

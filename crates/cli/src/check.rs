@@ -18,7 +18,8 @@ const MORE: &str =
 /// Verify a sealed model completely: key, provider's signature, every chunk, every digest.
 ///
 /// Does what an enclave does before it serves, in the memory of a few chunks. Exits 0 only if all of it holds; 10 for a
-/// malformed file, 20 if something in it is not authentic, 40 if it cannot be read.
+/// malformed file, 20 if something in it is not authentic, 40 if it cannot be read. `casemate explain -` puts the output
+/// of --json into plain words.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The sealed model.

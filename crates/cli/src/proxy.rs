@@ -32,12 +32,16 @@ use session::Session;
 
 /// Connections of clients at once, where the system grants as many descriptors.
 const CONNECTIONS: usize = 2048;
+/// Behind a refusal.
+const MORE: &str = "likely cause and what to do: `casemate verify --json` of the same service and policy, piped into \
+                    `casemate explain -`";
 
 /// Serve an OpenAI-compatible API on loopback, and forward requests, encrypted, to a verified
 /// service.
 ///
 /// Nothing is served unless the service verifies; it is verified again before its keys, its
-/// credential or its evidence get too old. Exit code when it does not start: as `casemate verify`.
+/// credential or its evidence get too old. Exit code when it does not start: as `casemate verify`. `casemate explain`
+/// reads what the proxy answers when it refuses.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// URL of the service, as its provider gave it to you
@@ -94,7 +98,8 @@ async fn serve(service: Service, saver: Option<Saver>, listen: SocketAddr) -> Re
             .to_text(colour)
             .trim_end(),
     )?;
-    let session = Session::new(service, verification).map_err(NotVerified::into_failure)?;
+    let denied = |denied: NotVerified| denied.into_failure().hint(MORE);
+    let session = Session::new(service, verification).map_err(denied)?;
     let session = Arc::new(session);
 
     let listener = TcpListener::bind(listen)

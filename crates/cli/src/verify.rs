@@ -24,7 +24,8 @@ use crate::verdict::{Trusted, Verdict};
 ///
 /// Prints every check that passed, failed or was skipped. Skipped never counts as passed. Exits 0 only if everything is
 /// trusted, 10 if something is malformed, 20 if it is not genuine, 30 if the policy refuses it, 40 if something cannot be
-/// read or reached, 2 if the policy or the arguments cannot be used.
+/// read or reached, 2 if the policy or the arguments cannot be used. `casemate explain -` puts the output of --json into
+/// plain words.
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("subject").required(true))]
 pub(crate) struct Args {

@@ -119,7 +119,7 @@ fn every_claim_in_the_sources_has_an_explanation() {
                 };
             }
         }
-        for function in [".check(", ".pass(", ".skip("] {
+        for function in [".check(", ".claim(", ".pass(", ".skip("] {
             let found = calls(&text, function);
             let found = found.iter().filter_map(|call| literal(call[0]));
             claims.extend(found.filter(|claim| is_claim(claim)).map(str::to_owned));
@@ -131,7 +131,12 @@ fn every_claim_in_the_sources_has_an_explanation() {
             }
         }
         // Constants, and fields of reports, are the texts with dots in them.
-        let in_verification = ["attest/src", "channel/src/verify", "enclave/src/denial"];
+        let in_verification = [
+            "attest/src",
+            "channel/src/verify",
+            "channel/src/receipt/verify",
+            "enclave/src/denial",
+        ];
         let shown = path.to_string_lossy().into_owned();
         // These two name fields of quotes and of policy files in the same way.
         let fields = ["attest/src/quote.rs", "attest/src/policy/file.rs"];
@@ -143,6 +148,11 @@ fn every_claim_in_the_sources_has_an_explanation() {
                     .filter(|text| text.contains('.') && is_claim(text))
                     .map(str::to_owned),
             );
+        }
+        if shown.ends_with("enclave/src/api/error.rs") {
+            let codes = text.split("Self::invalid(").skip(1);
+            let codes = codes.filter_map(|rest| literal(rest.split(',').nth(1)?.trim()));
+            claims.extend(codes.map(str::to_owned));
         }
         if shown.ends_with("broker/src/api.rs") {
             let kinds = text.split("StatusCode::").skip(1);
@@ -162,6 +172,8 @@ fn every_claim_in_the_sources_has_an_explanation() {
         "key_refused",
         "nonce",
         "no_policy",
+        "invalid_value",
+        "receipt.time",
     ] {
         assert!(claims.contains(known), "the walk does not find {known}");
     }

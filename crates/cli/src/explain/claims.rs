@@ -4,6 +4,7 @@
 mod access;
 mod evidence;
 mod files;
+mod receipt;
 mod release;
 mod service;
 
@@ -19,12 +20,13 @@ pub(super) struct Explanation {
     pub(super) remedy: &'static str,
 }
 
-const TABLES: [&[Explanation]; 5] = [
+const TABLES: [&[Explanation]; 6] = [
     evidence::TABLE,
     service::TABLE,
     release::TABLE,
     files::TABLE,
     access::TABLE,
+    receipt::TABLE,
 ];
 
 /// The explanation of a claim.

@@ -178,4 +178,35 @@ pub(super) const TABLE: &[Explanation] = &[
         "One of them has another form than is expected.",
         "The message says which; --help describes it.",
     ),
+    about(
+        &["api-keys", "no-api-keys"],
+        "The file lists API keys.",
+        "It has a mistake in form, or lists none, which would let everybody in.",
+        "Make entries with `casemate apikey new`; leave --api-keys away if the service shall be open.",
+    ),
+    about(
+        &["bundle", "bundle.structure"],
+        "The file is a receipt with its evidence, as the proxy gives it out.",
+        "It is another file, or was edited or cut.",
+        "Fetch it again from the proxy: GET /v1/receipts/ and the answer's id.",
+    ),
+    about(
+        &["randomness"],
+        "The system gives randomness.",
+        "It has none to give, as early in the start of a machine.",
+        "Try again; if it lasts, look at the machine.",
+    ),
+    about(
+        &["signer", "not-back", "rollback", "provider"],
+        "A rollback goes one step back, and the provider signs it.",
+        "The grant or rollback is signed by another key than the broker's provider, the version does not go down, or the \
+         rollback was used or has expired.",
+        "Sign it with the provider's key that the broker was made for; going up needs no rollback.",
+    ),
+    about(
+        &["version"],
+        "Versions of policies and models only go up.",
+        "The file has the version that is in force, or an older one.",
+        "Raise the version. To go back on purpose, have the provider sign it: `casemate rollback --help`.",
+    ),
 ];

@@ -113,4 +113,12 @@ pub(super) const TABLE: &[Explanation] = &[
         "It was cut or altered on its way, or was encrypted by something else than `casemate proxy`.",
         "Ask again; if it stays so, look for what alters requests between proxy and enclave.",
     ),
+    about(
+        &["tls.key"],
+        "The TLS connection ends inside the attested enclave.",
+        "Somebody between you and the enclave ends TLS: a load balancer, a company's inspecting proxy, or a man in the \
+         middle who relays genuine evidence.",
+        "Reach the enclave directly. Or use its https URL, where gateways may end TLS, since requests are encrypted to \
+         the enclave inside of it.",
+    ),
 ];
