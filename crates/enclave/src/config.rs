@@ -71,6 +71,8 @@ pub struct Service {
     pub name: String,
     /// Address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Address to listen on for attested TLS; absent where none is offered. Port 0 takes a free one.
+    pub attested_tls: Option<SocketAddr>,
     /// The other replicas of this service; this one may be among them.
     #[serde(default, deserialize_with = "peers")]
     pub peers: Vec<Peer>,

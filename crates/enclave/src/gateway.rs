@@ -15,7 +15,7 @@ use crate::access::{self, Access};
 use crate::api::ApiError;
 use crate::metrics::Metrics;
 use crate::relay::{self, Hint, Peers};
-use crate::serving::Serving;
+use crate::serving::{Serving, Shown};
 use crate::workers::Workers;
 
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
@@ -118,6 +118,42 @@ impl Gateway {
             Err(fault) => bad_message(&fault),
         };
         encrypt(received.responder, inner)
+    }
+
+    /// Answers a request that came over attested TLS: as if it had been decrypted, with the same limits.
+    pub async fn handle_direct(self, request: Request<Body>, shown: &Shown) -> Response<Body> {
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            return plain(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many requests are arriving",
+            );
+        };
+        let (parts, body) = request.into_parts();
+        let arriving = axum::body::to_bytes(body, crate::api::MAX_REQUEST_BYTES);
+        let body = match tokio::time::timeout(ARRIVAL, arriving).await {
+            Ok(Ok(body)) => body,
+            Ok(Err(_)) => {
+                return plain(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "the request is too large, or was cut off",
+                );
+            }
+            Err(_) => {
+                return plain(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "the request did not arrive in time",
+                );
+            }
+        };
+        drop(place);
+        self.metrics.accepted();
+        let mut request = Request::from_parts(parts, body);
+        if let Some(signer) = self.serving.signer_of(shown) {
+            request.extensions_mut().insert(signer);
+        }
+        let (mut answer, body) = self.call(request).await.into_parts();
+        answer.headers = answer_headers(&answer.headers);
+        Response::from_parts(answer, body)
     }
 
     async fn call(&self, request: Request<Bytes>) -> Response<Body> {

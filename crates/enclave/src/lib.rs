@@ -9,6 +9,7 @@
 //! | [`renewal`] | when that is |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
+//! | [`attested_tls`] | the other door: TLS that ends here |
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
@@ -23,6 +24,7 @@
 
 pub mod access;
 pub mod api;
+pub mod attested_tls;
 pub mod config;
 pub mod denial;
 pub mod gateway;

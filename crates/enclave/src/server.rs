@@ -10,6 +10,7 @@ use axum::extract::{RawQuery, State};
 use axum::http::{Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
+use casemate_channel::keyset::ChannelBinding;
 use casemate_channel::ohttp::{GATEWAY_PATH, KEYSETS_PATH};
 
 use crate::api::Api;
@@ -17,7 +18,7 @@ use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 use crate::receipts::Receipts;
 use crate::relay::KeysetList;
-use crate::serving::Serving;
+use crate::serving::{Serving, Shown};
 
 /// The enclave as its routes see it; what is loaded later is empty until then.
 pub struct Shared {
@@ -96,14 +97,32 @@ async fn attestation(
     State(shared): State<Arc<Shared>>,
     RawQuery(query): RawQuery,
 ) -> Response<Body> {
-    let Some(nonce) = query.as_deref().and_then(parse_nonce) else {
+    attest(&shared, query.as_deref(), None).await
+}
+
+/// No answer yet.
+pub(crate) fn starting() -> Response<Body> {
+    (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response()
+}
+
+/// Evidence over the nonce in the query: over the keyset in force, or over that of a connection, bound to it.
+pub(crate) async fn attest(
+    shared: &Shared,
+    query: Option<&str>,
+    connection: Option<(&Arc<Shown>, &ChannelBinding)>,
+) -> Response<Body> {
+    let Some(nonce) = query.and_then(parse_nonce) else {
         let text = "give exactly one parameter: nonce, 64 hexadecimal digits\n";
         return (StatusCode::BAD_REQUEST, text).into_response();
     };
     let Some(ready) = shared.ready.get() else {
-        return (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response();
+        return starting();
     };
-    match ready.serving.attest(nonce).await {
+    let evidence = match connection {
+        None => ready.serving.attest(nonce).await,
+        Some((shown, binding)) => ready.serving.attest_connection(nonce, shown, binding).await,
+    };
+    match evidence {
         Ok(response) => {
             shared.metrics.attested();
             let headers = [

@@ -4,6 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::Keyring;
+use casemate_channel::tls::ServerKey;
+use casemate_channel::tls::rustls::ServerConfig;
 use casemate_channel::verify::AttestationResponse;
 use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
@@ -30,6 +32,8 @@ pub struct Served {
     pub version: u64,
     /// Arithmetic of the linear layers, such as `int8-g32`.
     pub compute: &'static str,
+    /// Whether users may connect by attested TLS, so that keysets need a key for it.
+    pub attested_tls: bool,
 }
 
 /// Why the identity could not be made or renewed.
@@ -46,18 +50,27 @@ pub enum ServingError {
     ModelChanged,
 }
 
+/// A keyset and the credential for it, as users are shown them.
+pub struct Shown {
+    keyset: Vec<u8>,
+    credential: Vec<u8>,
+    /// Of the HPKE key in the keyset.
+    key_id: u8,
+}
+
 /// A published keyset with the credential for it.
 struct Identity {
-    keyset: Vec<u8>,
+    shown: Arc<Shown>,
+    /// Erased with the keyset's successor, though connections made with it live on.
+    tls: Option<ServerKey>,
     since: u64,
     keyset_expires: u64,
-    credential: Vec<u8>,
     credential_expires: u64,
 }
 
 impl Identity {
     fn published(&self) -> (KeysetDigest, u64) {
-        (KeysetDigest::of(&self.keyset), self.keyset_expires)
+        (KeysetDigest::of(&self.shown.keyset), self.keyset_expires)
     }
 }
 
@@ -103,24 +116,36 @@ impl Serving {
 
     /// Evidence over the current keyset and the verifier's nonce.
     pub async fn attest(&self, nonce: [u8; 32]) -> Result<AttestationResponse, ServingError> {
+        let shown = Arc::clone(&self.identity().shown);
+        self.attest_connection(nonce, &shown, &ChannelBinding::Key)
+            .await
+    }
+
+    /// What a new TLS connection shows, and how its handshake is made; nothing where no attested TLS is offered.
+    pub fn tls(&self) -> Option<(Arc<Shown>, Arc<ServerConfig>)> {
+        let identity = self.identity();
+        let key = identity.tls.as_ref()?;
+        Some((Arc::clone(&identity.shown), key.config()))
+    }
+
+    /// Evidence over what a connection shows, bound to that connection, and over the verifier's nonce.
+    pub async fn attest_connection(
+        &self,
+        nonce: [u8; 32],
+        shown: &Shown,
+        binding: &ChannelBinding,
+    ) -> Result<AttestationResponse, ServingError> {
         let permit = Arc::clone(&self.quotes)
             .acquire_owned()
             .await
             .expect("the semaphore is never closed");
-        let identity = self.identity();
-        let digest = KeysetDigest::of(&identity.keyset);
-        let binding = report_data(
-            Purpose::Serving,
-            Role::Service,
-            &digest,
-            &nonce,
-            &ChannelBinding::Key,
-        );
-        let evidence = self.provisioner.evidence(binding, Some(permit)).await?;
+        let digest = KeysetDigest::of(&shown.keyset);
+        let data = report_data(Purpose::Serving, Role::Service, &digest, &nonce, binding);
+        let evidence = self.provisioner.evidence(data, Some(permit)).await?;
         Ok(AttestationResponse {
             evidence,
-            keyset: identity.keyset.clone(),
-            credential: identity.credential.clone(),
+            keyset: shown.keyset.clone(),
+            credential: shown.credential.clone(),
         })
     }
 
@@ -189,6 +214,11 @@ impl Serving {
         Ok(())
     }
 
+    /// Signs receipts for requests on connections that show this keyset.
+    pub fn signer_of(&self, shown: &Shown) -> Option<Arc<Signer>> {
+        self.signer(shown.key_id)
+    }
+
     /// Signs receipts for requests that were opened with this HPKE key.
     pub fn signer(&self, key_id: u8) -> Option<Arc<Signer>> {
         let signers = self.signers();
@@ -246,10 +276,14 @@ async fn new_identity(
         .generate(expires_at)
         .map_err(|error| ServingError::Keyset(error.to_string()))?;
     let receipt_key = SigningKey::generate();
+    let tls = match served.attested_tls {
+        true => Some(ServerKey::generate().map_err(|e| ServingError::Keyset(e.to_string()))?),
+        false => None,
+    };
     let keyset = Keyset {
         ohttp_config: config.encoded,
         receipt_key: *receipt_key.verifying_key().as_bytes(),
-        tls_key_digest: None,
+        tls_key_digest: tls.as_ref().map(ServerKey::digest),
         model_name: served.name.clone(),
         model_digest: served.digest.0,
         model_version: served.version,
@@ -283,10 +317,14 @@ async fn new_identity(
         expires_at,
     };
     let identity = Identity {
-        keyset: encoded,
+        shown: Arc::new(Shown {
+            keyset: encoded,
+            credential,
+            key_id: config.id,
+        }),
+        tls,
         keyset_expires: expires_at,
         since: now,
-        credential,
         credential_expires: verified.claims().expires_at,
     };
     let signer = Arc::new(Signer::new(facts, receipt_key));

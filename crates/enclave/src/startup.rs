@@ -8,6 +8,7 @@
 //! a key is released.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -20,13 +21,15 @@ use casemate_engine::{Engine, EngineOptions};
 use casemate_kernels::hardening;
 use casemate_listen::{Limits, Server};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::access::{self, Access};
 use crate::api::{self, Api};
+use crate::attested_tls::AttestedTls;
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
@@ -49,6 +52,9 @@ const WAITING: usize = 1024;
 /// Connections served at once, where the system grants as many descriptors.
 const CONNECTIONS: usize = 4096;
 
+/// Of those by attested TLS, each of which holds the library's buffers.
+const ATTESTED_CONNECTIONS: usize = 1024;
+
 /// Seconds since the Unix epoch by the system's clock.
 pub fn system_clock() -> u64 {
     SystemTime::now()
@@ -63,6 +69,14 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen on {address}"))?;
     let bound = listener.local_addr()?;
+    let attested = match measured.config.service.attested_tls {
+        None => None,
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen on {address}"))?,
+        ),
+    };
 
     let quoter = connect_tee(&measured.config.tee)?;
     info!("{}", hardening::before_secrets());
@@ -74,24 +88,27 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
         metrics: Arc::clone(&metrics),
         clock: system_clock,
     });
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    // A token must not wait for the next one to fill a packet.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
+    let (stop, stopped) = tokio::sync::watch::channel(false);
     let limits = Limits {
         connections: CONNECTIONS,
         grace: GRACE,
         ..Limits::default()
     };
-    let connections = Server::new(limits.within_descriptors());
+    let limits = limits.within_descriptors();
+    let connections = Server::new(limits.clone());
     metrics.connections(connections.counters());
-    let server =
-        tokio::spawn(
-            connections.serve(listener, server::router(Arc::clone(&shared)), async {
-                let _ = stopped.await;
-            }),
-        );
+    let routes = server::router(Arc::clone(&shared));
+    let mut servers = JoinSet::new();
+    servers.spawn(connections.serve(prompt(listener), routes, asked(stopped.clone())));
+    if let Some(listener) = attested {
+        println!("attested TLS on {}", listener.local_addr()?);
+        let door = AttestedTls::new(Arc::clone(&shared));
+        let limits = Limits {
+            connections: limits.connections.min(ATTESTED_CONNECTIONS),
+            ..limits
+        };
+        servers.spawn(Server::new(limits).serve(prompt(listener), door, asked(stopped)));
+    }
     println!("listening on {bound}");
     std::io::stdout().flush()?;
 
@@ -113,11 +130,23 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     );
     renewal.abort();
     shared.stopping.store(true, Ordering::Relaxed);
-    let _ = stop.send(());
-    if server.await.is_ok_and(|ended| ended.cut_off > 0) {
+    let _ = stop.send(true);
+    let ended = servers.join_all().await;
+    if ended.iter().any(|ended| ended.cut_off > 0) {
         warn!("answers were still running and are cut off");
     }
     Ok(())
+}
+
+/// Connections on which a token does not wait for the next one to fill a packet.
+fn prompt(listener: TcpListener) -> impl axum::serve::Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    })
+}
+
+async fn asked(mut stopped: tokio::sync::watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stop| *stop).await;
 }
 
 fn connect_tee(tee: &Tee) -> Result<Arc<dyn QuoteProvider>> {
@@ -159,10 +188,11 @@ async fn prepare(
 
     let started = Instant::now();
     let model = config.model.clone();
-    let (served, engine, session) =
+    let (mut served, engine, session) =
         tokio::task::spawn_blocking(move || unlock_and_pack(file, &model, session))
             .await
             .context("loading the model was interrupted")??;
+    served.attested_tls = config.service.attested_tls.is_some();
     metrics.model_loaded(started.elapsed());
 
     let digest = served.digest.to_string();
@@ -282,6 +312,7 @@ fn unlock_and_pack(
         name,
         version,
         compute: engine.compute_name(),
+        attested_tls: false,
     };
     Ok((served, engine, session))
 }
