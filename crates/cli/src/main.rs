@@ -8,6 +8,7 @@
 mod apikey;
 mod bench;
 mod check;
+mod direct;
 mod exit;
 mod explain;
 mod grant;

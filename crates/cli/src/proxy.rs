@@ -4,6 +4,8 @@
 //! [`session`] holds the verified service and keeps it fresh, [`forward`] carries requests,
 //! [`receipts`] completes and saves receipts, [`refusal`] is how this proxy itself says no.
 
+#[cfg(test)]
+mod direct_tests;
 mod forward;
 mod receipts;
 mod refusal;
@@ -16,14 +18,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use axum::serve::ListenerExt as _;
 use casemate_kernels::hardening::Hardening;
 use casemate_listen::{Limits, Server};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::exit::{Failure, print};
+use crate::exit::{Class, Failure, print};
 use crate::service::{NotVerified, Service};
 use crate::verdict::Verdict;
 use crate::verify::read_policy;
@@ -44,7 +46,8 @@ const MORE: &str = "likely cause and what to do: `casemate verify --json` of the
 /// reads what the proxy answers when it refuses.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// URL of the service, as its provider gave it to you
+    /// URL of the service, as its provider gave it to you: https:// or http://, where anybody may stand
+    /// in between, or tls://HOST:PORT for a connection that ends inside the enclave.
     #[arg(long, alias = "service", value_name = "URL")]
     enclave: String,
     /// The policy file that says what is accepted; docs/policy.md describes it.
@@ -77,6 +80,12 @@ pub(crate) fn run(args: &Args, granted: Hardening) -> Result<(), Failure> {
         args.ca.as_deref(),
     )?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::io)?;
+    if service.direct().is_some() && args.receipts.is_some() {
+        let error = anyhow!(
+            "evidence over a TLS connection cannot be saved for a proof yet: --receipts needs an https or http URL"
+        );
+        return Err(Failure::new(Class::Usage, "receipts", error));
+    }
     let saver = args.receipts.as_deref().map(saver).transpose()?;
     runtime.block_on(serve(service, saver, args.listen))
 }

@@ -11,11 +11,14 @@ use casemate_attest::{Denial, Policy, Transcript, UnixTime};
 use casemate_channel::keyset::KeysetDigest;
 use casemate_channel::ohttp::{GATEWAY_PATH, KEYSET_HINT, REQUEST_MEDIA_TYPE};
 use casemate_channel::receipt::SavedAttestation;
+use casemate_channel::tls::URL_SCHEME;
 use casemate_channel::verify::{
-    AttestationResponse, Challenge, MAX_RESPONSE, VerifiedService, verify_service,
+    AttestationResponse, Challenge, MAX_RESPONSE, VerifiedService, verify_connection,
+    verify_service,
 };
 use reqwest::{Certificate, Client, Response, StatusCode, Url, header, redirect};
 
+use crate::direct::{ConnectError, Direct, DirectBody, SendError, Verified};
 use crate::exit::{Class, Failure};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -28,10 +31,45 @@ pub(crate) type Clock = Arc<dyn Fn() -> UnixTime + Send + Sync>;
 
 /// A service that is asked for evidence and sent requests.
 pub(crate) struct Service {
-    client: Client,
+    way: Way,
     url: Url,
     policy: Policy,
     clock: Clock,
+}
+
+/// How a service is reached.
+enum Way {
+    /// Requests are encrypted to its key, whoever carries them.
+    Encrypted(Client),
+    /// On connections that end inside the enclave.
+    Direct(Arc<Direct>),
+}
+
+/// For how long a verification holds: until a moment of the clock on the wall, and for a span of the one that is never
+/// set.
+pub(crate) struct Holding {
+    until: UnixTime,
+    since: Instant,
+    lifetime: Duration,
+}
+
+impl Holding {
+    /// Of a verification whose nonce was made at `began`, which was at `started` by the other clock.
+    pub(crate) fn of(service: &VerifiedService, began: UnixTime, started: Instant) -> Holding {
+        Holding {
+            until: service.valid_until(),
+            since: started,
+            lifetime: service.valid_until().saturating_since(began),
+        }
+    }
+
+    /// What is left of it. The wall clock counts a suspended machine's sleep, the monotonic one does not care if the
+    /// other is set back: the shorter answer counts.
+    pub(crate) fn remaining(&self, now: UnixTime) -> Duration {
+        let by_wall = self.until.saturating_since(now);
+        let by_passing = self.lifetime.saturating_sub(self.since.elapsed());
+        by_wall.min(by_passing)
+    }
 }
 
 /// How a verification went, of a service that answered.
@@ -55,6 +93,15 @@ pub(crate) enum NotVerified {
     Unreachable(String),
     #[error("{0}")]
     Denied(Denial),
+}
+
+/// Why a request on a verified connection has no answer.
+#[derive(Debug)]
+pub(crate) enum DirectError {
+    /// There is no such connection.
+    NotVerified(NotVerified),
+    /// The request may have been served.
+    Failed(String),
 }
 
 impl NotVerified {
@@ -94,6 +141,20 @@ impl Service {
         clock: Clock,
     ) -> Result<Service, Failure> {
         let url = parse_url(url)?;
+        if let Some(authority) = direct_authority(&url) {
+            if ca.is_some() {
+                let error = anyhow!("--ca is for https: over tls, evidence vouches for the key");
+                return Err(Failure::new(Class::Usage, "ca", error));
+            }
+            let direct = Direct::new(&authority)
+                .map_err(|error| Failure::io(anyhow!("cannot prepare TLS: {error}")))?;
+            return Ok(Service {
+                way: Way::Direct(Arc::new(direct)),
+                url,
+                policy,
+                clock,
+            });
+        }
         // Messages are encrypted end to end, so where they go is no secret's concern; but a redirect
         // or a proxy of the environment is never what was asked for.
         let mut builder = Client::builder()
@@ -123,11 +184,19 @@ impl Service {
             .context("cannot prepare HTTPS")
             .map_err(Failure::io)?;
         Ok(Service {
-            client,
+            way: Way::Encrypted(client),
             url,
             policy,
             clock,
         })
+    }
+
+    /// Connections to the enclave itself, if that is how the service is reached.
+    pub(crate) fn direct(&self) -> Option<&Arc<Direct>> {
+        match &self.way {
+            Way::Direct(direct) => Some(direct),
+            Way::Encrypted(_) => None,
+        }
     }
 
     /// The service's URL.
@@ -147,10 +216,125 @@ impl Service {
 
     /// Asks for evidence over a fresh nonce and judges it.
     pub(crate) async fn verify(&self) -> Result<Verification, NotVerified> {
+        match &self.way {
+            Way::Encrypted(client) => self.verify_key(client).await,
+            Way::Direct(direct) => {
+                let (verification, connection) = self.verify_new(direct).await?;
+                // The next request finds it.
+                connection.into_iter().for_each(|c| direct.keep(c));
+                Ok(verification)
+            }
+        }
+    }
+
+    /// Makes a connection and verifies it; it may be used if that succeeded.
+    async fn verify_new(
+        &self,
+        direct: &Direct,
+    ) -> Result<(Verification, Option<Verified>), NotVerified> {
         let (began, started) = (self.now(), Instant::now());
         let challenge =
             Challenge::new(began).map_err(|e| NotVerified::Unreachable(e.to_string()))?;
-        let json = tokio::time::timeout(ATTESTATION_TIMEOUT, self.ask(&challenge))
+        let asking = async {
+            let mut connection = direct.connect().await?;
+            let path = challenge.path_and_query();
+            let json = connection.get(&path, MAX_RESPONSE).await;
+            let json = json.map_err(ConnectError::Unreachable)?;
+            Ok((connection, json))
+        };
+        let late = |_| {
+            Err(ConnectError::Unreachable(format!(
+                "no answer in {ATTESTATION_TIMEOUT:?}"
+            )))
+        };
+        let asked = tokio::time::timeout(ATTESTATION_TIMEOUT, asking)
+            .await
+            .unwrap_or_else(late);
+        let verification = |transcript, outcome, attestation| Verification {
+            transcript,
+            outcome,
+            attestation,
+            began,
+            started,
+        };
+        let denied = |denial: Denial| {
+            let mut transcript = Transcript::new();
+            transcript.fail(&denial);
+            (verification(transcript, Err(denial), None), None)
+        };
+        let (connection, json) = match asked {
+            Ok(asked) => asked,
+            Err(ConnectError::Unreachable(reason)) => return Err(NotVerified::Unreachable(reason)),
+            Err(ConnectError::Handshake(found)) => {
+                return Ok(denied(Denial::not_genuine(
+                    "tls.handshake",
+                    found,
+                    "a full TLS 1.3 handshake with X25519MLKEM768, signed by the key that the service shows",
+                    "check that the port is that of the enclave's attested TLS, and that nothing in between ends TLS",
+                )));
+            }
+        };
+        let response = match AttestationResponse::from_json(&json) {
+            Ok(response) => response,
+            Err(denial) => return Ok(denied(denial)),
+        };
+        let (handshake, verified_at) = (&connection.handshake, self.now());
+        let (transcript, outcome) =
+            verify_connection(&response, &challenge, handshake, &self.policy, verified_at);
+        let attestation = SavedAttestation {
+            response,
+            challenge,
+            verified_at,
+        };
+        let holding = outcome
+            .as_ref()
+            .ok()
+            .map(|service| Holding::of(service, began, started));
+        let connection = holding.map(|holding| connection.verified(holding));
+        let verification = verification(transcript, outcome, Some(attestation));
+        Ok((verification, connection))
+    }
+
+    /// Sends a request on a verified connection: one that waits for it, or a new one.
+    pub(crate) async fn send_direct(
+        &self,
+        direct: &Arc<Direct>,
+        mut request: http::Request<Bytes>,
+    ) -> Result<http::Response<DirectBody>, DirectError> {
+        loop {
+            let waiting = direct.take(self.now());
+            let waited = waiting.is_some();
+            let connection = match waiting {
+                Some(connection) => connection,
+                None => {
+                    let verified = self.verify_new(direct).await;
+                    let (verification, connection) = verified.map_err(DirectError::NotVerified)?;
+                    match (connection, verification.outcome) {
+                        (Some(connection), Ok(_)) => connection,
+                        (_, Err(denial)) => {
+                            return Err(DirectError::NotVerified(NotVerified::Denied(denial)));
+                        }
+                        (None, Ok(_)) => unreachable!("a verified connection is given out"),
+                    }
+                }
+            };
+            match direct.send(connection, request).await {
+                Ok(answer) => return Ok(answer),
+                // The connection was closed while it waited.
+                Err(SendError::NotSent(unsent)) if waited => request = unsent,
+                Err(SendError::NotSent(_)) => {
+                    return Err(DirectError::Failed("the connection was closed".to_owned()));
+                }
+                Err(SendError::Failed(reason)) => return Err(DirectError::Failed(reason)),
+            }
+        }
+    }
+
+    async fn verify_key(&self, client: &Client) -> Result<Verification, NotVerified> {
+        let (began, started) = (self.now(), Instant::now());
+        let challenge =
+            Challenge::new(began).map_err(|e| NotVerified::Unreachable(e.to_string()))?;
+        let json = tokio::time::timeout(ATTESTATION_TIMEOUT, self.ask(client, &challenge))
             .await
             .unwrap_or_else(|_| Err(format!("no answer in {ATTESTATION_TIMEOUT:?}")))
             .map_err(NotVerified::Unreachable)?;
@@ -181,9 +365,9 @@ impl Service {
         })
     }
 
-    async fn ask(&self, challenge: &Challenge) -> Result<Vec<u8>, String> {
+    async fn ask(&self, client: &Client, challenge: &Challenge) -> Result<Vec<u8>, String> {
         let url = self.join(&challenge.path_and_query());
-        let mut response = self.client.get(url).send().await.map_err(describe)?;
+        let mut response = client.get(url).send().await.map_err(describe)?;
         if !response.status().is_success() {
             let status = response.status();
             let hint = match status {
@@ -212,7 +396,10 @@ impl Service {
         encapsulated: Bytes,
         keyset: &KeysetDigest,
     ) -> Result<Response, String> {
-        self.client
+        let Way::Encrypted(client) = &self.way else {
+            return Err("requests over tls are not encrypted once more".to_owned());
+        };
+        client
             .post(self.join(GATEWAY_PATH))
             .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
             .header(KEYSET_HINT, keyset.to_string())
@@ -241,9 +428,13 @@ fn parse_url(text: &str) -> Result<Url, Failure> {
         let why = format!("has no scheme; do you mean http://{text} or https://{text}?");
         return Err(unusable(why));
     }
-    let usable = |url: &Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
+    let usable = |url: &Url| match url.scheme() {
+        "http" | "https" => url.query().is_none(),
+        URL_SCHEME => direct_authority(url).is_some(),
+        _ => false,
+    };
     let url = Url::parse(text).ok().filter(usable);
-    let url = url.ok_or_else(|| unusable("is not the http or https URL of a service".into()))?;
+    let url = url.ok_or_else(|| unusable("is not the http, https or tls URL of a service".into()))?;
     let segments = url.path().split('/').collect::<Vec<_>>();
     if let Some(at) = segments.iter().position(|segment| *segment == "v1") {
         let mut base = url.clone();
@@ -252,6 +443,18 @@ fn parse_url(text: &str) -> Result<Url, Failure> {
         return Err(unusable(why));
     }
     Ok(url)
+}
+
+/// `HOST:PORT` of a URL of [`URL_SCHEME`] that names nothing else.
+fn direct_authority(url: &Url) -> Option<String> {
+    let plain = url.scheme() == URL_SCHEME
+        && matches!(url.path(), "" | "/")
+        && url.query().is_none()
+        && url.fragment().is_none()
+        && url.username().is_empty()
+        && url.password().is_none();
+    let (host, port) = (url.host_str()?, url.port()?);
+    (plain && !host.is_empty()).then(|| format!("{host}:{port}"))
 }
 
 /// An error with its causes and without the URL, which the caller knows.
@@ -284,7 +487,22 @@ mod tests {
             join("http://a/x/y/"),
             "http://a/x/y/v1/attestation?nonce=00"
         );
-        for bad in ["ftp://a", "a:1", "", "http://a/?q=1", "http://a:1/v1"] {
+        for good in ["tls://a:1", "tls://10.0.0.1:8443/", "tls://[::1]:1"] {
+            let service = Service::with_clock(good, policy(), None, clock.clone()).unwrap();
+            assert!(service.direct().is_some(), "{good}");
+        }
+        for bad in [
+            "ftp://a",
+            "a:1",
+            "",
+            "http://a/?q=1",
+            "http://a:1/v1",
+            "tls://a",
+            "tls://a:1/path",
+            "tls://a:1?q",
+            "tls://u@a:1",
+            "tls://:1",
+        ] {
             assert!(
                 Service::with_clock(bad, policy(), None, clock.clone()).is_err(),
                 "{bad}"

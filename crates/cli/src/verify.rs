@@ -32,7 +32,8 @@ pub(crate) struct Args {
     /// The policy file; docs/policy.md describes it.
     #[arg(long, value_name = "FILE")]
     policy: PathBuf,
-    /// URL of a service, as its provider gave it to you.
+    /// URL of a service, as its provider gave it to you: https:// or http://, where anybody may stand
+    /// in between, or tls://HOST:PORT for a connection that ends inside the enclave.
     #[arg(long, alias = "enclave", value_name = "URL", group = "subject")]
     service: Option<String>,
     /// PEM file of the certificate authorities for https, instead of the system's. Trust in the service does not rest

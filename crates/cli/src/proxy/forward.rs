@@ -21,6 +21,8 @@ use serde::Deserialize;
 use super::receipts::{self, NoBundle, Saver};
 use super::refusal::Refusal;
 use super::session::{Current, Session};
+use crate::direct::Direct;
+use crate::service::DirectError;
 
 /// The largest request body that is carried; an enclave accepts no more either.
 const MAX_BODY: usize = 4 * 1024 * 1024;
@@ -108,6 +110,9 @@ fn method_not_allowed() -> Refusal {
 
 async fn forward(State(shared): State<Shared>, request: Request) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
+    if let Some(direct) = shared.session.service().direct() {
+        return forward_direct(&shared.session, direct, inner).await;
+    }
     let (current, answer) = carry(&shared.session, &inner).await?;
     let streams = has_media_type(&answer.headers, EVENT_STREAM);
     let mut response = match &shared.saver {
@@ -123,10 +128,28 @@ async fn forward(State(shared): State<Shared>, request: Request) -> Result<Respo
             passed_on(answer.body, streams).await?,
         ),
     };
+    remove_connection_fields(&mut response);
+    Ok(response)
+}
+
+/// The same over attested TLS.
+async fn forward_direct(
+    session: &Session,
+    direct: &Arc<Direct>,
+    inner: http::Request<Bytes>,
+) -> Result<Response, Refusal> {
+    // A service that can no longer be verified is not used, though connections to it may wait.
+    session.use_service().await?;
+    let answer = session.service().send_direct(direct, inner).await?;
+    let mut response = answer.map(Body::from_stream);
+    remove_connection_fields(&mut response);
+    Ok(response)
+}
+
+fn remove_connection_fields(response: &mut Response) {
     for name in CONNECTION_FIELDS {
         response.headers_mut().remove(name);
     }
-    Ok(response)
 }
 
 /// A receipt, completed so that it can be verified offline.
@@ -136,6 +159,13 @@ async fn receipt(
     request: Request,
 ) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
+    if shared.session.service().direct().is_some() {
+        return Err(Refusal::new(
+            StatusCode::NOT_IMPLEMENTED,
+            "receipts_need_https",
+            "evidence over a TLS connection cannot be saved for a proof yet: ask over the service's https or http URL",
+        ));
+    }
     let id: RequestId = id.parse().map_err(|error: InvalidRequestId| {
         Refusal::new(
             StatusCode::NOT_FOUND,
@@ -335,6 +365,23 @@ async fn refusal_of_host(mut response: reqwest::Response) -> Failure {
         }
     }
     Failure::Host(status)
+}
+
+impl From<DirectError> for Refusal {
+    fn from(error: DirectError) -> Refusal {
+        match error {
+            DirectError::NotVerified(error) => Refusal::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "service_not_verified",
+                format!("a new connection could not be verified: {error}"),
+            ),
+            DirectError::Failed(error) => Refusal::new(
+                StatusCode::BAD_GATEWAY,
+                "service_unreachable",
+                format!("the service is unreachable: {error}"),
+            ),
+        }
+    }
 }
 
 impl From<Failure> for Refusal {

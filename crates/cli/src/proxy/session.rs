@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aws_lc_rs::rand;
 use casemate_channel::keyset::KeysetDigest;
@@ -14,7 +14,7 @@ use http::StatusCode;
 use tracing::{info, warn};
 
 use super::refusal::Refusal;
-use crate::service::{NotVerified, Service, Verification};
+use crate::service::{Holding, NotVerified, Service, Verification};
 use crate::verdict::Verdict;
 
 /// Pause after a failed renewal, at the most.
@@ -50,8 +50,7 @@ pub(super) struct Current {
     pub(super) attestation: SavedAttestation,
     /// The verdict as JSON.
     pub(super) verdict: String,
-    since: Instant,
-    lifetime: Duration,
+    holding: Holding,
 }
 
 impl Current {
@@ -61,13 +60,12 @@ impl Current {
         let attestation = verification
             .attestation
             .expect("what was verified had been read");
-        let lifetime = verified.valid_until().saturating_since(verification.began);
+        let holding = Holding::of(&verified, verification.began, verification.started);
         Ok(Current {
             service: verified,
             attestation,
             verdict,
-            since: verification.started,
-            lifetime,
+            holding,
         })
     }
 }
@@ -199,15 +197,8 @@ impl Session {
         self.remaining(current) > Duration::ZERO
     }
 
-    /// What is left of a verification. The wall clock counts a suspended machine's sleep, the
-    /// monotonic one does not care if the other is set back: the shorter answer counts.
     fn remaining(&self, current: &Current) -> Duration {
-        let by_wall = current
-            .service
-            .valid_until()
-            .saturating_since(self.service.now());
-        let by_passing = current.lifetime.saturating_sub(current.since.elapsed());
-        by_wall.min(by_passing)
+        current.holding.remaining(self.service.now())
     }
 
     /// How long to wait before the next renewal: between a half and three quarters of what is left,

@@ -2,7 +2,7 @@
 
 mod receipts;
 #[path = "../../tests/support/mod.rs"]
-mod support;
+pub(super) mod support;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ use super::receipts::Saver;
 use super::session::{Session, keep_fresh};
 use crate::service::{Clock, Service};
 
-const NOW: u64 = 1_795_000_000;
-const MAXIMUM_AGE: u64 = 300;
+pub(super) const NOW: u64 = 1_795_000_000;
+pub(super) const MAXIMUM_AGE: u64 = 300;
 
 /// Some policy with a service.
 pub(crate) fn sample_policy() -> Policy {
@@ -81,7 +81,7 @@ impl Setup {
     }
 }
 
-async fn refusal(response: reqwest::Response) -> (StatusCode, String) {
+pub(super) async fn refusal(response: reqwest::Response) -> (StatusCode, String) {
     let status = response.status();
     let body: Value = response.json().await.unwrap();
     assert!(!body["error"]["message"].as_str().unwrap().is_empty());
@@ -99,7 +99,7 @@ async fn service(enclave: &Arc<Enclave>, maximum_age: u64) -> Service {
     Service::with_clock(&format!("http://{address}"), policy, None, clock).unwrap()
 }
 
-async fn eventually(what: &str, holds: impl Fn() -> bool) {
+pub(super) async fn eventually(what: &str, holds: impl Fn() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < Duration::from_secs(10), "never: {what}");

@@ -24,14 +24,19 @@ use casemate_channel::receipt::{
     AnswerHasher, FetchedReceipt, Parameters, RECEIPT_FIELD, RECEIPTS_PATH, Receipt, RequestHash,
     RequestId, Salt, Usage,
 };
+use casemate_channel::tls::{ServerKey, service_exporter};
 use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
 use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
+use casemate_listen::{Counters, Establish, Limits, Server};
 use casemate_release::credential::Credential;
 use casemate_testkit::fake_tee::FakeTee;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 /// What is wrong with the enclave, if anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,6 +88,8 @@ pub(crate) struct Enclave {
     pub(crate) processed: AtomicUsize,
     /// Generations that were dropped before their end.
     pub(crate) dropped: AtomicUsize,
+    /// Of the server of attested TLS, once there is one.
+    pub(crate) tls_connections: Mutex<Option<Arc<Counters>>>,
     /// Lets `/v1/gated` send its next event.
     pub(crate) gate: Notify,
 }
@@ -110,6 +117,7 @@ impl Enclave {
             requests: AtomicUsize::new(0),
             processed: AtomicUsize::new(0),
             dropped: AtomicUsize::new(0),
+            tls_connections: Mutex::default(),
             gate: Notify::new(),
         })
     }
@@ -172,12 +180,21 @@ impl Enclave {
         )
     }
 
-    fn attest(&self, mut nonce: [u8; 32]) -> AttestationResponse {
+    fn attest(&self, nonce: [u8; 32]) -> AttestationResponse {
+        self.attest_bound(nonce, None, &ChannelBinding::Key)
+    }
+
+    fn attest_bound(
+        &self,
+        mut nonce: [u8; 32],
+        tls_key_digest: Option<[u8; 32]>,
+        binding: &ChannelBinding,
+    ) -> AttestationResponse {
         let now = self.now().as_secs();
         let keyset = Keyset {
             ohttp_config: self.config.lock().unwrap().clone(),
             receipt_key: *self.receipt_key.verifying_key().as_bytes(),
-            tls_key_digest: None,
+            tls_key_digest,
             model_name: "smollm2".into(),
             model_digest: [5; 32],
             model_version: 7,
@@ -211,13 +228,7 @@ impl Enclave {
         if self.fault() == Fault::StaleEvidence {
             nonce[0] ^= 1;
         }
-        let data = report_data(
-            Purpose::Serving,
-            Role::Service,
-            &digest,
-            &nonce,
-            &ChannelBinding::Key,
-        );
+        let data = report_data(Purpose::Serving, Role::Service, &digest, &nonce, binding);
         AttestationResponse {
             evidence: self.tee.quote(&self.measurement, &data, now).unwrap(),
             keyset,
@@ -431,4 +442,108 @@ async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Respo
 
 fn problem(error: &ReceiveError) -> Response {
     error.to_response().map(Body::from)
+}
+
+/// What is wrong with attested TLS, if anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TlsFault {
+    None,
+    /// The keyset names another key.
+    OtherKey,
+    /// The keyset names none.
+    NoKey,
+    /// Evidence is bound to another connection.
+    OtherConnection,
+    /// Evidence is bound to no connection.
+    Unbound,
+    /// Evidence is over another nonce.
+    OtherNonce,
+    /// Connections are closed soon after an answer.
+    ShortIdle,
+}
+
+/// The enclave's other door.
+struct Door {
+    enclave: Arc<Enclave>,
+    key: ServerKey,
+    fault: TlsFault,
+}
+
+impl Enclave {
+    /// Serves attested TLS until the test's runtime ends; returns the address.
+    pub(crate) async fn serve_tls(self: &Arc<Enclave>, fault: TlsFault) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let door = Door {
+            enclave: self.clone(),
+            key: ServerKey::generate().unwrap(),
+            fault,
+        };
+        let mut limits = Limits::default();
+        if fault == TlsFault::ShortIdle {
+            // Long enough for the user to judge the evidence.
+            limits.idle = Duration::from_secs(1);
+        }
+        let server = Server::new(limits);
+        *self.tls_connections.lock().unwrap() = Some(server.counters());
+        tokio::spawn(server.serve(listener, door, std::future::pending()));
+        address
+    }
+}
+
+impl Establish<TcpStream> for Door {
+    type Io = TlsStream<TcpStream>;
+
+    async fn establish(&self, stream: TcpStream) -> std::io::Result<(Self::Io, Router)> {
+        let stream = TlsAcceptor::from(self.key.config()).accept(stream).await?;
+        let exporter = service_exporter(stream.get_ref().1).unwrap();
+        let binding = match self.fault {
+            TlsFault::OtherConnection => ChannelBinding::TlsExporter([7; 32]),
+            TlsFault::Unbound => ChannelBinding::Key,
+            _ => ChannelBinding::TlsExporter(exporter),
+        };
+        let digest = match self.fault {
+            TlsFault::OtherKey => Some([7; 32]),
+            TlsFault::NoKey => None,
+            _ => Some(self.key.digest()),
+        };
+        let (enclave, fault) = (self.enclave.clone(), self.fault);
+        let attestation = async move |Query(query): Query<NonceQuery>| {
+            enclave.attestations.fetch_add(1, Ordering::SeqCst);
+            if enclave.fault() == Fault::NoAttestation {
+                return StatusCode::SERVICE_UNAVAILABLE.into_response();
+            }
+            let mut nonce = [0; 32];
+            hex::decode_to_slice(&query.nonce, &mut nonce).unwrap();
+            nonce[1] ^= u8::from(fault == TlsFault::OtherNonce);
+            let answer = enclave.attest_bound(nonce, digest, &binding);
+            answer.to_json().into_response()
+        };
+        let enclave = self.enclave.clone();
+        let router = Router::new()
+            .route(ATTESTATION_PATH, get(attestation))
+            .fallback(async move |request: Request| direct(&enclave, request).await);
+        Ok((stream, router))
+    }
+}
+
+/// The toy service without encryption.
+async fn direct(enclave: &Arc<Enclave>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, 1 << 25).await.unwrap();
+    let (status, headers, body) = enclave.inner(&http::Request::from_parts(parts, body));
+    let body = body.map(|item| Ok::<_, std::io::Error>(item.unwrap()));
+    let body = match enclave.fault() {
+        Fault::CutAnswer(bytes) => {
+            let cut = move |item: std::io::Result<Bytes>| item.map(|piece| piece.slice(..bytes));
+            let end = stream::once(async {
+                // After the head and the first piece have left.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                Err(std::io::Error::other("cut"))
+            });
+            Body::from_stream(body.take(1).map(cut).chain(end))
+        }
+        _ => Body::from_stream(body),
+    };
+    (status, headers, body).into_response()
 }
