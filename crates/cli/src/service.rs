@@ -434,7 +434,8 @@ fn parse_url(text: &str) -> Result<Url, Failure> {
         _ => false,
     };
     let url = Url::parse(text).ok().filter(usable);
-    let url = url.ok_or_else(|| unusable("is not the http, https or tls URL of a service".into()))?;
+    let url =
+        url.ok_or_else(|| unusable("is not the http, https or tls URL of a service".into()))?;
     let segments = url.path().split('/').collect::<Vec<_>>();
     if let Some(at) = segments.iter().position(|segment| *segment == "v1") {
         let mut base = url.clone();

@@ -32,9 +32,23 @@ pub struct Recording {
 pub struct TlsEnds {
     acceptor: TlsAcceptor,
     connector: TlsConnector,
+    server: Option<ServerName<'static>>,
 }
 
 impl TlsEnds {
+    /// With settings of one's own, asking for the server by this name.
+    pub fn of(
+        server: Arc<ServerConfig>,
+        client: Arc<ClientConfig>,
+        name: ServerName<'static>,
+    ) -> TlsEnds {
+        TlsEnds {
+            acceptor: server.into(),
+            connector: client.into(),
+            server: Some(name),
+        }
+    }
+
     /// With a gateway's own certificate and key.
     pub fn new(stolen: &CertificateFacts) -> io::Result<TlsEnds> {
         let certificates = read_certificates(&stolen.certificate)?;
@@ -54,6 +68,7 @@ impl TlsEnds {
         Ok(TlsEnds {
             acceptor: Arc::new(server).into(),
             connector: Arc::new(client).into(),
+            server: None,
         })
     }
 }
@@ -156,7 +171,8 @@ impl Shared {
         match tls {
             None => self.pass(client, server).await,
             Some(tls) => {
-                let name = ServerName::from(server.peer_addr()?.ip());
+                let by_address = ServerName::from(server.peer_addr()?.ip());
+                let name = tls.server.unwrap_or(by_address);
                 let client = tls.acceptor.accept(client).await?;
                 let server = tls.connector.connect(name, server).await?;
                 self.pass(client, server).await

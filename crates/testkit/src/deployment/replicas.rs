@@ -25,6 +25,8 @@ pub struct ReplicaFacts {
     pub config: PathBuf,
     /// Where it will listen.
     pub address: SocketAddr,
+    /// Where it will listen for attested TLS.
+    pub attested_tls: SocketAddr,
 }
 
 /// A running gateway.
@@ -55,7 +57,8 @@ impl Deployment {
         settings: &EnclaveSettings,
         count: usize,
     ) -> Result<Vec<ReplicaFacts>, DeploymentError> {
-        let addresses = free_addresses(count)?;
+        let addresses = free_addresses(2 * count)?;
+        let (addresses, attested) = addresses.split_at(count);
         let mut toml = String::new();
         for (index, &address) in addresses.iter().enumerate() {
             let peers: Vec<_> = addresses
@@ -63,7 +66,11 @@ impl Deployment {
                 .filter(|&&peer| peer != address)
                 .map(|peer| quoted(&format!("http://{peer}")))
                 .collect();
-            let service = format!("listen = \"{address}\"\npeers = [{}]", peers.join(", "));
+            let service = format!(
+                "listen = \"{address}\"\nattested_tls = \"{}\"\npeers = [{}]",
+                attested[index],
+                peers.join(", ")
+            );
             let base = self.configure_enclave(settings)?;
             let text = super::read(&base)?;
             let config = self.work.join(format!("replica-{index}.toml"));
@@ -74,11 +81,20 @@ impl Deployment {
                 &measured.replace("\"casemate-enclave\"", &format!("\"replica-{index}\"")),
             );
             toml.push('\n');
-            self.replicas.push(ReplicaFacts { config, address });
+            self.replicas.push(ReplicaFacts {
+                config,
+                address,
+                attested_tls: attested[index],
+            });
         }
         let fields = serde_json::Value::Null;
         self.measurement = Some(MeasurementFacts { toml, fields });
         Ok(self.replicas.clone())
+    }
+
+    /// The configured replicas.
+    pub fn replicas(&self) -> &[ReplicaFacts] {
+        &self.replicas
     }
 
     /// Starts a configured replica and waits until it serves.
