@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use casemate_container::{KeyFileError, OpenError, SealError};
+use casemate_container::{KeyFileError, OpenError, SealError, one_line};
 use casemate_import::ImportError;
 use serde_json::{Value, json};
 
@@ -112,7 +112,7 @@ pub(crate) fn report(done: Result<(), Failure>) -> ExitCode {
         let _ = print_json(&failure.value());
     }
     let mut stderr = io::stderr().lock();
-    let _ = writeln!(stderr, "casemate: {}", one_line(&failure.error));
+    let _ = writeln!(stderr, "casemate: {}", one_line(failure.error.as_ref()));
     if let Some(hint) = failure.hint.filter(|_| !failure.json) {
         let _ = writeln!(stderr, "casemate: {hint}");
     }
@@ -131,20 +131,6 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         done => done.map_err(Failure::io),
     }
-}
-
-/// The causes that the message does not already contain.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if !line.contains(&cause) {
-            if !line.is_empty() {
-                line.push_str(": ");
-            }
-            line.push_str(&cause);
-        }
-    }
-    line
 }
 
 /// Failures of a command that was asked for JSON say so in JSON too.

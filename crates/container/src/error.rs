@@ -242,3 +242,43 @@ pub enum SealError {
         error: io::Error,
     },
 }
+
+/// An error and its causes on one line, each once: some messages quote their cause already.
+#[must_use]
+pub fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        next = cause.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod one_line_tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{words}")]
+    struct Outer {
+        words: &'static str,
+        source: io::Error,
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let told = |words| {
+            let source = io::Error::other("disk full");
+            one_line(&Outer { words, source })
+        };
+        assert_eq!(told("cannot write"), "cannot write: disk full");
+        assert_eq!(told("cannot write: disk full"), "cannot write: disk full");
+    }
+}

@@ -42,7 +42,7 @@ pub use config::{Family, ModelConfig, RopeLayout, RopeScaling};
 pub use data_key::DataKey;
 pub use digest::{DigestParseError, ModelDigest};
 pub use dtype::{DType, UnknownDType};
-pub use error::{Malformed, NotAuthentic, OpenError, SealError};
+pub use error::{Malformed, NotAuthentic, OpenError, SealError, one_line};
 pub use header::Header;
 pub use key_file::KeyFileError;
 pub use manifest::{Access, AssetEntry, Manifest, ManifestError, TensorEntry};

@@ -14,7 +14,7 @@ use serde_json::Value;
 fn refused(stage: &mut Stage) -> (String, Value) {
     let log = match stage.deployment.start_enclave() {
         Err(DeploymentError::Ended { status, log, .. }) => {
-            assert!(!status.success());
+            assert_eq!(status.code(), Some(30), "{log}");
             log
         }
         Err(other) => panic!("{other}"),

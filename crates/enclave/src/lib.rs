@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`config`] | the measured configuration |
+//! | [`exit`] | exit codes of a start that failed |
 //! | [`startup`] | the order in which an enclave comes to serve |
 //! | [`provision`] | conversations with the key broker |
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
@@ -27,6 +28,7 @@ pub mod api;
 pub mod attested_tls;
 pub mod config;
 pub mod denial;
+pub mod exit;
 pub mod gateway;
 pub mod metrics;
 pub mod provision;

@@ -5,10 +5,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use casemate_container::one_line;
 use casemate_enclave::config::MeasuredConfig;
 use casemate_enclave::denial::StartDenial;
-use casemate_enclave::startup;
 use casemate_enclave::workers::Workers;
+use casemate_enclave::{exit, startup};
 use casemate_kernels::hardening;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -19,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 /// with evidence, and answers encrypted requests. Everything that matters is in the configuration file, whose bytes are
 /// part of the measurement.
 #[derive(Parser)]
-#[command(name = "casemate-enclave", version)]
+#[command(name = "casemate-enclave", version, after_help = exit::CODES)]
 struct Arguments {
     /// The configuration file (TOML)
     #[arg(long, value_name = "FILE")]
@@ -43,12 +44,12 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            eprintln!("error: {}", one_line(error.as_ref()));
             if let Some(denial) = StartDenial::of(&error) {
                 eprintln!("{}", denial.line());
                 eprintln!("`casemate explain` reads this log and tells what to do about it");
             }
-            ExitCode::FAILURE
+            ExitCode::from(exit::code(&error))
         }
     }
 }
@@ -69,18 +70,4 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     serving.shutdown_background();
     preparing.shutdown_background();
     result
-}
-
-/// The causes, each once: some messages quote their cause already.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if !line.contains(&cause) {
-            if !line.is_empty() {
-                line.push_str(": ");
-            }
-            line.push_str(&cause);
-        }
-    }
-    line
 }

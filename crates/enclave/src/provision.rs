@@ -18,7 +18,7 @@ use casemate_release::issuance::{
     CHALLENGE_PATH, CREDENTIAL_PATH, CredentialRequest, CredentialResponse, IssuanceChallenge,
 };
 use casemate_release::random::SystemRandom;
-use casemate_release::rcar::{ATTEST_PATH, AUTH_PATH, RESOURCE_PATH};
+use casemate_release::rcar::{ATTEST_PATH, AUTH_PATH, ErrorInformation, RESOURCE_PATH};
 use casemate_tee::{QuoteProvider, TeeError};
 use reqwest::header::{CONTENT_TYPE, COOKIE, SET_COOKIE};
 use thiserror::Error;
@@ -43,7 +43,7 @@ pub enum ProvisionError {
         source: reqwest::Error,
     },
     /// It answered, but refused; the text is the broker's own.
-    #[error("the key broker refused {what} with status {status}: {text}")]
+    #[error("the key broker refused {what} with status {status}: {}", said(text))]
     Refused {
         /// The step.
         what: &'static str,
@@ -76,6 +76,21 @@ pub enum ProvisionError {
          host named another one"
     )]
     ConfigurationNotMeasured,
+}
+
+/// A denial in words, and anything else as it is.
+fn said(text: &str) -> String {
+    let Ok(information) = serde_json::from_str::<ErrorInformation>(text) else {
+        return text.to_owned();
+    };
+    let ErrorInformation { detail, denial, .. } = information;
+    match denial {
+        None => detail,
+        Some(denial) => format!(
+            "{detail}: claim {}: found {}, expected {}; {}",
+            denial.claim, denial.found, denial.expected, denial.remedy
+        ),
+    }
 }
 
 /// A broker, and the TEE that speaks for this enclave.
