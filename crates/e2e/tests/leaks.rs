@@ -106,7 +106,7 @@ async fn converse(url: &str) -> Vec<String> {
     assert_eq!(send("/v1/completions", completion).await.0, StatusCode::OK);
     for (path, body) in [
         (chat_path, chat(json!({"model": PROMPT}))),
-        (chat_path, chat(json!({"user": PROMPT}))),
+        (chat_path, chat(json!({"audio": PROMPT}))),
         (chat_path, chat(json!({"max_tokens": PROMPT}))),
         (
             chat_path,
