@@ -7,7 +7,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, SealOptions, SealedFile, Silent, seal};
-use casemate_enclave::api::{Api, router};
+use casemate_enclave::api::{Api, Extraction, Logprobs, router};
 use casemate_enclave::config::MeasuredConfig;
 use casemate_engine::{Compute, Engine, EngineOptions};
 use casemate_testkit::models::Tiny;
@@ -90,9 +90,18 @@ impl Service {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
+        // Everything that a provider may allow, so that there is the most to parse.
+        let extraction = Extraction {
+            logprobs: Logprobs::Rounded {
+                top: 5,
+                rounding: 0.1,
+            },
+            logit_bias: true,
+        };
+        let api = Api::new(engine, "tiny".into(), "fp_0".into(), || NOW);
         Service {
             runtime: runtime.expect("a runtime"),
-            router: router(Api::new(engine, "tiny".into(), "fp_0".into(), || NOW)),
+            router: router(api.with_extraction(extraction)),
         }
     }
 }
@@ -150,9 +159,21 @@ pub(crate) fn api_seeds() -> Vec<Vec<u8>> {
     let tools = r#"{"model":"tiny","messages":[{"role":"user","content":"b"}],"max_completion_tokens":2,"logprobs":true,
         "top_logprobs":2,"logit_bias":{"5":-100},"response_format":{"type":"json_object"},"tools":[{"type":"function",
         "function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto"}"#;
+    let shaped = r#"{"model":"tiny","messages":[{"role":"user","content":"b"}],"max_tokens":9,"logprobs":true,
+        "top_logprobs":2,"logit_bias":{"5":-100,"7":3.5},"response_format":{"type":"json_object"},"stream":true}"#;
+    let called = r#"{"model":"tiny","messages":[{"role":"user","content":"b"},{"role":"assistant","content":null,
+        "tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":"{\"a\":1}"}}]},{"role":"tool",
+        "tool_call_id":"c","content":"r"}],"max_tokens":2}"#;
     let text = r#"{"model":"tiny","prompt":["a","b"],"max_tokens":2,"stop":"z","logprobs":1,"echo":false}"#;
     let tokens = r#"{"model":"tiny","prompt":[[1,2],[3]],"max_tokens":1}"#;
-    [(0, chat), (0, tools), (1, text), (1, tokens)]
-        .map(|(which, body)| [&[which], body.as_bytes()].concat())
-        .into()
+    [
+        (0, chat),
+        (0, tools),
+        (0, shaped),
+        (0, called),
+        (1, text),
+        (1, tokens),
+    ]
+    .map(|(which, body)| [&[which], body.as_bytes()].concat())
+    .into()
 }
