@@ -20,11 +20,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use casemate_testkit::deployment::{Deployment, EnclaveSettings, Role};
+use casemate_testkit::deployment::{Deployment, EnclaveSettings, Role, http_get};
 use serde_json::{Value, json};
 
 /// Name of the model in both services.
 const NAME: &str = "model";
+/// Proxies started to time it.
+const STARTS: usize = 11;
 
 struct Options {
     model: PathBuf,
@@ -63,6 +65,9 @@ fn main() -> Result<()> {
         "the two services do not answer alike"
     );
 
+    let starts = (0..STARTS).map(|_| first_verified_byte(&mut deployment));
+    let starts = starts.collect::<Result<Vec<_>>>()?;
+
     let before = cpu_times(&processes)?;
     let mut walls = Vec::new();
     for pair in 0..options.pairs {
@@ -88,6 +93,10 @@ fn main() -> Result<()> {
         options.pairs,
         options.tokens,
         answer.pieces.len()
+    );
+    println!(
+        "from starting a proxy to the first byte through the verified channel, median of {STARTS}: {:.1} ms",
+        statistics::median_ms(starts.into_iter())
     );
     println!(
         "wall clock, median: protected {:.1} ms, plain {:.1} ms",
@@ -203,6 +212,17 @@ async fn ask(client: &reqwest::Client, url: &str, tokens: usize) -> Result<Answe
     });
     let text = events.collect();
     Ok(Answered { took, pieces, text })
+}
+
+/// Starts a user's proxy, asks it for the models, ends it. The proxy listens once it has verified the service.
+fn first_verified_byte(deployment: &mut Deployment) -> Result<Duration> {
+    let started = Instant::now();
+    let proxy = deployment.start_proxy()?;
+    let reply = http_get(&proxy.url, "/v1/models")?;
+    let took = started.elapsed();
+    ensure!(reply.status == 200, "the proxy answers {}", reply.status);
+    deployment.stop(Role::Proxy);
+    Ok(took)
 }
 
 /// CPU time that each process has used, all its threads together.
