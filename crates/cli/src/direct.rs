@@ -66,7 +66,7 @@ pub(crate) enum ConnectError {
 #[derive(Debug)]
 pub(crate) enum SendError {
     /// Nothing of it was sent; it may go on another connection.
-    NotSent(Request<Bytes>),
+    NotSent(Box<Request<Bytes>>),
     /// It may have been served.
     Failed(String),
 }
@@ -142,7 +142,7 @@ impl Direct {
         let mut sent = request.clone().map(Full::new);
         sent.headers_mut().insert(header::HOST, self.host.clone());
         if connection.sender.ready().await.is_err() {
-            return Err(SendError::NotSent(request));
+            return Err(SendError::NotSent(Box::new(request)));
         }
         let answer = timeout(READ_TIMEOUT, connection.sender.try_send_request(sent))
             .await
@@ -154,7 +154,7 @@ impl Direct {
                 direct: Arc::clone(self),
                 silence: Box::pin(tokio::time::sleep(READ_TIMEOUT)),
             })),
-            Err(error) if error.message().is_some() => Err(SendError::NotSent(request)),
+            Err(error) if error.message().is_some() => Err(SendError::NotSent(Box::new(request))),
             Err(error) => Err(SendError::Failed(error.into_error().to_string())),
         }
     }

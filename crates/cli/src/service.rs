@@ -321,7 +321,7 @@ impl Service {
             match direct.send(connection, request).await {
                 Ok(answer) => return Ok(answer),
                 // The connection was closed while it waited.
-                Err(SendError::NotSent(unsent)) if waited => request = unsent,
+                Err(SendError::NotSent(unsent)) if waited => request = *unsent,
                 Err(SendError::NotSent(_)) => {
                     return Err(DirectError::Failed("the connection was closed".to_owned()));
                 }
