@@ -347,6 +347,18 @@ pub const ATTACKS: &[Attack] = &[
         mount: users::substituted_key,
     },
     Attack {
+        name: "tls-ended-between",
+        what: "a man in the middle ends attested TLS with his own key and relays genuine evidence",
+        expected: by(By::Verify, "not_genuine", "tls.key", Verdict::Exit(20)),
+        mount: users::tls_ended_between,
+    },
+    Attack {
+        name: "substituted-tls-key",
+        what: "he puts that key into the keyset, too: the evidence is of his own connection to the enclave",
+        expected: by(By::Verify, "not_genuine", "report_data", Verdict::Exit(20)),
+        mount: users::substituted_tls_key,
+    },
+    Attack {
         name: "reading-relay",
         what: "a man in the middle relays everything as it is and reads along",
         expected: by(

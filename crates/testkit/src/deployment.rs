@@ -191,6 +191,8 @@ pub struct PolicyFacts {
 pub struct EnclaveFacts {
     /// Its base address.
     pub url: String,
+    /// Where it serves attested TLS, `tls://HOST:PORT`, if it does.
+    pub attested_tls: Option<String>,
     /// From start to ready: attesting, key release, opening, packing, credential.
     pub took: Duration,
 }
@@ -217,6 +219,8 @@ pub struct EnclaveSettings {
     pub max_batch: usize,
     /// Lines of the section `[extraction]`; empty leaves it out.
     pub extraction: &'static str,
+    /// Whether attested TLS is served too, on a free port.
+    pub attested_tls: bool,
 }
 
 impl Default for EnclaveSettings {
@@ -227,6 +231,7 @@ impl Default for EnclaveSettings {
             max_context: 2048,
             max_batch: 8,
             extraction: "",
+            attested_tls: false,
         }
     }
 }
@@ -427,7 +432,7 @@ impl Deployment {
             self.sealed()?,
         );
         let text = format!(
-            "[service]\nname = {name}\nlisten = \"127.0.0.1:0\"\n\n\
+            "[service]\nname = {name}\nlisten = \"127.0.0.1:0\"\n{attested_tls}\n\
              [model]\npath = {model}\ncompute = \"{compute}\"\nthreads = {threads}\n\
              max_context = {max_context}\nmax_batch = {max_batch}\n\n\
              [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
@@ -436,6 +441,10 @@ impl Deployment {
             extraction = match settings.extraction {
                 "" => String::new(),
                 lines => format!("\n[extraction]\n{lines}\n"),
+            },
+            attested_tls = match settings.attested_tls {
+                true => "attested_tls = \"127.0.0.1:0\"\n",
+                false => "",
             },
             name = quoted(&sealed.name),
             model = quoted(&sealed.path.display().to_string()),
@@ -589,11 +598,15 @@ impl Deployment {
             watch(started.elapsed());
             http_get(&url, "/readyz").is_ok_and(|reply| reply.status == 200)
         })?;
+        let attested_tls = program
+            .attested_tls()
+            .map(|address| format!("tls://{address}"));
         self.running.push((Role::Enclave, program));
         Ok(self
             .enclave
             .insert(EnclaveFacts {
                 url,
+                attested_tls,
                 took: started.elapsed(),
             })
             .clone())

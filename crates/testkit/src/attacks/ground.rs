@@ -91,6 +91,12 @@ impl Ground {
         Ok(self.deployment.enclave()?.url.clone())
     }
 
+    /// The URL at which the enclave ends TLS itself.
+    pub(super) fn attested_tls(&self) -> Result<String, Miss> {
+        let url = self.deployment.enclave()?.attested_tls.clone();
+        url.ok_or_else(|| Miss::Broken("no attested TLS".into()))
+    }
+
     /// A launch of the enclave as it was measured, to be altered.
     pub(super) fn enclave_launch(&self) -> Launch {
         let config = self.deployment.work_dir().join("enclave.toml");
@@ -199,6 +205,7 @@ fn settings() -> EnclaveSettings {
         threads: 1,
         max_context: 512,
         max_batch: 2,
+        attested_tls: true,
         ..EnclaveSettings::default()
     }
 }

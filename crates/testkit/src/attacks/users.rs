@@ -11,6 +11,7 @@ use casemate_channel::keyset::Keyset;
 use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, FRAME_BYTES, GATEWAY_PATH, Keyring, REQUEST_MEDIA_TYPE, Recipient,
 };
+use casemate_channel::tls::ServerKey;
 use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
 use serde_json::{Value, json};
 
@@ -77,31 +78,71 @@ pub(super) fn replayed_to_user(ground: &mut Ground) -> Result<Refusal, Miss> {
 /// The keyset that users would encrypt to, with the attacker's key in it.
 pub(super) fn substituted_key(ground: &mut Ground) -> Result<Refusal, Miss> {
     let own = Keyring::default().generate(u64::MAX)?.encoded;
+    let (change, substituted) = substitute(move |keyset| keyset.ohttp_config.clone_from(&own));
+    let middle = Middle::start(&ground.enclave()?, change)?;
+    refused_substitute(ground, &middle, &substituted)
+}
+
+/// The evidence is about the connection between attacker and enclave, and its keyset about the enclave's key.
+pub(super) fn tls_ended_between(ground: &mut Ground) -> Result<Refusal, Miss> {
+    let own = ServerKey::generate()?;
+    let middle = Middle::start_tls(&ground.attested_tls()?, &own, |_, answer| answer)?;
+    let refusal = ground.refused_verify(&middle.url(), &ground.policy())?;
+    match contains(&middle.seen(), b"\"evidence\"") {
+        true => Ok(refusal),
+        false => Err(Miss::Broken("no evidence was relayed".into())),
+    }
+}
+
+/// The attacker's key in the keyset, too; the evidence remains that of another connection and of the genuine keyset.
+pub(super) fn substituted_tls_key(ground: &mut Ground) -> Result<Refusal, Miss> {
+    let own = ServerKey::generate()?;
+    let digest = own.digest();
+    let (change, substituted) = substitute(move |keyset| keyset.tls_key_digest = Some(digest));
+    let middle = Middle::start_tls(&ground.attested_tls()?, &own, change)?;
+    refused_substitute(ground, &middle, &substituted)
+}
+
+/// Alters the keyset in each attestation that passes, and says whether one was altered.
+fn substitute(
+    alter: impl Fn(&mut Keyset) + Send + Sync + 'static,
+) -> (
+    impl Fn(&Message, Message) -> Message + Send + Sync + 'static,
+    Arc<AtomicBool>,
+) {
     let substituted = Arc::new(AtomicBool::new(false));
     let done = substituted.clone();
-    let middle = Middle::start(&ground.enclave()?, move |request, mut answer| {
+    let change = move |request: &Message, mut answer: Message| {
         if request.path().starts_with(ATTESTATION_PATH)
-            && let Some(changed) = substitute(&answer.body, &own)
+            && let Some(changed) = altered(&answer.body, &alter)
         {
             answer.body = changed;
             done.store(true, Ordering::SeqCst);
         }
         answer
-    })?;
+    };
+    (change, substituted)
+}
+
+fn altered(answer: &[u8], alter: &impl Fn(&mut Keyset)) -> Option<Vec<u8>> {
+    let mut response: Value = serde_json::from_slice(answer).ok()?;
+    let encoded = STANDARD.decode(response["keyset"].as_str()?).ok()?;
+    let mut keyset = Keyset::decode(&encoded).ok()?;
+    alter(&mut keyset);
+    response["keyset"] = json!(STANDARD.encode(keyset.encode().ok()?));
+    Some(response.to_string().into_bytes())
+}
+
+fn refused_substitute(
+    ground: &Ground,
+    middle: &Middle,
+    substituted: &AtomicBool,
+) -> Result<Refusal, Miss> {
     let refusal = ground.refused_verify(&middle.url(), &ground.policy())?;
     match substituted.load(Ordering::SeqCst) {
         true => Ok(refusal),
         false => Err(Miss::Broken("the key could not be substituted".into())),
     }
-}
-
-fn substitute(answer: &[u8], key: &[u8]) -> Option<Vec<u8>> {
-    let mut response: Value = serde_json::from_slice(answer).ok()?;
-    let encoded = STANDARD.decode(response["keyset"].as_str()?).ok()?;
-    let mut keyset = Keyset::decode(&encoded).ok()?;
-    keyset.ohttp_config = key.to_vec();
-    response["keyset"] = json!(STANDARD.encode(keyset.encode().ok()?));
-    Some(response.to_string().into_bytes())
 }
 
 fn prompt(stream: bool) -> Vec<u8> {

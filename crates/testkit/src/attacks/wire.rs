@@ -1,5 +1,5 @@
 //! HTTP as bytes, for who stands in the middle: one exchange a connection, and a relay that can record and change what
-//! passes.
+//! passes. Under it can be attested TLS, which the relay then ends with a key of its own.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -7,6 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+use casemate_channel::tls::rustls::{
+    ClientConnection, ServerConfig, ServerConnection, StreamOwned,
+};
+use casemate_channel::tls::{self, ServerKey};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_MESSAGE: u64 = 64 << 20;
@@ -95,7 +100,7 @@ impl Message {
     }
 
     /// Reads one message. An answer without a length goes on to the end of the connection.
-    fn read(from: &mut TcpStream, answer: bool) -> io::Result<Message> {
+    fn read(from: &mut impl Read, answer: bool) -> io::Result<Message> {
         let mut limited = from.take(MAX_MESSAGE);
         let mut bytes = Vec::new();
         let mut buffer = [0; 16 * 1024];
@@ -165,9 +170,9 @@ fn find(bytes: &[u8], pattern: &[u8]) -> Option<usize> {
         .position(|window| window == pattern)
 }
 
-/// Sends a request to `http://HOST:PORT` and reads the answer.
+/// Sends a request to `http://HOST:PORT` or `tls://HOST:PORT` and reads the answer.
 pub(super) fn exchange(base: &str, request: &Message) -> io::Result<Message> {
-    let host = base.strip_prefix("http://").unwrap_or(base);
+    let (scheme, host) = base.split_once("://").unwrap_or(("http", base));
     let mut stream = TcpStream::connect(host)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
@@ -175,8 +180,18 @@ pub(super) fn exchange(base: &str, request: &Message) -> io::Result<Message> {
         Some(_) => request.clone(),
         None => request.clone().with("host", host),
     };
-    request.write(&mut stream)?;
-    Message::read(&mut stream, true)
+    if scheme != tls::URL_SCHEME {
+        return ask(&mut stream, &request);
+    }
+    let config = tls::client_config().map_err(io::Error::other)?;
+    let connection = ClientConnection::new(config, tls::server_name()).map_err(io::Error::other)?;
+    ask(&mut StreamOwned::new(connection, stream), &request)
+}
+
+fn ask(stream: &mut (impl Read + Write), request: &Message) -> io::Result<Message> {
+    request.write(stream)?;
+    stream.flush()?;
+    Message::read(stream, true)
 }
 
 type Change = dyn Fn(&Message, Message) -> Message + Send + Sync;
@@ -184,6 +199,7 @@ type Change = dyn Fn(&Message, Message) -> Message + Send + Sync;
 /// A relay on loopback, ended when dropped.
 pub(super) struct Middle {
     address: SocketAddr,
+    scheme: &'static str,
     ended: Arc<AtomicBool>,
     seen: Arc<Mutex<Vec<u8>>>,
     acceptor: Option<JoinHandle<()>>,
@@ -195,11 +211,28 @@ impl Middle {
         upstream: &str,
         change: impl Fn(&Message, Message) -> Message + Send + Sync + 'static,
     ) -> io::Result<Middle> {
+        Middle::listen(upstream, None, Arc::new(change))
+    }
+
+    /// As [`Middle::start`], ending TLS with `key` before that.
+    pub(super) fn start_tls(
+        upstream: &str,
+        key: &ServerKey,
+        change: impl Fn(&Message, Message) -> Message + Send + Sync + 'static,
+    ) -> io::Result<Middle> {
+        Middle::listen(upstream, Some(key.config()), Arc::new(change))
+    }
+
+    fn listen(
+        upstream: &str,
+        ends: Option<Arc<ServerConfig>>,
+        change: Arc<Change>,
+    ) -> io::Result<Middle> {
+        let scheme = ends.as_ref().map_or("http", |_| tls::URL_SCHEME);
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let ended = Arc::new(AtomicBool::new(false));
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let change: Arc<Change> = Arc::new(change);
         let (stop, record, upstream) = (ended.clone(), seen.clone(), upstream.to_owned());
         let acceptor = thread::spawn(move || {
             for stream in listener.incoming() {
@@ -208,14 +241,16 @@ impl Middle {
                 }
                 let Ok(stream) = stream else { continue };
                 let (change, record, upstream) = (change.clone(), record.clone(), upstream.clone());
+                let ends = ends.clone();
                 thread::spawn(move || {
                     // A client that leaves, or an enclave that does: the exchange is over either way.
-                    let _ = relay(stream, &upstream, &*change, &record);
+                    let _ = connected(stream, ends, &upstream, &*change, &record);
                 });
             }
         });
         Ok(Middle {
             address,
+            scheme,
             ended,
             seen,
             acceptor: Some(acceptor),
@@ -224,7 +259,7 @@ impl Middle {
 
     /// Its base address.
     pub(super) fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 
     /// Everything that passed, in both directions.
@@ -247,13 +282,29 @@ impl Drop for Middle {
     }
 }
 
-fn relay(
-    mut client: TcpStream,
+fn connected(
+    client: TcpStream,
+    ends: Option<Arc<ServerConfig>>,
     upstream: &str,
     change: &Change,
     seen: &Mutex<Vec<u8>>,
 ) -> io::Result<()> {
     client.set_read_timeout(Some(TIMEOUT))?;
+    match ends {
+        None => relay(client, upstream, change, seen),
+        Some(config) => {
+            let connection = ServerConnection::new(config).map_err(io::Error::other)?;
+            relay(StreamOwned::new(connection, client), upstream, change, seen)
+        }
+    }
+}
+
+fn relay(
+    mut client: impl Read + Write,
+    upstream: &str,
+    change: &Change,
+    seen: &Mutex<Vec<u8>>,
+) -> io::Result<()> {
     let request = Message::read(&mut client, false)?;
     let answer = exchange(upstream, &request)?;
     {
@@ -265,6 +316,7 @@ fn relay(
     }
     let answer = change(&request, answer);
     answer.write(&mut client)?;
+    client.flush()?;
     if !answer.complete {
         // What was promised does not come; the client gets to see what did before it learns that.
         thread::sleep(Duration::from_millis(200));

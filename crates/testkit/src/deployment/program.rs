@@ -19,6 +19,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How much of a log a failure shows.
 const SHOWN_LOG: u64 = 4096;
 const LISTENING: &str = "listening on ";
+/// An enclave says it before the other.
+const ATTESTED_TLS: &str = "attested TLS on ";
 
 /// A running program.
 pub struct Program {
@@ -26,6 +28,7 @@ pub struct Program {
     child: Child,
     log: PathBuf,
     address: String,
+    attested_tls: Option<String>,
 }
 
 /// How a program is started.
@@ -108,6 +111,7 @@ impl Launch {
             child,
             log,
             address: String::new(),
+            attested_tls: None,
         })
     }
 
@@ -126,6 +130,7 @@ impl Launch {
             child,
             log,
             address: String::new(),
+            attested_tls: None,
         };
         let lines = lines.ok_or(DeploymentError::Silent { program: self.name })?;
         program.address = program.await_address(&lines?, patience)?;
@@ -144,6 +149,11 @@ impl Program {
     /// Where it listens, as it said; empty if it does not say.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Where it serves attested TLS, if it said so.
+    pub fn attested_tls(&self) -> Option<&str> {
+        self.attested_tls.as_deref()
     }
 
     /// Its process number.
@@ -222,6 +232,9 @@ impl Program {
                 Ok(line) => {
                     if let Some(address) = line.strip_prefix(LISTENING) {
                         return Ok(address.to_owned());
+                    }
+                    if let Some(address) = line.strip_prefix(ATTESTED_TLS) {
+                        self.attested_tls = Some(address.to_owned());
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => return Err(self.timed_out("its address")),
@@ -323,10 +336,10 @@ mod tests {
     #[test]
     fn waits_for_the_address_and_ends_with_its_value() {
         let logs = tempfile::tempdir().unwrap();
-        let script =
-            "echo starting; echo listening on 127.0.0.1:7; echo warning >&2; exec sleep 60";
+        let script = "echo starting; echo attested TLS on 127.0.0.1:8; echo listening on 127.0.0.1:7; echo warning >&2; exec sleep 60";
         let program = shell(script).serve(logs.path(), PATIENCE).unwrap();
         assert_eq!(program.address(), "127.0.0.1:7");
+        assert_eq!(program.attested_tls(), Some("127.0.0.1:8"));
         let pid = program.pid();
         assert!(alive(pid));
         drop(program);

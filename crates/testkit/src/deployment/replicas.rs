@@ -113,9 +113,13 @@ impl Deployment {
         program.wait_until("readiness", READY, || {
             http_get(&url, "/readyz").is_ok_and(|reply| reply.status == 200)
         })?;
+        let attested_tls = program
+            .attested_tls()
+            .map(|address| format!("tls://{address}"));
         self.running.push((Role::Replica(index), program));
         Ok(EnclaveFacts {
             url,
+            attested_tls,
             took: started.elapsed(),
         })
     }
