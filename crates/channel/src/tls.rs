@@ -25,6 +25,8 @@ use rustls::{
 };
 use zeroize::{Zeroize as _, Zeroizing};
 
+use crate::keyset::ChannelBinding;
+
 pub use rustls;
 
 /// Label of the exporter (RFC 8446, section 7.5) that binds evidence to a connection; the context is empty.
@@ -222,8 +224,9 @@ impl Handshake {
         })
     }
 
-    pub(crate) fn exporter(&self) -> [u8; EXPORTER_BYTES] {
-        self.exporter
+    /// What evidence shown on this connection is bound to.
+    pub fn binding(&self) -> ChannelBinding {
+        ChannelBinding::TlsExporter(self.exporter)
     }
 
     pub(crate) fn key_digest(&self) -> [u8; 32] {

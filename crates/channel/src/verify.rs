@@ -1,8 +1,10 @@
 //! The user's verification of a service: evidence over the user's own nonce, the keyset it vouches
 //! for, the credential that says whose service it is, and the user's policy about all of them.
 //!
-//! [`verify_service`] and [`verify_connection`] are the only ways to a [`VerifiedService`]. After the former, a request
-//! is encrypted to the key that it holds; after the latter, it is sent on the connection that was verified. Fetching the answer and keeping it fresh is the caller's part.
+//! [`verify_service`] and [`verify_connection`] are the only ways to a [`VerifiedService`] that requests may be sent to.
+//! After the former, a request is encrypted to the key that it holds; after the latter, it is sent on the connection that
+//! was verified. Fetching the answer and keeping it fresh is the caller's part. What a user kept is judged again by
+//! [`crate::receipt::verify_bundle`].
 
 use aws_lc_rs::rand;
 use base64::Engine as _;
@@ -154,8 +156,8 @@ fn malformed(found: String) -> Denial {
     )
 }
 
-/// Proof that a service was verified and that the user's policy accepts it. Only [`verify_service`]
-/// and [`verify_connection`] make one.
+/// Proof that a service was verified and that the user's policy accepts it. Only [`verify_service`] and
+/// [`verify_connection`] make one, and [`crate::receipt::verify_bundle`] for who looks back.
 #[derive(Clone, Debug)]
 pub struct VerifiedService {
     recipient: Recipient,
@@ -254,8 +256,24 @@ pub fn verify_connection(
 ) -> (Transcript, Result<VerifiedService, Denial>) {
     let mut judge = Judge::continuing(Transcript::new());
     judge.tls_key(&response.keyset, handshake);
-    let binding = ChannelBinding::TlsExporter(handshake.exporter());
-    judge.verify(response, challenge, &binding, policy, now)
+    judge.verify(response, challenge, &handshake.binding(), policy, now)
+}
+
+/// Judges again what was judged when it was fresh: evidence over this binding. The handshake is gone, so whose connection
+/// it was is not judged, and shown as skipped.
+pub(crate) fn verify_bound(
+    response: &AttestationResponse,
+    challenge: &Challenge,
+    binding: &ChannelBinding,
+    policy: &Policy,
+    now: UnixTime,
+) -> (Transcript, Result<VerifiedService, Denial>) {
+    let mut judge = Judge::continuing(Transcript::new());
+    if let ChannelBinding::TlsExporter(_) = binding {
+        let why = "only who made the connection saw the key at its end";
+        judge.skip("tls.key", "", why);
+    }
+    judge.verify(response, challenge, binding, policy, now)
 }
 
 /// Every path without a service records a denial; this stands in for one that a change forgot.

@@ -4,7 +4,7 @@
 mod support;
 
 use casemate_attest::{Class, Denial, Status, Transcript, UnixTime};
-use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::keyset::{ChannelBinding, KeysetDigest};
 use casemate_channel::receipt::{
     AnswerHasher, Bundle, Exchange, FetchedReceipt, Parameters, Receipt, RequestBytes, RequestHash,
     RequestId, Salt, SavedAttestation, SignedReceipt, Usage, VerifiedExchange, verify_bundle,
@@ -80,6 +80,15 @@ impl Kept {
         }
     }
 
+    /// As [`Kept::new`], of a user who connected by attested TLS.
+    fn over_tls() -> Kept {
+        let mut kept = Kept::new();
+        kept.service.keyset.tls_key_digest = Some([0x74; 32]);
+        kept.service.binding = ChannelBinding::TlsExporter([0x75; 32]);
+        kept.receipt.keyset_digest = KeysetDigest::of(&kept.service.keyset.encode().unwrap());
+        kept
+    }
+
     fn bundle(&self) -> Bundle {
         Bundle {
             fetched: FetchedReceipt {
@@ -90,6 +99,7 @@ impl Kept {
             attestation: SavedAttestation {
                 response: self.service.response(),
                 challenge: self.service.challenge.clone(),
+                binding: self.service.binding,
                 verified_at: UnixTime::from_secs(self.verified_at),
             },
         }
@@ -146,6 +156,53 @@ fn accepts_an_honest_receipt_and_says_that_it_is_no_tee() {
     assert!(verified.covers_request() && verified.covers_answer());
     assert!(verified.service().appraised().is_development());
     assert_eq!(verified.as_of(), UnixTime::from_secs(NOW + 1));
+}
+
+#[test]
+fn a_receipt_over_tls_is_good_with_the_exporter_of_its_evidence_and_no_other() {
+    let kept = Kept::over_tls();
+    let mut bundle = kept.bundle();
+    let (transcript, outcome) = kept.verify(&bundle);
+    assert_eq!(outcome.unwrap().receipt(), &kept.receipt);
+    assert_eq!(transcript.failed().count(), 0);
+    // Nobody can see anymore at whose key that connection ended.
+    assert_eq!(status(&transcript, "tls.key"), Status::Skipped);
+    assert_eq!(status(&transcript, "report_data"), Status::Passed);
+    for wrong in [
+        ChannelBinding::Key,
+        ChannelBinding::TlsExporter([0; 32]),
+        ChannelBinding::TlsExporter([0x74; 32]),
+    ] {
+        bundle.attestation.binding = wrong;
+        denied(kept.verify(&bundle), Class::NotGenuine, "report_data");
+    }
+    // Nor does evidence for encryption become evidence for a connection.
+    let kept = Kept::new();
+    let mut bundle = kept.bundle();
+    bundle.attestation.binding = ChannelBinding::TlsExporter([0x75; 32]);
+    denied(kept.verify(&bundle), Class::NotGenuine, "report_data");
+}
+
+#[test]
+fn an_exporter_is_read_as_it_is_written_and_not_otherwise() {
+    let json = Kept::over_tls().bundle().to_json();
+    let read = |json: &str| Bundle::from_json(json.as_bytes());
+    assert_eq!(read(&json).ok().unwrap().to_json(), json);
+    let exporter = "75".repeat(32);
+    let member = format!("\"tls_exporter\":\"{exporter}\"");
+    assert!(json.contains(&member));
+    for other in [
+        "\"tls_exporter\":null".to_owned(),
+        "\"tls_exporter\":\"\"".to_owned(),
+        format!("\"tls_exporter\":\"{}\"", &exporter[1..]),
+        format!("\"tls_exporter\":\"{exporter}75\""),
+        format!("\"tls_exporter\":\"{}\"", "7A".repeat(32)),
+        format!("{member},{member}"),
+        format!("\"exporter\":\"{exporter}\""),
+    ] {
+        assert!(read(&json.replace(&member, &other)).is_err(), "{other}");
+    }
+    assert!(!Kept::new().bundle().to_json().contains("tls_exporter"));
 }
 
 #[test]
@@ -210,6 +267,7 @@ fn refuses_a_receipt_of_another_keyset() {
         attestation: SavedAttestation {
             response: other.service.response(),
             challenge: other.service.challenge.clone(),
+            binding: other.service.binding,
             verified_at: UnixTime::from_secs(NOW),
         },
     };
@@ -410,7 +468,12 @@ fn every_changed_byte_of_a_receipt_is_refused() {
 /// means nothing. What is proven is the same then.
 #[test]
 fn every_changed_byte_of_a_bundle_is_refused_or_proves_the_same() {
-    let kept = Kept::new();
+    for kept in [Kept::new(), Kept::over_tls()] {
+        walk_bundle(&kept);
+    }
+}
+
+fn walk_bundle(kept: &Kept) {
     let (policy, exchange) = (kept.service.policy(), kept.exchange());
     let json = kept.bundle().to_json().into_bytes();
     let text = String::from_utf8(json.clone()).unwrap();

@@ -18,14 +18,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use axum::serve::ListenerExt as _;
 use casemate_kernels::hardening::Hardening;
 use casemate_listen::{Limits, Server};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::exit::{Class, Failure, print};
+use crate::exit::{Failure, print};
 use crate::service::{NotVerified, Service};
 use crate::verdict::Verdict;
 use crate::verify::read_policy;
@@ -80,12 +80,6 @@ pub(crate) fn run(args: &Args, granted: Hardening) -> Result<(), Failure> {
         args.ca.as_deref(),
     )?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::io)?;
-    if service.direct().is_some() && args.receipts.is_some() {
-        let error = anyhow!(
-            "evidence over a TLS connection cannot be saved for a proof yet: --receipts needs an https or http URL"
-        );
-        return Err(Failure::new(Class::Usage, "receipts", error));
-    }
     let saver = args.receipts.as_deref().map(saver).transpose()?;
     runtime.block_on(serve(service, saver, args.listen))
 }

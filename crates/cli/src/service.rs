@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, anyhow};
 use bytes::Bytes;
 use casemate_attest::{Denial, Policy, Transcript, UnixTime};
-use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::keyset::{ChannelBinding, KeysetDigest};
 use casemate_channel::ohttp::{GATEWAY_PATH, KEYSET_HINT, REQUEST_MEDIA_TYPE};
 use casemate_channel::receipt::SavedAttestation;
 use casemate_channel::tls::URL_SCHEME;
@@ -284,6 +284,7 @@ impl Service {
         let attestation = SavedAttestation {
             response,
             challenge,
+            binding: handshake.binding(),
             verified_at,
         };
         let holding = outcome
@@ -295,13 +296,15 @@ impl Service {
         Ok((verification, connection))
     }
 
-    /// Sends a request on a verified connection: one that waits for it, or a new one.
+    /// Sends a request on a verified connection: one that waits for it, or a new one, whose verification comes with the
+    /// answer.
     pub(crate) async fn send_direct(
         &self,
         direct: &Arc<Direct>,
         mut request: http::Request<Bytes>,
-    ) -> Result<http::Response<DirectBody>, DirectError> {
+    ) -> Result<(http::Response<DirectBody>, Option<Verification>), DirectError> {
         loop {
+            let mut made = None;
             let waiting = direct.take(self.now());
             let waited = waiting.is_some();
             let connection = match waiting {
@@ -309,17 +312,21 @@ impl Service {
                 None => {
                     let verified = self.verify_new(direct).await;
                     let (verification, connection) = verified.map_err(DirectError::NotVerified)?;
-                    match (connection, verification.outcome) {
-                        (Some(connection), Ok(_)) => connection,
+                    match (connection, &verification.outcome) {
+                        (Some(connection), Ok(_)) => {
+                            made = Some(verification);
+                            connection
+                        }
                         (_, Err(denial)) => {
-                            return Err(DirectError::NotVerified(NotVerified::Denied(denial)));
+                            let denied = NotVerified::Denied(denial.clone());
+                            return Err(DirectError::NotVerified(denied));
                         }
                         (None, Ok(_)) => unreachable!("a verified connection is given out"),
                     }
                 }
             };
             match direct.send(connection, request).await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => return Ok((answer, made)),
                 // The connection was closed while it waited.
                 Err(SendError::NotSent(unsent)) if waited => request = *unsent,
                 Err(SendError::NotSent(_)) => {
@@ -346,6 +353,7 @@ impl Service {
                 let attestation = SavedAttestation {
                     response,
                     challenge,
+                    binding: ChannelBinding::Key,
                     verified_at,
                 };
                 (transcript, outcome, Some(attestation))

@@ -97,6 +97,70 @@ fn the_api_is_served_on_a_verified_connection() {
     );
 }
 
+#[test]
+fn an_answer_over_attested_tls_can_be_proven_offline() {
+    let (mut stage, address) = stage();
+    let url = format!("tls://{address}");
+    let proxy = stage.deployment.start_proxy_to(&url).unwrap();
+    let body = json!({
+        "model": TINY, "max_tokens": 8,
+        "messages": [{"role": "user", "content": "canary-77c1"}],
+    })
+    .to_string();
+    let (request, answer, bundle) = tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let post = client.post(format!("{}/v1/chat/completions", proxy.url));
+        let response = post.body(body.clone()).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let id = response.headers()["casemate-receipt"].to_str().unwrap();
+        let receipt = format!("{}/v1/receipts/{id}", proxy.url);
+        let answer = response.bytes().await.unwrap().to_vec();
+        let bundle = client.get(receipt).send().await.unwrap();
+        assert_eq!(bundle.status(), 200);
+        (body, answer, bundle.text().await.unwrap())
+    });
+    let paths = ["tls.request", "tls.answer", "tls.json", "unbound.json"];
+    let [request_file, answer_file, bundle_file, unbound_file] = paths.map(|name| stage.path(name));
+    std::fs::write(&request_file, request).unwrap();
+    std::fs::write(&answer_file, answer).unwrap();
+    std::fs::write(&bundle_file, &bundle).unwrap();
+    let mut unbound: Value = serde_json::from_str(&bundle).unwrap();
+    let exporter = unbound.as_object_mut().unwrap().remove("tls_exporter");
+    assert_eq!(exporter.unwrap().as_str().unwrap().len(), 64);
+    std::fs::write(&unbound_file, unbound.to_string()).unwrap();
+
+    let programs = Deployment::programs_of_this_build().unwrap();
+    let verify = |bundle: &std::path::Path| -> (Option<i32>, Value) {
+        let output = Command::new(programs.join("casemate"))
+            .args(["receipt", "verify", "--json"])
+            .arg(bundle)
+            .arg("--policy")
+            .arg(stage.path("user-policy.toml"))
+            .arg("--request")
+            .arg(&request_file)
+            .arg("--answer")
+            .arg(&answer_file)
+            .output()
+            .unwrap();
+        let verdict = serde_json::from_slice(&output.stdout);
+        (
+            output.status.code(),
+            verdict.unwrap_or_else(|_| panic!("{output:?}")),
+        )
+    };
+    let (code, verdict) = verify(&bundle_file);
+    assert_eq!(code, Some(0), "{verdict}");
+    assert_eq!(checks(&verdict)[0], "\"tls.key\" \"skipped\"");
+    let passed = "\"report_data\" \"passed\"".to_owned();
+    assert!(checks(&verdict).contains(&passed), "{verdict}");
+    let not_proven = verdict["not_proven"].to_string();
+    assert!(not_proven.contains("TLS connection"), "{verdict}");
+
+    let (code, verdict) = verify(&unbound_file);
+    assert_eq!(code, Some(20), "{verdict}");
+    assert_eq!(verdict["denial"]["claim"], "report_data", "{verdict}");
+}
+
 /// It ends TLS with a key of its own, and relays evidence that the enclave makes for it.
 #[test]
 fn a_man_in_the_middle_of_attested_tls_is_refused() {

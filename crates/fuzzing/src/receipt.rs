@@ -1,7 +1,7 @@
 //! Receipts, and the bundles that users keep of them.
 
 use casemate_attest::UnixTime;
-use casemate_channel::keyset::KeysetDigest;
+use casemate_channel::keyset::{ChannelBinding, KeysetDigest};
 use casemate_channel::receipt::{
     AnswerHash, Bundle, DOMAIN, FetchedReceipt, Parameters, Receipt, RequestHash, RequestId, Salt,
     SavedAttestation, SignedReceipt, Usage,
@@ -113,16 +113,20 @@ pub(crate) fn bundle_seeds() -> Vec<Vec<u8>> {
         request_salt: Salt::from_bytes(&[1; 32]),
         answer_salt: Salt::from_bytes(&[2; 32]),
     };
-    let bundle = Bundle {
+    let bundle = |binding| Bundle {
         fetched: fetched(),
         attestation: SavedAttestation {
             response: honest_response().clone(),
             challenge: Challenge::from_parts([9; 32], UnixTime::from_secs(NOW)),
+            binding,
             verified_at: UnixTime::from_secs(NOW + 1),
         },
     };
+    let of_key = bundle(ChannelBinding::Key).to_json();
+    let of_connection = bundle(ChannelBinding::TlsExporter([3; 32])).to_json();
     vec![
-        [&[0], bundle.to_json().as_bytes()].concat(),
+        [&[0], of_key.as_bytes()].concat(),
+        [&[0], of_connection.as_bytes()].concat(),
         [&[1], fetched().to_json().as_bytes()].concat(),
     ]
 }

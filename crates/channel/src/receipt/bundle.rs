@@ -8,6 +8,7 @@ use casemate_release::Malformed;
 use serde::{Deserialize, Serialize};
 
 use super::{MAX_RECEIPT_BYTES, ReceiptError, RequestId, Salt, SignedReceipt};
+use crate::keyset::ChannelBinding;
 use crate::verify::{AttestationResponse, Challenge, MAX_RESPONSE, WireResponse};
 
 /// The largest bundle that is looked at.
@@ -91,6 +92,8 @@ pub struct SavedAttestation {
     pub response: AttestationResponse,
     /// The nonce, and when it was made.
     pub challenge: Challenge,
+    /// The connection that the evidence is bound to, if there was one.
+    pub binding: ChannelBinding,
     /// When the answer was judged, by the clock of the machine that did.
     pub verified_at: UnixTime,
 }
@@ -112,6 +115,8 @@ struct BundleIn {
     answer_salt: String,
     attestation: WireResponse,
     nonce: String,
+    #[serde(default, deserialize_with = "present")]
+    tls_exporter: Option<String>,
     nonce_made_at: String,
     verified_at: String,
 }
@@ -123,6 +128,8 @@ struct BundleOut<A> {
     fetched: FetchedWire,
     attestation: A,
     nonce: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_exporter: Option<String>,
     nonce_made_at: UnixTime,
     verified_at: UnixTime,
 }
@@ -154,22 +161,18 @@ impl Bundle {
             AttestationResponse::from_wire(wire.attestation).map_err(|_| Malformed::Json {
                 what: "bundle.attestation",
             })?;
-        let mut nonce = [0; 32];
-        let text = wire.nonce.as_str();
-        if text.bytes().any(|b| b.is_ascii_uppercase())
-            || hex::decode_to_slice(text, &mut nonce).is_err()
-        {
-            return Err(Malformed::Text {
-                what: "bundle.nonce",
-            }
-            .into());
-        }
+        let nonce = hex32("bundle.nonce", &wire.nonce)?;
+        let binding = match &wire.tls_exporter {
+            None => ChannelBinding::Key,
+            Some(text) => ChannelBinding::TlsExporter(hex32("bundle.tls_exporter", text)?),
+        };
         let issued_at = time("bundle.nonce_made_at", &wire.nonce_made_at)?;
         Ok(Bundle {
             fetched,
             attestation: SavedAttestation {
                 response,
                 challenge: Challenge::from_parts(nonce, issued_at),
+                binding,
                 verified_at: time("bundle.verified_at", &wire.verified_at)?,
             },
         })
@@ -183,6 +186,10 @@ impl Bundle {
             fetched: self.fetched.to_wire(),
             attestation: attestation.response.to_wire(),
             nonce: hex::encode(attestation.challenge.nonce()),
+            tls_exporter: match attestation.binding {
+                ChannelBinding::Key => None,
+                ChannelBinding::TlsExporter(exporter) => Some(hex::encode(exporter)),
+            },
             nonce_made_at: attestation.challenge.issued_at(),
             verified_at: attestation.verified_at,
         };
@@ -207,6 +214,21 @@ fn base64(what: &'static str, text: &str, limit: usize) -> Result<Vec<u8>, Malfo
         .map_err(|_| Malformed::Base64 { what })?;
     bounded(what, &bytes, limit)?;
     Ok(bytes)
+}
+
+/// 32 bytes in lower-case hexadecimal.
+fn hex32(what: &'static str, text: &str) -> Result<[u8; 32], Malformed> {
+    let mut bytes = [0; 32];
+    let lower = !text.bytes().any(|b| b.is_ascii_uppercase());
+    match hex::decode_to_slice(text, &mut bytes) {
+        Ok(()) if lower => Ok(bytes),
+        _ => Err(Malformed::Text { what }),
+    }
+}
+
+/// A member that is there has a value: `null` is another encoding of its absence.
+fn present<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    String::deserialize(from).map(Some)
 }
 
 /// RFC 3339 in the one form in which times are written.

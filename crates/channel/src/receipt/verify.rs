@@ -4,7 +4,8 @@
 use casemate_attest::{Denial, Policy, Transcript, UnixTime};
 
 use super::{Bundle, Receipt, ReceiptError, SignedReceipt, VerifiedReceipt};
-use crate::verify::{Judge, VerifiedService, verify_service};
+use crate::keyset::ChannelBinding;
+use crate::verify::{Judge, VerifiedService, verify_bound};
 
 /// A request as its client sent it.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,7 @@ pub struct VerifiedExchange {
     receipt: VerifiedReceipt,
     request: bool,
     answer: bool,
+    binding: ChannelBinding,
     as_of: UnixTime,
 }
 
@@ -55,6 +57,11 @@ impl VerifiedExchange {
     /// Whether the answer was at hand and is the one that the receipt is about.
     pub fn covers_answer(&self) -> bool {
         self.answer
+    }
+
+    /// What the evidence is bound to besides the keyset.
+    pub fn binding(&self) -> ChannelBinding {
+        self.binding
     }
 
     /// The time as of which the attestation was judged.
@@ -89,7 +96,13 @@ pub fn verify_bundle(
 ) -> (Transcript, Result<VerifiedExchange, Denial>) {
     let saved = &bundle.attestation;
     let as_of = at.unwrap_or(saved.verified_at);
-    let (transcript, outcome) = verify_service(&saved.response, &saved.challenge, policy, as_of);
+    let (transcript, outcome) = verify_bound(
+        &saved.response,
+        &saved.challenge,
+        &saved.binding,
+        policy,
+        as_of,
+    );
     let mut judge = Judge::continuing(transcript);
     let verified = match outcome {
         Err(denial) => {
@@ -103,6 +116,7 @@ pub fn verify_bundle(
                 receipt,
                 request: exchange.request.is_some(),
                 answer: exchange.answer.is_some(),
+                binding: saved.binding,
                 as_of,
             }),
     };

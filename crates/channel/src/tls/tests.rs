@@ -89,14 +89,17 @@ fn both_ends_of_a_connection_export_the_same_and_no_other_does() {
         assert!(matches!(service_exporter(&server), Err(TlsError::NotFull)));
         talk(&mut client, &mut server).unwrap();
         let handshake = Handshake::of(&client).unwrap();
-        assert_eq!(handshake.exporter(), service_exporter(&server).unwrap());
+        assert_eq!(
+            handshake.binding(),
+            ChannelBinding::TlsExporter(service_exporter(&server).unwrap())
+        );
         assert_eq!(handshake.key_digest(), key.digest());
         let group = client.negotiated_key_exchange_group().unwrap().name();
         assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
         handshake
     };
     let (first, second) = (meet(), meet());
-    assert_ne!(first.exporter(), second.exporter());
+    assert_ne!(first.binding(), second.binding());
     assert_ne!(ServerKey::generate().unwrap().digest(), key.digest());
 }
 

@@ -27,6 +27,8 @@ pub(crate) struct Service {
     /// Purpose that the quote is made for.
     pub(crate) purpose: Purpose,
     pub(crate) challenge: Challenge,
+    /// What evidence is bound to.
+    pub(crate) binding: ChannelBinding,
 }
 
 impl Service {
@@ -71,6 +73,7 @@ impl Service {
             },
             purpose: Purpose::Serving,
             challenge: Challenge::from_parts([9; 32], UnixTime::from_secs(NOW)),
+            binding: ChannelBinding::Key,
         }
     }
 
@@ -102,13 +105,7 @@ impl Service {
 
     pub(crate) fn evidence(&self, keyset: &[u8], nonce: &[u8; 32]) -> Evidence {
         let digest = KeysetDigest::of(keyset);
-        let data = report_data(
-            self.purpose,
-            Role::Service,
-            &digest,
-            nonce,
-            &ChannelBinding::Key,
-        );
+        let data = report_data(self.purpose, Role::Service, &digest, nonce, &self.binding);
         self.tee.quote(&self.measurement, &data, NOW).unwrap()
     }
 

@@ -6,6 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use casemate_attest::{Class, Policy};
+use casemate_channel::keyset::ChannelBinding;
+use casemate_channel::receipt::{Bundle, Exchange, RequestBytes, verify_bundle};
 use casemate_channel::tls::rustls;
 use futures::StreamExt;
 use reqwest::StatusCode;
@@ -13,6 +15,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::forward;
+use super::receipts::Saver;
 use super::session::Session;
 use super::tests::support::{Enclave, Fault, TlsFault};
 use super::tests::{MAXIMUM_AGE, NOW, eventually, refusal};
@@ -46,13 +49,17 @@ impl Setup {
     }
 
     async fn of(fault: TlsFault) -> Setup {
+        Setup::with(fault, None).await
+    }
+
+    async fn with(fault: TlsFault, saver: Option<Saver>) -> Setup {
         let enclave = Enclave::new(NOW);
         let service = service(&enclave, enclave.serve_tls(fault).await);
         let first = service.verify().await.unwrap();
         let session = Arc::new(Session::new(service, first).ok().unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = listener.local_addr().unwrap();
-        let router = forward::router(session, None, proxy);
+        let router = forward::router(session, saver, proxy);
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         let client = reqwest::Client::builder().tls_certs_only([]).no_proxy();
         Setup {
@@ -66,6 +73,34 @@ impl Setup {
         let url = format!("http://{}{path}", self.proxy);
         let request = self.client.get(url).header("cookie", "secret");
         request.bearer_auth("key").send().await.unwrap()
+    }
+
+    /// Asks for an answer with a receipt; returns its id.
+    async fn ask(&self) -> String {
+        let url = format!("http://{}/v1/answer", self.proxy);
+        let response = self.client.post(url).body("question").send().await.unwrap();
+        let id = response.headers()["casemate-receipt"].to_str().unwrap();
+        let id = id.to_owned();
+        assert_eq!(response.text().await.unwrap(), "answer");
+        id
+    }
+
+    /// The bundle proves the exchange, by the exporter that it holds.
+    fn assert_proves(&self, json: &[u8]) {
+        let bundle = Bundle::from_json(json).ok().unwrap();
+        let binding = bundle.attestation.binding;
+        assert!(matches!(binding, ChannelBinding::TlsExporter(_)));
+        let policy = Policy::from_toml(&self.enclave.policy(MAXIMUM_AGE)).unwrap();
+        let exchange = Exchange {
+            request: Some(RequestBytes {
+                method: "POST",
+                target: "/v1/answer",
+                body: b"question",
+            }),
+            answer: Some(b"answer"),
+        };
+        let (transcript, outcome) = verify_bundle(&bundle, &exchange, &policy, None);
+        assert!(outcome.is_ok(), "{}", transcript.to_table(false));
     }
 
     fn attestations(&self) -> usize {
@@ -196,6 +231,50 @@ async fn evidence_that_is_not_about_this_key_and_connection_is_refused() {
     }
     let (_, verification) = verify(TlsFault::None).await;
     assert!(verification.outcome.is_ok() && verification.transcript.is_clean());
+}
+
+#[tokio::test]
+async fn a_receipt_over_tls_comes_with_the_evidence_of_a_connection() {
+    let directory = tempfile::tempdir().unwrap();
+    let saver = Saver::new(directory.path().to_owned());
+    let setup = Setup::with(TlsFault::None, Some(saver)).await;
+    let mut bundles = Vec::new();
+    for attestations in 1..=2 {
+        let id = setup.ask().await;
+        let fetched = setup.get(&format!("/v1/receipts/{id}")).await;
+        assert_eq!(fetched.status(), 200);
+        let fetched = fetched.bytes().await.unwrap();
+        setup.assert_proves(&fetched);
+        let file = directory.path().join(format!("{id}.json"));
+        eventually("the receipt is saved", || file.exists()).await;
+        assert_eq!(std::fs::read(file).unwrap(), fetched);
+        assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), 0);
+        // Another connection, under another keyset, whose evidence is its own.
+        assert!(setup.attestations() >= attestations);
+        setup.enclave.advance(MAXIMUM_AGE);
+        bundles.push(fetched);
+    }
+    let binding = |json: &[u8]| Bundle::from_json(json).ok().unwrap().attestation.binding;
+    assert_ne!(binding(&bundles[0]), binding(&bundles[1]));
+
+    let unknown = format!("/v1/receipts/cmpl-{}", "0".repeat(32));
+    let unknown = setup.get(&unknown).await;
+    assert_eq!(unknown.status(), 404);
+    assert_eq!(unknown.text().await.unwrap(), "no such receipt");
+}
+
+#[tokio::test]
+async fn a_keyset_that_only_a_later_connection_showed_is_remembered_for_its_receipts() {
+    let setup = Setup::new().await;
+    // The waiting connection is busy, so the answer comes on another one, and under a keyset that has begun since.
+    let busy = setup.get("/v1/gated").await;
+    setup.enclave.advance(1);
+    let id = setup.ask().await;
+    assert_eq!(setup.attestations(), 2);
+    let bundle = setup.get(&format!("/v1/receipts/{id}")).await;
+    assert_eq!(bundle.status(), 200);
+    setup.assert_proves(&bundle.bytes().await.unwrap());
+    drop(busy);
 }
 
 async fn handshake_refused(address: SocketAddr, found: &str) {

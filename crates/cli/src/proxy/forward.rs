@@ -21,7 +21,7 @@ use serde::Deserialize;
 use super::receipts::{self, NoBundle, Saver};
 use super::refusal::Refusal;
 use super::session::{Current, Session};
-use crate::direct::Direct;
+use crate::direct::{Direct, DirectBody};
 use crate::service::DirectError;
 
 /// The largest request body that is carried; an enclave accepts no more either.
@@ -111,15 +111,20 @@ fn method_not_allowed() -> Refusal {
 async fn forward(State(shared): State<Shared>, request: Request) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
     if let Some(direct) = shared.session.service().direct() {
-        return forward_direct(&shared.session, direct, inner).await;
+        return forward_direct(&shared, direct, inner).await;
     }
     let (current, answer) = carry(&shared.session, &inner).await?;
     let streams = has_media_type(&answer.headers, EVENT_STREAM);
     let mut response = match &shared.saver {
         Some(saver) => {
             let authorization = inner.headers().get(header::AUTHORIZATION);
-            let (status, headers, body) =
-                saver.watch(&shared.session, &current, authorization, answer);
+            let Answer {
+                status,
+                headers,
+                body,
+            } = answer;
+            let session = &shared.session;
+            let body = saver.watch(session, Some(&current), authorization, &headers, body);
             to_response(status, headers, passed_on(body, streams).await?)
         }
         None => to_response(
@@ -134,16 +139,41 @@ async fn forward(State(shared): State<Shared>, request: Request) -> Result<Respo
 
 /// The same over attested TLS.
 async fn forward_direct(
-    session: &Session,
+    shared: &Shared,
     direct: &Arc<Direct>,
     inner: http::Request<Bytes>,
 ) -> Result<Response, Refusal> {
-    // A service that can no longer be verified is not used, though connections to it may wait.
-    session.use_service().await?;
-    let answer = session.service().send_direct(direct, inner).await?;
-    let mut response = answer.map(Body::from_stream);
+    let authorization = inner.headers().get(header::AUTHORIZATION).cloned();
+    let answer = send_direct(&shared.session, direct, inner).await?;
+    let (parts, body) = answer.into_parts();
+    let body = match &shared.saver {
+        Some(saver) => Body::from_stream(saver.watch(
+            &shared.session,
+            None,
+            authorization.as_ref(),
+            &parts.headers,
+            body,
+        )),
+        None => Body::from_stream(body),
+    };
+    let mut response = Response::from_parts(parts, body);
     remove_connection_fields(&mut response);
     Ok(response)
+}
+
+/// Sends a request on a verified connection, and remembers what was verified for it.
+pub(super) async fn send_direct(
+    session: &Session,
+    direct: &Arc<Direct>,
+    inner: http::Request<Bytes>,
+) -> Result<http::Response<DirectBody>, Refusal> {
+    // A service that can no longer be verified is not used, though connections to it may wait.
+    session.use_service().await?;
+    let (answer, verification) = session.service().send_direct(direct, inner).await?;
+    if let Some(verification) = verification {
+        session.remember(verification);
+    }
+    Ok(answer)
 }
 
 fn remove_connection_fields(response: &mut Response) {
@@ -159,13 +189,6 @@ async fn receipt(
     request: Request,
 ) -> Result<Response, Refusal> {
     let inner = inner_request(request, &shared.origin).await?;
-    if shared.session.service().direct().is_some() {
-        return Err(Refusal::new(
-            StatusCode::NOT_IMPLEMENTED,
-            "receipts_need_https",
-            "evidence over a TLS connection cannot be saved for a proof yet: ask over the service's https or http URL",
-        ));
-    }
     let id: RequestId = id.parse().map_err(|error: InvalidRequestId| {
         Refusal::new(
             StatusCode::NOT_FOUND,
@@ -174,8 +197,18 @@ async fn receipt(
         )
     })?;
     let inner = receipts::request_for(&id, inner.headers().get(header::AUTHORIZATION));
-    let (_, answer) = carry(&shared.session, &inner).await?;
-    match receipts::complete(&shared.session, &id, answer).await {
+    let session = &shared.session;
+    let completed = match session.service().direct() {
+        Some(direct) => {
+            let (parts, body) = send_direct(session, direct, inner).await?.into_parts();
+            receipts::complete(session, &id, parts.status, parts.headers, body).await
+        }
+        None => {
+            let (_, answer) = carry(session, &inner).await?;
+            receipts::complete(session, &id, answer.status, answer.headers, answer.body).await
+        }
+    };
+    match completed {
         Ok(bundle) => {
             let mut headers = HeaderMap::new();
             let json = HeaderValue::from_static("application/json");
@@ -189,7 +222,9 @@ async fn receipt(
             ))
         }
         Err(NoBundle::Answer(status, headers, body)) => {
-            Ok(to_response(status, headers, body.into()))
+            let mut response = to_response(status, headers, body.into());
+            remove_connection_fields(&mut response);
+            Ok(response)
         }
         Err(NoBundle::Refusal(refusal)) => Err(refusal),
     }

@@ -1,6 +1,7 @@
 //! Receipts at the proxy: fetched through the encrypted channel, verified, completed with the attestation of their
 //! keyset, handed out or saved (docs/receipts.md, section 4).
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,7 +9,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use casemate_channel::ohttp::{Answer, AnswerBody, AnswerError};
 use casemate_channel::receipt::{
     Bundle, FetchedReceipt, MAX_FETCHED, RECEIPT_FIELD, RECEIPTS_PATH, RequestId, SignedReceipt,
 };
@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
-use super::forward::exchange;
+use super::forward::{exchange, send_direct};
 use super::refusal::Refusal;
 use super::session::{Current, Session};
 
@@ -64,17 +64,18 @@ pub(super) fn request_for(
 pub(super) async fn complete(
     session: &Session,
     id: &RequestId,
-    answer: Answer,
+    status: StatusCode,
+    headers: HeaderMap,
+    body: impl Stream<Item = Result<Bytes, impl Display>> + Unpin,
 ) -> Result<Bundle, NoBundle> {
     let bad_gateway = |code, message: String| Refusal::new(StatusCode::BAD_GATEWAY, code, message);
-    let (status, headers) = (answer.status, answer.headers);
-    let body = read(answer.body)
+    let body = read(body)
         .await
         .map_err(|error| bad_gateway("answer_refused", error.to_string()))?;
     if status != StatusCode::OK {
         return Err(NoBundle::Answer(status, headers, body));
     }
-    let refused = |error: &dyn std::fmt::Display| {
+    let refused = |error: &dyn Display| {
         bad_gateway(
             "receipt_refused",
             format!("the service's receipt does not hold: {error}"),
@@ -96,7 +97,7 @@ pub(super) async fn complete(
     })
 }
 
-async fn read(mut body: AnswerBody) -> Result<Bytes, AnswerError> {
+async fn read<E>(mut body: impl Stream<Item = Result<Bytes, E>> + Unpin) -> Result<Bytes, E> {
     let mut bytes = BytesMut::new();
     while let Some(piece) = body.next().await {
         let piece = piece?;
@@ -130,28 +131,26 @@ impl Saver {
         }
     }
 
-    /// The body of an answer, unchanged, after whose end the receipt is saved.
-    pub(super) fn watch(
+    /// The body of an answer, unchanged, after whose end the receipt is saved. `current` is what its request was
+    /// encrypted under; none over attested TLS.
+    pub(super) fn watch<B>(
         &self,
         session: &Arc<Session>,
-        current: &Arc<Current>,
+        current: Option<&Arc<Current>>,
         authorization: Option<&HeaderValue>,
-        answer: Answer,
-    ) -> (StatusCode, HeaderMap, Watched) {
-        let id = answer.headers.get(RECEIPT_FIELD);
+        headers: &HeaderMap,
+        body: B,
+    ) -> Watched<B> {
+        let id = headers.get(RECEIPT_FIELD);
         let id = id.and_then(|value| value.to_str().ok()?.parse().ok());
         let pending = id.map(|id| Pending {
             saver: self.clone(),
             session: Arc::clone(session),
-            current: Arc::clone(current),
+            current: current.cloned(),
             authorization: authorization.cloned(),
             id,
         });
-        let body = Watched {
-            body: answer.body,
-            pending,
-        };
-        (answer.status, answer.headers, body)
+        Watched { body, pending }
     }
 }
 
@@ -159,8 +158,8 @@ impl Saver {
 struct Pending {
     saver: Saver,
     session: Arc<Session>,
-    /// The verification under which the request was sent.
-    current: Arc<Current>,
+    /// The verification under which the request was encrypted.
+    current: Option<Arc<Current>>,
     authorization: Option<HeaderValue>,
     id: RequestId,
 }
@@ -199,18 +198,7 @@ impl Pending {
         let request = request_for(&self.id, self.authorization.as_ref());
         let mut pause = PAUSE;
         for attempt in 1..=ATTEMPTS {
-            // The replica that answered has the receipt; a verification that has run out must not be used.
-            let current = match self.session.still_holds(&self.current) {
-                true => Arc::clone(&self.current),
-                false => {
-                    let renewed = self.session.use_service().await;
-                    renewed.map_err(|refusal| refusal.message)?
-                }
-            };
-            let answer = exchange(&self.session, &current, &request)
-                .await
-                .map_err(|failure| Refusal::from(failure).message)?;
-            match complete(&self.session, &self.id, answer).await {
+            match self.ask(&request).await {
                 Ok(bundle) => return Ok(bundle),
                 Err(NoBundle::Answer(StatusCode::NOT_FOUND, ..)) if attempt < ATTEMPTS => {}
                 Err(NoBundle::Answer(status, ..)) => {
@@ -223,23 +211,40 @@ impl Pending {
         }
         unreachable!("the last attempt returns")
     }
+
+    async fn ask(&self, request: &http::Request<Bytes>) -> Result<Bundle, NoBundle> {
+        let (session, id) = (&self.session, &self.id);
+        if let Some(direct) = session.service().direct() {
+            let answer = send_direct(session, direct, request.clone()).await?;
+            let (parts, body) = answer.into_parts();
+            return complete(session, id, parts.status, parts.headers, body).await;
+        }
+        // The replica that answered has the receipt; a verification that has run out must not be used.
+        let current = match self.current.as_ref().filter(|c| session.still_holds(c)) {
+            Some(current) => Arc::clone(current),
+            None => session.use_service().await?,
+        };
+        let answer = exchange(session, &current, request).await;
+        let answer = answer.map_err(Refusal::from)?;
+        complete(session, id, answer.status, answer.headers, answer.body).await
+    }
 }
 
 /// An answer on its way to the client.
-pub(super) struct Watched {
-    body: AnswerBody,
+pub(super) struct Watched<B> {
+    body: B,
     pending: Option<Pending>,
 }
 
-impl Stream for Watched {
-    type Item = Result<Bytes, AnswerError>;
+impl<B: Stream + Unpin> Stream for Watched<B> {
+    type Item = B::Item;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.body.poll_next_unpin(cx)
     }
 }
 
-impl Drop for Watched {
+impl<B> Drop for Watched<B> {
     /// Also where the client left or the answer broke off: there is a receipt that says so.
     fn drop(&mut self) {
         if let Some(pending) = self.pending.take() {

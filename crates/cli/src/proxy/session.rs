@@ -72,8 +72,8 @@ impl Current {
 
 impl State {
     /// Keeps the evidence of a keyset that is new.
-    fn remember(&mut self) {
-        let digest = self.current.service.keyset_digest();
+    fn remember(&mut self, verified: Arc<Current>) {
+        let digest = verified.service.keyset_digest();
         let known = |kept: &Arc<Current>| kept.service.keyset_digest() == digest;
         if self.keysets.iter().any(known) {
             return;
@@ -81,7 +81,7 @@ impl State {
         if self.keysets.len() == KEYSETS {
             self.keysets.pop_front();
         }
-        self.keysets.push_back(Arc::clone(&self.current));
+        self.keysets.push_back(verified);
     }
 }
 
@@ -154,9 +154,10 @@ impl Session {
             Ok(current) => {
                 info!(valid_until = %current.service.valid_until(), "verified the service again");
                 state.failure = None;
-                state.current = Arc::new(current);
-                state.remember();
-                Ok(state.current.clone())
+                let current = Arc::new(current);
+                state.current = Arc::clone(&current);
+                state.remember(Arc::clone(&current));
+                Ok(current)
             }
             Err(error) => {
                 let reason = error.to_string();
@@ -164,6 +165,13 @@ impl Session {
                 state.failure = Some(reason.clone());
                 Err(reason)
             }
+        }
+    }
+
+    /// Keeps the evidence of a connection of its own, for receipts.
+    pub(super) fn remember(&self, verification: Verification) {
+        if let Ok(verified) = Current::of(&self.service, verification) {
+            self.state().remember(Arc::new(verified));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use casemate_attest::UnixTime;
+use casemate_channel::keyset::ChannelBinding;
 use casemate_channel::receipt::{Receipt, VerifiedExchange};
 use serde_json::{Value, json};
 
@@ -78,6 +79,13 @@ impl Statement {
             "Who asked: the API key is not in the receipt.".to_owned(),
             "Anything against side channels, physical attacks and defects of the measured code.".to_owned(),
         ]);
+        if let ChannelBinding::TlsExporter(_) = verified.binding() {
+            statement.not_proven.push(
+                "That the request went over the TLS connection of this evidence: the proxy makes several, and keeps the \
+                 evidence of one per keyset. The receipt is signed under that keyset all the same."
+                    .to_owned(),
+            );
+        }
         statement
     }
 
