@@ -204,8 +204,18 @@ async fn receipt(
             receipts::complete(session, &id, parts.status, parts.headers, body).await
         }
         None => {
-            let (_, answer) = carry(session, &inner).await?;
-            receipts::complete(session, &id, answer.status, answer.headers, answer.body).await
+            let (current, answer) = carry(session, &inner).await?;
+            let first =
+                receipts::complete(session, &id, answer.status, answer.headers, answer.body).await;
+            match first {
+                Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)) => {
+                    match receipts::elsewhere(session, &current, &id, &inner).await {
+                        Some(found) => found,
+                        None => Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)),
+                    }
+                }
+                other => other,
+            }
         }
     };
     match completed {

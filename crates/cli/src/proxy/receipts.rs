@@ -97,6 +97,26 @@ pub(super) async fn complete(
     })
 }
 
+/// Asks for a receipt under every other keyset that may still be used: another replica may have made it. One that is gone,
+/// or has no such receipt, is passed over.
+pub(super) async fn elsewhere(
+    session: &Session,
+    asked: &Current,
+    id: &RequestId,
+    request: &http::Request<Bytes>,
+) -> Option<Result<Bundle, NoBundle>> {
+    for other in session.others(asked) {
+        let Ok(answer) = exchange(session, &other, request).await else {
+            continue;
+        };
+        match complete(session, id, answer.status, answer.headers, answer.body).await {
+            Err(NoBundle::Answer(..)) => {}
+            found => return Some(found),
+        }
+    }
+    None
+}
+
 async fn read<E>(mut body: impl Stream<Item = Result<Bytes, E>> + Unpin) -> Result<Bytes, E> {
     let mut bytes = BytesMut::new();
     while let Some(piece) = body.next().await {

@@ -35,12 +35,20 @@ pub(super) struct Session {
 
 struct State {
     current: Arc<Current>,
-    /// The first verification of each of the last keysets, oldest first: what a receipt of one is completed with.
-    keysets: VecDeque<Arc<Current>>,
+    /// The last keysets, oldest first.
+    keysets: VecDeque<Kept>,
     /// Why the latest renewal failed, if it did.
     failure: Option<String>,
     /// How many renewals have ended.
     attempts: u64,
+}
+
+/// A keyset that was verified.
+struct Kept {
+    /// Its first verification: what a receipt of it is completed with.
+    first: Arc<Current>,
+    /// Its last: until when it may be sent to.
+    latest: Arc<Current>,
 }
 
 /// A successful verification.
@@ -70,18 +78,31 @@ impl Current {
     }
 }
 
+impl Kept {
+    fn new(verified: Arc<Current>) -> Kept {
+        Kept {
+            first: Arc::clone(&verified),
+            latest: verified,
+        }
+    }
+
+    fn is(&self, digest: &KeysetDigest) -> bool {
+        self.first.service.keyset_digest() == digest
+    }
+}
+
 impl State {
-    /// Keeps the evidence of a keyset that is new.
+    /// Keeps the evidence of a keyset that is new, and for how long one that is known may be used.
     fn remember(&mut self, verified: Arc<Current>) {
         let digest = verified.service.keyset_digest();
-        let known = |kept: &Arc<Current>| kept.service.keyset_digest() == digest;
-        if self.keysets.iter().any(known) {
+        if let Some(known) = self.keysets.iter_mut().find(|kept| kept.is(digest)) {
+            known.latest = verified;
             return;
         }
         if self.keysets.len() == KEYSETS {
             self.keysets.pop_front();
         }
-        self.keysets.push_back(verified);
+        self.keysets.push_back(Kept::new(verified));
     }
 }
 
@@ -92,7 +113,7 @@ impl Session {
         Ok(Session {
             service,
             state: Mutex::new(State {
-                keysets: VecDeque::from([Arc::clone(&current)]),
+                keysets: VecDeque::from([Kept::new(Arc::clone(&current))]),
                 current,
                 failure: None,
                 attempts: 0,
@@ -179,8 +200,18 @@ impl Session {
     pub(super) fn of_keyset(&self, digest: &KeysetDigest) -> Option<Arc<Current>> {
         let state = self.state();
         let mut kept = state.keysets.iter();
-        kept.find(|kept| kept.service.keyset_digest() == digest)
-            .cloned()
+        kept.find(|kept| kept.is(digest))
+            .map(|kept| Arc::clone(&kept.first))
+    }
+
+    /// Verifications of other keysets than that of `current` which still hold, newest keyset first.
+    pub(super) fn others(&self, current: &Current) -> Vec<Arc<Current>> {
+        let digest = current.service.keyset_digest();
+        let state = self.state();
+        let kept = state.keysets.iter().rev();
+        kept.filter(|kept| !kept.is(digest) && self.holds(&kept.latest))
+            .map(|kept| Arc::clone(&kept.latest))
+            .collect()
     }
 
     /// Whether a verification may still be used.

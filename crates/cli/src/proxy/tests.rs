@@ -47,7 +47,18 @@ impl Setup {
 
     async fn with(maximum_age: u64, saver: Option<Saver>) -> Setup {
         let enclave = Enclave::new(NOW);
-        let service = service(&enclave, maximum_age).await;
+        let address = enclave.serve().await;
+        Setup::at(enclave, address, maximum_age, saver).await
+    }
+
+    /// A proxy to the service at `address`, whose policy and clock are those of `enclave`.
+    async fn at(
+        enclave: Arc<Enclave>,
+        address: SocketAddr,
+        maximum_age: u64,
+        saver: Option<Saver>,
+    ) -> Setup {
+        let service = service(&enclave, address, maximum_age);
         let first = service.verify().await.unwrap();
         let session = Arc::new(Session::new(service, first).ok().unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -89,8 +100,7 @@ pub(super) async fn refusal(response: reqwest::Response) -> (StatusCode, String)
     (status, body["error"]["code"].as_str().unwrap().to_owned())
 }
 
-async fn service(enclave: &Arc<Enclave>, maximum_age: u64) -> Service {
-    let address = enclave.serve().await;
+fn service(enclave: &Arc<Enclave>, address: SocketAddr, maximum_age: u64) -> Service {
     let policy = Policy::from_toml(&enclave.policy(maximum_age)).unwrap();
     let clock: Clock = {
         let enclave = enclave.clone();

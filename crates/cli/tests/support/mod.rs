@@ -19,7 +19,9 @@ use bytes::Bytes;
 use casemate_attest::UnixTime;
 use casemate_attest::measure::Measurement;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
-use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, GATEWAY_PATH, Keyring, ReceiveError, Received};
+use casemate_channel::ohttp::{
+    ANSWER_MEDIA_TYPE, GATEWAY_PATH, KEYSET_HINT, Keyring, ReceiveError, Received,
+};
 use casemate_channel::receipt::{
     AnswerHasher, FetchedReceipt, Parameters, RECEIPT_FIELD, RECEIPTS_PATH, Receipt, RequestHash,
     RequestId, Salt, Usage,
@@ -68,7 +70,9 @@ pub(crate) enum Fault {
 }
 
 pub(crate) struct Enclave {
-    tee: FakeTee,
+    tee: Arc<FakeTee>,
+    /// Which replica of its service it is.
+    replica: u64,
     measurement: Measurement,
     issuer: SigningKey,
     receipt_key: SigningKey,
@@ -96,10 +100,21 @@ pub(crate) struct Enclave {
 
 impl Enclave {
     pub(crate) fn new(now: u64) -> Arc<Enclave> {
+        Enclave::replica(now, Arc::new(FakeTee::ephemeral(now).unwrap()), 0)
+    }
+
+    /// Another enclave of the same service, with keys of its own.
+    pub(crate) fn another(&self) -> Arc<Enclave> {
+        let now = self.now().as_secs();
+        Enclave::replica(now, Arc::clone(&self.tee), self.replica + 1)
+    }
+
+    fn replica(now: u64, tee: Arc<FakeTee>, replica: u64) -> Arc<Enclave> {
         let keyring = Keyring::default();
         let config = keyring.generate(u64::MAX).unwrap().encoded;
         Arc::new(Enclave {
-            tee: FakeTee::ephemeral(now).unwrap(),
+            tee,
+            replica,
             measurement: Measurement {
                 mr_td: [1; 48],
                 mr_config_id: [2; 48],
@@ -130,6 +145,34 @@ impl Enclave {
             .route(ATTESTATION_PATH, get(attestation))
             .route(GATEWAY_PATH, post(gateway))
             .with_state(self.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        address
+    }
+
+    /// Serves as one of several replicas: attestation is that of the replica at `front`, requests go where their keyset
+    /// is held.
+    pub(crate) async fn serve_replicas(
+        replicas: Vec<Arc<Enclave>>,
+        front: Arc<AtomicUsize>,
+    ) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let held = replicas.clone();
+        let attest = async move |query: Query<NonceQuery>| {
+            let enclave = replicas[front.load(Ordering::SeqCst)].clone();
+            attestation(State(enclave), query).await
+        };
+        let relay = async move |request: Request| {
+            let hint = request.headers()[KEYSET_HINT].to_str().unwrap().to_owned();
+            let holds = |enclave: &&Arc<Enclave>| {
+                KeysetDigest::of(&enclave.keyset.lock().unwrap()).to_string() == hint
+            };
+            let enclave = held.iter().find(holds).unwrap().clone();
+            gateway(State(enclave), request).await
+        };
+        let router = Router::new()
+            .route(ATTESTATION_PATH, get(attest))
+            .route(GATEWAY_PATH, post(relay));
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         address
     }
@@ -301,7 +344,10 @@ impl Enclave {
     fn make_receipt(&self, request: &http::Request<Bytes>, answer: &[u8]) -> RequestId {
         let mut receipts = self.receipts.lock().unwrap();
         let counter = receipts.len() as u64 + 1;
-        let id = |n: u64| RequestId::new("chatcmpl", u128::from(n).to_be_bytes());
+        let id = |n: u64| {
+            let bits = u128::from(self.replica) << 64 | u128::from(n);
+            RequestId::new("chatcmpl", bits.to_be_bytes())
+        };
         let (request_salt, answer_salt) = (Salt::random(), Salt::random());
         let mut hasher = AnswerHasher::new(&answer_salt);
         hasher.update(answer);

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
 use casemate_attest::Policy;
 use casemate_channel::receipt::{Bundle, Exchange, RequestBytes, verify_bundle};
@@ -100,6 +101,55 @@ async fn receipts_that_do_not_hold_are_not_handed_out() {
     let unknown = setup.get(&path(&format!("cmpl-{}", "0".repeat(32)))).await;
     assert_eq!(unknown.status(), 404);
     assert_eq!(unknown.text().await.unwrap(), "no such receipt");
+}
+
+/// Two replicas of which the first made a receipt and the second attests now.
+async fn turned_to_another_replica() -> (Setup, Arc<Enclave>, String) {
+    let first = Enclave::new(NOW);
+    let second = first.another();
+    let front = Arc::new(AtomicUsize::new(0));
+    let replicas = vec![first.clone(), second.clone()];
+    let address = Enclave::serve_replicas(replicas, front.clone()).await;
+    let setup = Setup::at(first, address, MAXIMUM_AGE, None).await;
+    let id = ask(&setup).await;
+    front.store(1, Ordering::SeqCst);
+    let outdated = setup.session.valid().unwrap();
+    setup.session.renew(&outdated).await.unwrap();
+    (setup, second, id)
+}
+
+fn processed(enclave: &Enclave) -> usize {
+    enclave.processed.load(Ordering::SeqCst)
+}
+
+#[tokio::test]
+async fn a_receipt_of_the_replica_that_was_used_before_is_found_there() {
+    let (setup, second, id) = turned_to_another_replica().await;
+    let bundle = setup.get(&path(&id)).await;
+    assert_eq!(bundle.status(), 200);
+    assert_proves(&setup, &bundle.bytes().await.unwrap());
+    assert_eq!((processed(&setup.enclave), processed(&second)), (2, 1));
+    // What neither has is not found, in the words of the one that is used.
+    let unknown = setup.get(&path(&format!("cmpl-{}", "0".repeat(32)))).await;
+    assert_eq!(unknown.status(), 404);
+    assert_eq!(unknown.text().await.unwrap(), "no such receipt");
+    assert_eq!((processed(&setup.enclave), processed(&second)), (3, 2));
+    // Nor is it where that replica is gone.
+    setup.enclave.set_fault(Fault::KeyDenied);
+    let gone = setup.get(&path(&id)).await;
+    assert_eq!(gone.status(), 404);
+    assert_eq!(gone.text().await.unwrap(), "no such receipt");
+}
+
+#[tokio::test]
+async fn a_replica_whose_verification_has_run_out_is_not_asked_for_receipts() {
+    let (setup, second, id) = turned_to_another_replica().await;
+    setup.enclave.advance(MAXIMUM_AGE);
+    second.advance(MAXIMUM_AGE);
+    let before = setup.enclave.requests.load(Ordering::SeqCst);
+    assert_eq!(setup.get(&path(&id)).await.status(), 404);
+    assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), before);
+    assert_eq!(processed(&second), 1);
 }
 
 fn saver(directory: &Path) -> Option<Saver> {
