@@ -114,6 +114,14 @@ pub(super) const TABLE: &[Explanation] = &[
         "Ask again; if it stays so, look for what alters requests between proxy and enclave.",
     ),
     about(
+        &["tls.handshake"],
+        "The service makes a full TLS 1.3 handshake with a post-quantum key exchange, and signs it with the key it shows.",
+        "The port is another than that of attested TLS; or a load balancer or an inspecting proxy in between speaks an \
+         older TLS, or ends it.",
+        "Compare the port with the one that the enclave printed as `attested TLS on`. If it is right, reach the enclave \
+         directly, or use the service's https URL.",
+    ),
+    about(
         &["tls.key"],
         "The TLS connection ends inside the attested enclave.",
         "Somebody between you and the enclave ends TLS: a load balancer, a company's inspecting proxy, or a man in the \
