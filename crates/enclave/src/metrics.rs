@@ -1,4 +1,6 @@
 //! Counters for operators. Nothing here depends on what a prompt or an answer says; there are no labels per request.
+//! Anybody may read them, so they tell no more of a request's length than its padding does: tokens are counted when a
+//! request has ended, rounded up to a power of two, and memory is rounded likewise.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -200,20 +202,20 @@ impl Metrics {
             metric(
                 "prompt_tokens_total",
                 "counter",
-                "Prompt tokens processed.",
-                stats.prompt_tokens as f64,
+                "Prompt tokens of ended requests, each request's rounded up to a power of two.",
+                stats.coarse_prompt_tokens as f64,
             );
             metric(
                 "completion_tokens_total",
                 "counter",
-                "Tokens generated.",
-                stats.completion_tokens as f64,
+                "Tokens generated for ended requests, each request's rounded up to a power of two.",
+                stats.coarse_completion_tokens as f64,
             );
             metric(
                 "kv_bytes_used",
                 "gauge",
-                "KV cache in use.",
-                stats.kv_bytes_used as f64,
+                "KV cache in use, rounded up to a power of two.",
+                coarse(stats.kv_bytes_used) as f64,
             );
             metric(
                 "kv_bytes_total",
@@ -231,6 +233,14 @@ impl Metrics {
             let _ = writeln!(out, "casemate_denied_total{{reason=\"{label}\"}} {value}");
         }
         out
+    }
+}
+
+/// Zero, or the next power of two.
+fn coarse(bytes: u64) -> u64 {
+    match bytes {
+        0 => 0,
+        bytes => bytes.checked_next_power_of_two().unwrap_or(u64::MAX),
     }
 }
 

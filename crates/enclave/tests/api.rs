@@ -6,6 +6,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use casemate_enclave::api::router;
+use casemate_enclave::metrics::Metrics;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use support::{NOW, api, chat, post, send};
@@ -414,4 +415,37 @@ async fn unknown_urls_and_methods_have_openai_errors() {
         (status, &answer["error"]["code"]),
         (StatusCode::METHOD_NOT_ALLOWED, &json!("method_not_allowed"))
     );
+}
+
+#[tokio::test]
+async fn metrics_tell_no_more_of_a_length_than_its_padding() {
+    let figures = async |prompt: Value, max_tokens: u32| {
+        let api = api();
+        let body =
+            json!({"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0});
+        let (status, answer) = post(&router(api.clone()), "/v1/completions", &body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        assert_eq!(answer["usage"]["completion_tokens"], max_tokens);
+        // An answer may arrive a moment before the engine has counted it.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while api.engine().stats().running > 0 || api.engine().stats().coarse_prompt_tokens == 0 {
+            assert!(std::time::Instant::now() < deadline);
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let text = Metrics::default().render(Some(&api.engine().stats()));
+        let lines = text.lines().filter(|line| line.contains("tokens_total "));
+        lines
+            .filter(|line| !line.starts_with('#'))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let shorter = figures(json!([5, 6, 7]), 5).await;
+    assert_eq!(
+        shorter,
+        [
+            "casemate_prompt_tokens_total 4",
+            "casemate_completion_tokens_total 8"
+        ]
+    );
+    assert_eq!(shorter, figures(json!([5, 6, 7, 8]), 8).await);
 }

@@ -83,6 +83,11 @@ pub struct Stats {
     pub prompt_tokens: u64,
     /// Tokens generated.
     pub completion_tokens: u64,
+    /// Prompt tokens of the requests that have ended, each request's rounded up to a power of two: for whom the exact
+    /// length of somebody's prompt is none of their business.
+    pub coarse_prompt_tokens: u64,
+    /// Generated tokens of the requests that have ended, rounded likewise.
+    pub coarse_completion_tokens: u64,
     /// Bytes of KV cache set aside for running requests.
     pub kv_bytes_used: u64,
     /// Bytes of KV cache in all.
@@ -293,6 +298,8 @@ impl Engine {
             failed: c.failed.load(Ordering::Relaxed),
             prompt_tokens: c.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens: c.completion_tokens.load(Ordering::Relaxed),
+            coarse_prompt_tokens: c.coarse_prompt_tokens.load(Ordering::Relaxed),
+            coarse_completion_tokens: c.coarse_completion_tokens.load(Ordering::Relaxed),
             kv_bytes_used: c.kv_bytes_used.load(Ordering::Relaxed),
             kv_bytes: self.kv_bytes,
         }

@@ -236,6 +236,11 @@ impl Sequence {
         of_prompt
     }
 
+    /// Tokens of the prompt, and generated ones.
+    pub(crate) fn lengths(&self) -> (usize, usize) {
+        (self.prompt, self.completion_tokens())
+    }
+
     fn completion_tokens(&self) -> usize {
         self.tokens.len() - self.prompt
     }

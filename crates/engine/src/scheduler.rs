@@ -59,6 +59,8 @@ pub(crate) struct Counters {
     pub(crate) waiting: AtomicUsize,
     pub(crate) prompt_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
+    pub(crate) coarse_prompt_tokens: AtomicU64,
+    pub(crate) coarse_completion_tokens: AtomicU64,
     pub(crate) requests: AtomicU64,
     pub(crate) failed: AtomicU64,
     pub(crate) kv_bytes_used: AtomicU64,
@@ -350,6 +352,14 @@ impl Scheduler {
 
     fn remove(&mut self, at: usize) {
         let mut sequence = self.running.swap_remove(at);
+        let counters = &self.mailbox.counters;
+        let (prompt, completion) = sequence.lengths();
+        for (counter, tokens) in [
+            (&counters.coarse_prompt_tokens, prompt),
+            (&counters.coarse_completion_tokens, completion),
+        ] {
+            counter.fetch_add(tokens.next_power_of_two() as u64, Ordering::Relaxed);
+        }
         if let Some(slot) = sequence.slot.take() {
             self.kv.release(slot);
         }
