@@ -5,8 +5,9 @@ mod support;
 use axum::Router;
 use axum::http::StatusCode;
 use casemate_enclave::api::{Extraction, Logprobs, router};
+use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Value, json};
-use support::{api, chat, events, post};
+use support::{api, api_with, chat, events, post};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
@@ -210,5 +211,91 @@ async fn biases_need_a_policy_and_never_go_with_logprobs() {
             ("logit_bias", "invalid_value"),
             "{bad}"
         );
+    }
+}
+
+#[tokio::test]
+async fn schemas_and_forced_calls_never_go_with_logprobs() {
+    let router = router(
+        api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(Extraction {
+            logprobs: rounded(5, 0.1),
+            logit_bias: false,
+        }),
+    );
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["a"],
+        "properties": {"a": {"const": "Q"}},
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
+    let tool = |strict| {
+        let function = json!({"name": "f", "strict": strict, "parameters": schema});
+        json!([{"type": "function", "function": function}])
+    };
+    let named = json!({"type": "function", "function": {"name": "f"}});
+    for (steering, field) in [
+        (json!({"response_format": format}), "response_format"),
+        (
+            json!({"tools": tool(true), "tool_choice": "required"}),
+            "tool_choice",
+        ),
+        (
+            json!({"tools": tool(false), "tool_choice": named}),
+            "tool_choice",
+        ),
+    ] {
+        let mut body = chat(&steering);
+        answered(&router, CHAT, &body).await;
+        body["logprobs"] = json!(true);
+        let (param, code, message) = refused(&router, CHAT, &body).await;
+        assert_eq!(
+            (param.as_str(), code.as_str()),
+            (field, "extraction_policy")
+        );
+        assert!(message.contains("never combines"), "{message}");
+    }
+    for free in [
+        json!({"response_format": {"type": "json_object"}, "logprobs": true}),
+        json!({"tools": tool(false), "tool_choice": "auto", "logprobs": true}),
+    ] {
+        answered(&router, CHAT, &chat(&free)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_is_not_among_the_likeliest_has_no_value() {
+    for (most, asked) in [(0, 0), (2, 0), (2, 1), (2, 2)] {
+        let router = governed(rounded(most, 0.001), false);
+        let (mut shown, mut hidden) = (0, 0);
+        // What is least likely is made likely, and a free draw besides.
+        let steered =
+            json!({"messages": [{"role": "user", "content": "QZ"}], "repetition_penalty": 0.01});
+        for seed in 0..6 {
+            let mut body = chat(&steered);
+            body["seed"] = json!(seed);
+            body["temperature"] = json!(seed % 3);
+            body["logprobs"] = json!(true);
+            body["top_logprobs"] = json!(asked);
+            let answer = answered(&router, CHAT, &body).await;
+            body["top_logprobs"] = json!(most);
+            let wide = answered(&router, CHAT, &body).await;
+            let tokens = |answer: &Value| {
+                let content = &answer["choices"][0]["logprobs"]["content"];
+                content.as_array().unwrap().clone()
+            };
+            for (token, wide) in tokens(&answer).iter().zip(tokens(&wide)) {
+                assert_eq!(token["top_logprobs"].as_array().unwrap().len(), asked);
+                assert_eq!(token["logprob"], wide["logprob"]);
+                let likeliest = wide["top_logprobs"].as_array().unwrap();
+                if token["logprob"] == -9999.0 {
+                    assert!(likeliest.iter().all(|l| l["bytes"] != token["bytes"]));
+                    hidden += 1;
+                } else {
+                    let known = |l: &Value| l["bytes"] == token["bytes"];
+                    assert!(most == 0 || likeliest.iter().any(known), "{token}");
+                    shown += 1;
+                }
+            }
+        }
+        assert!(hidden > 0 && shown + hidden > 20, "{shown} and {hidden}");
     }
 }

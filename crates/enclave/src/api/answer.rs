@@ -8,7 +8,7 @@ use casemate_engine::{TokenLogprobs, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use super::calls::Call;
-use super::extraction::Shown;
+use super::extraction::{NOT_SHOWN, Shown};
 
 /// Tokens read and written for one request.
 #[derive(Default)]
@@ -93,20 +93,25 @@ impl Likelihood {
             Scored {
                 text,
                 bytes,
-                logprob: shown.round(logprob),
+                logprob,
             }
         };
+        let chosen = match logprobs.top.iter().any(|&(likely, _)| likely == id) {
+            true => shown.round(logprobs.chosen),
+            false => NOT_SHOWN,
+        };
         let mut top = logprobs.top.clone();
+        top.truncate(shown.top);
         // The order must not tell what the rounding hides.
         top.sort_by(|a, b| {
             let [x, y] = [a, b].map(|(_, logprob)| shown.round(*logprob));
             y.total_cmp(&x).then(a.0.cmp(&b.0))
         });
         Self {
-            token: token(id, logprobs.chosen),
+            token: token(id, chosen),
             top: top
                 .into_iter()
-                .map(|(id, logprob)| token(id, logprob))
+                .map(|(id, logprob)| token(id, shown.round(logprob)))
                 .collect(),
             offset,
         }

@@ -64,17 +64,24 @@ pub(super) async fn create(
         }
     };
     let format = fields.take("response_format")?.map(format::parse);
-    let mut grammar = format.transpose()?.flatten();
+    let format = format.transpose()?.flatten();
     let stop = fields.common.stops()?;
-    if grammar.is_some() && tools.reading.is_some() {
+    if format.is_some() && tools.reading.is_some() {
         return Err(ApiError::value(
             "response_format",
             "JSON cannot be combined with 'tools' that may be called",
         ));
     }
-    if let Some((_, forced)) = &tools.forced {
-        grammar = Some(forced.clone());
+    if logprobs.is_some() {
+        let by_schema = format.as_ref().is_some_and(|format| format.of_client);
+        api.extraction().unsteered("response_format", by_schema)?;
+        api.extraction()
+            .unsteered("tool_choice", tools.forced.is_some())?;
     }
+    let grammar = match &tools.forced {
+        Some((_, forced)) => Some(forced.clone()),
+        None => format.map(|format| format.grammar),
+    };
     if grammar.is_some() && !stop.is_empty() {
         return Err(ApiError::value(
             "stop",

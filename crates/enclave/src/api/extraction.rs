@@ -31,7 +31,7 @@ pub enum Logprobs {
     /// Nothing.
     #[default]
     None,
-    /// Rounded values of the chosen token and of the likeliest ones.
+    /// Rounded values of the likeliest tokens; of the chosen one, where it is among them.
     Rounded {
         /// Most alternatives, 0 to 5.
         top: u8,
@@ -80,8 +80,14 @@ impl<'de> Deserialize<'de> for Logprobs {
 pub(super) struct Shown {
     /// Alternatives at each position.
     pub(super) top: usize,
+    /// How many of the likeliest the policy lets anybody see, at least one: a chosen token that is none of them has
+    /// no value, because whoever steers the choice could read any token's.
+    pub(super) known: usize,
     rounding: f64,
 }
+
+/// In place of a value that is not shown, as in OpenAI's API.
+pub(super) const NOT_SHOWN: f64 = -9999.0;
 
 impl Shown {
     /// A value as the policy shows it.
@@ -106,10 +112,25 @@ impl Extraction {
                     "it shows at most {most} of the likeliest tokens, and {top} were asked for"
                 ),
             )),
-            Logprobs::Rounded { rounding, .. } => Ok(Shown {
+            Logprobs::Rounded {
+                top: most,
+                rounding,
+            } => Ok(Shown {
                 top: top as usize,
+                known: usize::from(most).max(1),
                 rounding,
             }),
+        }
+    }
+
+    /// Refuses a constraint that the client writes beside log-probabilities: it forces tokens as a bias does.
+    pub(super) fn unsteered(&self, param: &str, steered: bool) -> Result<(), ApiError> {
+        match steered {
+            true => Err(ApiError::policy(
+                param,
+                "it never combines schemas or forced calls with 'logprobs'; json_object may be combined",
+            )),
+            false => Ok(()),
         }
     }
 
@@ -198,7 +219,11 @@ mod tests {
 
     #[test]
     fn values_are_multiples_of_the_rounding() {
-        let shown = |rounding| Shown { top: 0, rounding };
+        let shown = |rounding| Shown {
+            top: 0,
+            known: 1,
+            rounding,
+        };
         assert_eq!(shown(0.1).round(-0.31), -0.3);
         assert_eq!(shown(0.1).round(-0.04).to_string(), "0");
         assert_eq!(shown(0.25).round(-12.4), -12.5);

@@ -29,8 +29,15 @@ struct Schema {
     _strict: Option<bool>,
 }
 
+/// What answers must be.
+pub(super) struct Wanted {
+    pub(super) grammar: Grammar,
+    /// Whether the client wrote it, so that it can ask for tokens of its choice.
+    pub(super) of_client: bool,
+}
+
 /// What answers must be; `None` leaves them free.
-pub(super) fn parse(value: Value) -> Result<Option<Grammar>, ApiError> {
+pub(super) fn parse(value: Value) -> Result<Option<Wanted>, ApiError> {
     let format: Format = serde_json::from_value(value).map_err(|_| {
         ApiError::value(
             "response_format",
@@ -40,7 +47,10 @@ pub(super) fn parse(value: Value) -> Result<Option<Grammar>, ApiError> {
     })?;
     match format {
         Format::Text {} => Ok(None),
-        Format::JsonObject {} => Ok(Some(Grammar::json_object())),
+        Format::JsonObject {} => Ok(Some(Wanted {
+            grammar: Grammar::json_object(),
+            of_client: false,
+        })),
         Format::JsonSchema { json_schema } => {
             if !super::tools::is_name(&json_schema.name) {
                 return Err(ApiError::value(
@@ -48,7 +58,11 @@ pub(super) fn parse(value: Value) -> Result<Option<Grammar>, ApiError> {
                     "the schema's name has 1 to 64 letters, digits, '_' and '-'",
                 ));
             }
-            compile("response_format", json_schema.schema).map(Some)
+            let grammar = compile("response_format", json_schema.schema)?;
+            Ok(Some(Wanted {
+                grammar,
+                of_client: true,
+            }))
         }
     }
 }

@@ -118,7 +118,7 @@ impl Api {
                     max_tokens: job.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
                     sampling,
                     stop: job.stop.clone(),
-                    logprobs: job.logprobs.map(|shown| shown.top),
+                    logprobs: job.logprobs.map(|shown| shown.known),
                     grammar: job.grammar.clone(),
                     ..Request::default()
                 };
