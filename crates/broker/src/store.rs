@@ -272,7 +272,12 @@ impl Store {
         let tx = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let count: i64 = tx.query_row("SELECT count(*) FROM resource", [], |row| row.get(0))?;
+        // A full store still takes what replaces something, such as a grant that revokes keys.
+        let count: i64 = tx.query_row(
+            "SELECT count(*) FROM resource WHERE path <> ?1",
+            [path.as_str()],
+            |row| row.get(0),
+        )?;
         if u64::try_from(count).unwrap_or(u64::MAX) >= MAX_RESOURCES {
             return Err(StoreError::Limit("number of resources"));
         }

@@ -8,7 +8,7 @@ use casemate_broker::broker::{Rejection, Settings};
 use casemate_broker::log::{Action, Decision, Verdict};
 use casemate_broker::sessions::{SessionFault, SessionLimits};
 use casemate_broker::state::{State, StateError, database};
-use casemate_broker::store::StoreError;
+use casemate_broker::store::{MAX_RESOURCES, StoreError};
 use casemate_container::ModelDigest;
 use casemate_release::random::SystemRandom;
 use casemate_testkit::fake_tee::{Forgery, Sample};
@@ -319,6 +319,26 @@ fn a_damaged_grant_is_not_stored() {
         Err(Rejection::Store(StoreError::Grant(_)))
     ));
     assert_eq!(rig.broker.head().unwrap(), before);
+}
+
+#[test]
+fn a_full_store_takes_a_grant_that_replaces_one() {
+    let rig = Rig::new();
+    rusqlite::Connection::open(database(&rig.state()))
+        .unwrap()
+        .execute(
+            "WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
+             INSERT INTO resource (path, sealed) SELECT 'a/b/' || i, x'00' FROM n",
+            [i64::try_from(MAX_RESOURCES).unwrap()],
+        )
+        .unwrap();
+    let other = "default/model/other".parse().unwrap();
+    assert!(matches!(
+        rig.broker
+            .put_resource(&other, b"any bytes", false, None, None),
+        Err(Rejection::Store(StoreError::Limit("number of resources")))
+    ));
+    rig.put_grant(4);
 }
 
 #[test]
