@@ -310,10 +310,15 @@ async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
     let long = "x".repeat(256 * 256 + 1);
     let halves =
         [&long[..40_000], &long[40_000..]].map(|half| json!({"role": "user", "content": half}));
-    let completion = json!({"model": "tiny", "prompt": ["a", long]});
+    let completion = json!({"model": "tiny", "prompt": long});
+    let sixteenth = &long[..4096];
+    let mut many = vec![sixteenth; 15];
+    many.push(&long[..4097]);
+    let many = json!({"model": "tiny", "prompt": many});
     for (path, body) in [
         ("/v1/chat/completions", chat(&json!({"messages": halves}))),
         ("/v1/completions", completion),
+        ("/v1/completions", many),
     ] {
         let (status, answer) = post(&router, path, &body).await;
         assert_eq!(status, StatusCode::BAD_REQUEST);
@@ -321,6 +326,20 @@ async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
         let message = answer["error"]["message"].as_str().unwrap();
         assert!(message.contains("65537 bytes"), "{message}");
     }
+}
+
+#[tokio::test]
+async fn prompts_are_counted_before_any_is_tokenized() {
+    let router = router(api());
+    // The first of them would be refused by itself, if anybody looked at it.
+    let mut prompts = vec!["x".repeat(256 * 256 + 1)];
+    prompts.resize(17, "a".into());
+    let body = json!({"model": "tiny", "prompt": prompts});
+    let (status, answer) = post(&router, "/v1/completions", &body).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(answer["error"]["code"], "invalid_value", "{answer}");
+    let message = answer["error"]["message"].as_str().unwrap();
+    assert!(message.contains("1 to 16 prompts"), "{message}");
 }
 
 #[tokio::test]

@@ -38,8 +38,21 @@ pub(super) async fn create(
     let prompt: Prompt = fields
         .take("prompt")?
         .ok_or_else(|| ApiError::missing("prompt"))?;
+    // Before any of them is tokenized.
+    let (count, bytes) = match &prompt {
+        Prompt::Text(text) => (1, text.len()),
+        Prompt::Texts(texts) => (texts.len(), texts.iter().map(String::len).sum()),
+        Prompt::Tokens(_) => (1, 0),
+        Prompt::TokenLists(lists) => (lists.len(), 0),
+    };
+    if count == 0 || count > MAX_PROMPTS {
+        return Err(ApiError::value(
+            "prompt",
+            format!("1 to {MAX_PROMPTS} prompts"),
+        ));
+    }
+    api.check_length(bytes)?;
     let encode = |text: &String| {
-        api.check_length(text.len())?;
         let encoded = api.engine().tokenizer().encode(text, true);
         encoded.map_err(|error| ApiError::value("prompt", error))
     };
@@ -49,12 +62,6 @@ pub(super) async fn create(
         Prompt::Tokens(tokens) => vec![tokens.clone()],
         Prompt::TokenLists(lists) => lists.clone(),
     };
-    if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
-        return Err(ApiError::value(
-            "prompt",
-            format!("1 to {MAX_PROMPTS} prompts"),
-        ));
-    }
     let max_tokens = match fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS) {
         0 => return Err(ApiError::value("max_tokens", "must be at least 1")),
         tokens => tokens,

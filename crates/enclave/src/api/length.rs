@@ -8,8 +8,9 @@ use super::error::ApiError;
 const BYTES_PER_TOKEN: usize = 256;
 
 impl Api {
-    /// Refuses a prompt of so many bytes if no tokenizer would make it fit into the context; whether it does fit is only
-    /// known once it is tokenized.
+    /// Refuses texts of so many bytes in all, if no tokenizer would make one such prompt fit into the context; whether it
+    /// does fit is only known once it is tokenized. Several prompts of one request share the bound, which leaves each of
+    /// sixteen that fill the context 16 bytes for a token.
     pub(super) fn check_length(&self, bytes: usize) -> Result<(), ApiError> {
         let context = self.engine().context();
         if bytes > context.saturating_mul(BYTES_PER_TOKEN) {
