@@ -346,6 +346,28 @@ async fn tokens_of_prompts_and_answers_are_counted() {
 }
 
 #[tokio::test]
+async fn a_prompt_is_counted_for_each_of_its_answers() {
+    let inside = model();
+    let free = Door::new(vec![key("a", 1, Limits::default())], inside.clone());
+    let (_, _, whole) = free.ask(1, &chat("hello", 1, false)).await;
+    let prompt = whole["usage"]["prompt_tokens"].as_u64().unwrap();
+    let four = chat("hello", 1, false).replacen('{', "{\"n\": 4, ", 1);
+    for (tokens, expected) in [
+        (4 * prompt - 1, StatusCode::TOO_MANY_REQUESTS),
+        (4 * prompt, StatusCode::OK),
+    ] {
+        let limits = Limits {
+            tokens_per_minute: at_most(u32::try_from(tokens).unwrap()),
+            ..Limits::default()
+        };
+        let door = Door::new(vec![key("a", 1, limits)], inside.clone());
+        let (status, headers, body) = door.ask(1, &four).await;
+        assert_eq!(status, expected, "{body}");
+        assert!(!headers.contains_key(header::RETRY_AFTER));
+    }
+}
+
+#[tokio::test]
 async fn who_does_not_read_the_answer_has_used_its_tokens_all_the_same() {
     let limits = Limits {
         tokens_per_minute: at_most(200),

@@ -91,8 +91,10 @@ impl Api {
                 format!("at most {MAX_ANSWERS} answers to one request, over all its prompts");
             return Err(ApiError::value("n", most));
         }
+        // Every choice computes its prompt anew.
+        let prompts: usize = job.prompts.iter().map(Vec::len).sum();
         job.meter
-            .take_prompt(job.prompts.iter().map(Vec::len).sum())?;
+            .take_prompt(prompts.saturating_mul(job.choices as usize))?;
         // Made before the first one is submitted: when a later one is refused, this is dropped and cancels the former.
         let mut generation = Generation {
             api: self.clone(),
