@@ -4,14 +4,21 @@
 //! about denials are taken from a bucket that refills slowly; what finds it empty is counted, and the count is logged
 //! with the next entry. What is *allowed* is always logged, and is not limited here.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use casemate_attest::UnixTime;
 
+use crate::broker::Broker;
 use crate::log::Action;
 
 /// Entries that a full bucket holds.
 pub const BURST: u64 = 60;
 /// Seconds in which one more entry becomes available.
 pub const REFILL_SECONDS: u64 = 60;
+
+/// How long a count may be in memory alone.
+pub const COUNTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Strangers and attested guests draw from buckets of their own: who floods `/attest` does not hide what an attested
 /// guest was denied.
@@ -81,6 +88,19 @@ impl Bucket {
                 true
             }
             None => false,
+        }
+    }
+}
+
+/// Logs, once in each `period`, how many denials were left out, until it is dropped: who kills the broker hides no more
+/// than the last period's. An entry that cannot be written is tried again.
+pub async fn keep_counted(broker: Arc<Broker>, period: Duration) {
+    loop {
+        tokio::time::sleep(period).await;
+        let broker = broker.clone();
+        let logged = tokio::task::spawn_blocking(move || broker.log_what_was_left_out()).await;
+        if let Ok(Err(error)) = logged {
+            tracing::error!(%error, "the count of denials that were left out is not logged");
         }
     }
 }

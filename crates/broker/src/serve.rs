@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use casemate_broker::broker::{Broker, Settings};
 use casemate_broker::clock::SystemClock;
+use casemate_broker::denials;
 use casemate_broker::sessions::SessionLimits;
 use casemate_broker::state::State;
 use casemate_broker::{admin, api};
@@ -98,7 +99,12 @@ pub(crate) async fn serve(options: Serve) -> Result<()> {
     );
     println!("listening on {address}");
     std::io::stdout().flush().context("standard output")?;
+    let counting = tokio::spawn(denials::keep_counted(
+        broker.clone(),
+        denials::COUNTED_WITHIN,
+    ));
     let (public, private) = tokio::join!(public, private);
+    counting.abort();
     if public.cut_off + private.cut_off > 0 {
         tracing::warn!("requests were cut off at shutdown");
     }

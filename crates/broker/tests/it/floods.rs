@@ -1,6 +1,8 @@
 //! Strangers who ask without end: what is denied must not fill the disk, what is allowed is always logged.
 
-use casemate_broker::denials::{BURST, REFILL_SECONDS};
+use std::time::Duration;
+
+use casemate_broker::denials::{BURST, REFILL_SECONDS, keep_counted};
 use casemate_broker::log::{Action, Decision, Verdict};
 
 use crate::support::{Rig, path};
@@ -58,6 +60,27 @@ fn denials_without_end_take_a_bounded_number_of_entries() {
         .unwrap();
     assert_eq!(suppressed(&rig).iter().sum::<u64>(), 43);
     rig.broker.verify_log(&[]).unwrap();
+}
+
+#[tokio::test]
+async fn what_was_left_out_is_counted_before_long() {
+    let rig = Rig::new();
+    for _ in 0..BURST + 3 {
+        rig.attest(9).err().unwrap();
+    }
+    // The head says what is on disk; to show the log would count them.
+    let before = rig.broker.head().unwrap().size;
+    let counting = tokio::spawn(keep_counted(rig.broker.clone(), Duration::from_millis(2)));
+    let counted = async {
+        while rig.broker.head().unwrap().size == before {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let counted = tokio::time::timeout(Duration::from_secs(60), counted).await;
+    counted.expect("nothing was counted");
+    counting.abort();
+    assert_eq!(rig.broker.head().unwrap().size, before + 1);
+    assert_eq!(suppressed(&rig), [3]);
 }
 
 #[test]
