@@ -2,7 +2,7 @@
 //! with the functions that `transformers` gives templates. Templates are signed by the provider but
 //! still bounded in time and output; conversations never appear in errors, except where a template
 //! itself quotes them in `raise_exception`. What a conversation says is marked as its own, so that
-//! only the template can write control tokens: see [`crate::control`].
+//! only the template can write control tokens: see the module `control`.
 
 use std::io;
 
