@@ -1,18 +1,17 @@
 //! The one door for prompts: opens encapsulated requests, calls the API, encrypts its answer as it is made.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use casemate_channel::ohttp::{MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder};
 use casemate_channel::receipt::RECEIPT_FIELD;
-use tokio::sync::Semaphore;
 
 use crate::access::{self, Access};
 use crate::api::ApiError;
+use crate::arrival::Arrivals;
 use crate::metrics::Metrics;
 use crate::relay::{self, Hint, Peers};
 use crate::serving::{Serving, Shown};
@@ -23,8 +22,6 @@ pub const MAX_ENCAPSULATED: u64 = 2 * (crate::api::MAX_REQUEST_BYTES as u64) + (
 
 /// Requests that may be arriving at the same time, each with its buffer.
 pub const ARRIVING: usize = 64;
-/// Longest time for a request to arrive.
-pub const ARRIVAL: Duration = Duration::from_secs(30);
 
 /// What the gateway needs.
 #[derive(Clone)]
@@ -37,8 +34,8 @@ pub struct Gateway {
     pub api: Router,
     /// Where it runs.
     pub workers: Workers,
-    /// One permit for each request that may be arriving.
-    pub places: Arc<Semaphore>,
+    /// Of the requests that are arriving.
+    pub arrivals: Arc<Arrivals>,
     /// The other replicas of the service.
     pub peers: Arc<Peers>,
     /// Counts requests by outcome.
@@ -78,27 +75,20 @@ impl Gateway {
             let transport = request.into_body().into_data_stream();
             return self.peers.relay(&keyset, transport).await;
         }
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Some(arriving) = self.arrivals.enter().await else {
             self.metrics.refused();
-            let mut busy = plain(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too many requests are arriving",
-            );
-            let soon = HeaderValue::from_static("1");
-            busy.headers_mut().insert(header::RETRY_AFTER, soon);
-            return busy;
+            return busy();
         };
-        let transport = request.into_body().into_data_stream();
+        let transport = arriving.counted(request.into_body().into_data_stream());
         let keyring = &self.serving.keyring;
-        let arriving = keyring.receive(transport, MAX_ENCAPSULATED, (self.clock)());
-        let Ok(received) = tokio::time::timeout(ARRIVAL, arriving).await else {
-            self.metrics.refused();
-            return plain(
-                StatusCode::REQUEST_TIMEOUT,
-                "the request did not arrive in time",
-            );
+        let received = tokio::select! {
+            received = keyring.receive(transport, MAX_ENCAPSULATED, (self.clock)()) => received,
+            () = arriving.overdue() => {
+                self.metrics.refused();
+                return too_slow();
+            }
         };
-        drop(place);
+        drop(arriving);
         let received = match received {
             Ok(received) => received,
             Err(error) => {
@@ -122,30 +112,29 @@ impl Gateway {
 
     /// Answers a request that came over attested TLS: as if it had been decrypted, with the same limits.
     pub async fn handle_direct(self, request: Request<Body>, shown: &Shown) -> Response<Body> {
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-            return plain(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too many requests are arriving",
-            );
-        };
         let (parts, body) = request.into_parts();
-        let arriving = axum::body::to_bytes(body, crate::api::MAX_REQUEST_BYTES);
-        let body = match tokio::time::timeout(ARRIVAL, arriving).await {
-            Ok(Ok(body)) => body,
-            Ok(Err(_)) => {
-                return plain(
-                    StatusCode::PAYLOAD_TOO_LARGE,
-                    "the request is too large, or was cut off",
-                );
-            }
-            Err(_) => {
-                return plain(
-                    StatusCode::REQUEST_TIMEOUT,
-                    "the request did not arrive in time",
-                );
+        // What has no body takes nobody's place.
+        let body = if body.is_end_stream() {
+            Bytes::new()
+        } else {
+            let Some(arriving) = self.arrivals.enter().await else {
+                return busy();
+            };
+            let body = Body::from_stream(arriving.counted(body.into_data_stream()));
+            let arrived = tokio::select! {
+                arrived = axum::body::to_bytes(body, crate::api::MAX_REQUEST_BYTES) => arrived,
+                () = arriving.overdue() => return too_slow(),
+            };
+            match arrived {
+                Ok(body) => body,
+                Err(_) => {
+                    return plain(
+                        StatusCode::PAYLOAD_TOO_LARGE,
+                        "the request is too large, or was cut off",
+                    );
+                }
             }
         };
-        drop(place);
         self.metrics.accepted();
         let mut request = Request::from_parts(parts, body);
         if let Some(signer) = self.serving.signer_of(shown) {
@@ -212,6 +201,23 @@ fn bad_message(fault: &MessageFault) -> Response<Body> {
         HeaderValue::from_static("application/json"),
     );
     response
+}
+
+fn busy() -> Response<Body> {
+    let mut busy = plain(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "too many requests are arriving",
+    );
+    let soon = HeaderValue::from_static("1");
+    busy.headers_mut().insert(header::RETRY_AFTER, soon);
+    busy
+}
+
+fn too_slow() -> Response<Body> {
+    plain(
+        StatusCode::REQUEST_TIMEOUT,
+        "the request did not arrive in time",
+    )
 }
 
 fn plain(status: StatusCode, text: &'static str) -> Response<Body> {

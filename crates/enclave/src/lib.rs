@@ -11,6 +11,7 @@
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
 //! | [`attested_tls`] | the other door: TLS that ends here |
+//! | [`arrival`] | places for requests that are arriving |
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
@@ -25,6 +26,7 @@
 
 pub mod access;
 pub mod api;
+pub mod arrival;
 pub mod attested_tls;
 pub mod config;
 pub mod denial;

@@ -18,9 +18,10 @@ use casemate_channel::ohttp::{
 };
 use futures::{Stream, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
+use crate::arrival::{Arrivals, Arriving};
 use crate::config::Peer;
 use crate::metrics::Metrics;
 
@@ -91,7 +92,7 @@ pub struct Peers {
     /// When the peers were last asked; held while they are.
     asked: tokio::sync::Mutex<Option<Instant>>,
     waiting: Semaphore,
-    places: Arc<Semaphore>,
+    places: Arrivals,
     metrics: Arc<Metrics>,
     limits: Limits,
 }
@@ -139,7 +140,7 @@ impl Peers {
             known: Mutex::default(),
             asked: tokio::sync::Mutex::default(),
             waiting: Semaphore::new(WAITING),
-            places: Arc::new(Semaphore::new(RELAYS)),
+            places: Arrivals::new(RELAYS),
             metrics,
             limits,
         })
@@ -154,25 +155,28 @@ impl Peers {
         if self.peers.is_empty() {
             return key_unknown();
         }
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-            return busy();
-        };
         let peer = match self.find(keyset).await {
             Found::At(peer) => peer,
             Found::Nowhere => return key_unknown(),
             Found::TooManyWait => return busy(),
         };
+        let Some(arriving) = self.places.enter().await else {
+            return busy();
+        };
+        let (arrived, mut place) = oneshot::channel();
         let sent = self
             .http
             .post(self.peers[peer].join(GATEWAY_PATH))
             .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
             .header(KEYSET_HINT, keyset.to_string())
             .header(RELAYED_MARK, "1")
-            .body(reqwest::Body::wrap_stream(self.bounded(transport)))
+            .body(reqwest::Body::wrap_stream(
+                self.bounded(transport, arriving, arrived),
+            ))
             .send()
             .await;
         match sent {
-            Ok(answer) => self.pass(keyset, answer, place).await,
+            Ok(answer) => self.pass(keyset, answer, place.try_recv().ok()).await,
             Err(error) if error.is_connect() => {
                 // Nothing was sent, so nothing was served.
                 self.forget(peer);
@@ -189,7 +193,7 @@ impl Peers {
         &self,
         keyset: &KeysetDigest,
         answer: reqwest::Response,
-        place: OwnedSemaphorePermit,
+        place: Option<OwnedSemaphorePermit>,
     ) -> Response<Body> {
         let status = answer.status();
         let is = |media_type: &str| {
@@ -198,7 +202,11 @@ impl Peers {
                 .get(header::CONTENT_TYPE)
                 .is_some_and(|value| value == media_type)
         };
-        if status == StatusCode::OK && is(ANSWER_MEDIA_TYPE) {
+        // Nobody can have opened a request before its end.
+        if status == StatusCode::OK
+            && is(ANSWER_MEDIA_TYPE)
+            && let Some(place) = place
+        {
             self.metrics.relayed();
             let running = self.metrics.relay_runs();
             let stream = answer.bytes_stream().map(move |piece| {
@@ -291,25 +299,35 @@ impl Peers {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The request's bytes, which fail when they are too many or come too slowly.
+    /// The request's bytes, which fail when they are too many or come too slowly; at their end, `arrived` gets the place.
     fn bounded<S, E>(
         &self,
         transport: S,
+        arriving: Arriving,
+        arrived: oneshot::Sender<OwnedSemaphorePermit>,
     ) -> impl Stream<Item = Result<Bytes, Cut>> + Send + use<S, E>
     where
         S: Stream<Item = Result<Bytes, E>> + Send + 'static,
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         let deadline = Instant::now() + self.limits.arrival;
-        let state = (Box::pin(transport), self.limits.bytes);
-        futures::stream::try_unfold(state, move |(mut transport, left)| async move {
-            let next = timeout_at(deadline, transport.next()).await;
-            match next.map_err(|_| Cut::TooSlow)? {
-                None => Ok(None),
+        let transport = Box::pin(arriving.counted(transport));
+        let state = (transport, self.limits.bytes, arriving, arrived);
+        futures::stream::try_unfold(state, move |state| async move {
+            let (mut transport, left, arriving, arrived) = state;
+            let next = tokio::select! {
+                next = timeout_at(deadline, transport.next()) => next.map_err(|_| Cut::TooSlow)?,
+                () = arriving.overdue() => return Err(Cut::TooSlow),
+            };
+            match next {
+                None => {
+                    let _ = arrived.send(arriving.arrived());
+                    Ok(None)
+                }
                 Some(Err(error)) => Err(Cut::Transport(error.into())),
                 Some(Ok(piece)) => {
                     let left = left.checked_sub(piece.len() as u64).ok_or(Cut::TooLarge)?;
-                    Ok(Some((piece, (transport, left))))
+                    Ok(Some((piece, (transport, left, arriving, arrived))))
                 }
             }
         })

@@ -23,12 +23,12 @@ use casemate_listen::{Limits, Server};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::access::{self, Access};
 use crate::api::{self, Api};
+use crate::arrival::{self, Arrivals};
 use crate::attested_tls::AttestedTls;
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
@@ -214,7 +214,7 @@ async fn prepare(
 
     let limits = relay::Limits {
         bytes: gateway::MAX_ENCAPSULATED,
-        arrival: gateway::ARRIVAL,
+        arrival: arrival::ARRIVAL,
     };
     let peers = Peers::new(config.service.peers, limits, Arc::clone(&metrics))
         .context("cannot prepare to relay requests")?;
@@ -234,7 +234,7 @@ async fn prepare(
         access,
         api: receipts::wrap(api::router(api.clone()), Arc::clone(&receipts)),
         workers,
-        places: Arc::new(Semaphore::new(gateway::ARRIVING)),
+        arrivals: Arc::new(Arrivals::new(gateway::ARRIVING)),
         peers: Arc::new(peers),
         metrics,
         clock: system_clock,

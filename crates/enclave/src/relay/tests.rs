@@ -154,7 +154,10 @@ async fn more_requests_than_may_wait_are_told_to_come_back() {
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(response.headers()[header::RETRY_AFTER], "1");
     drop(waiting);
-    let places = peers.places.acquire_many(RELAYS as u32).await.unwrap();
+    let mut places = Vec::new();
+    for _ in 0..RELAYS {
+        places.push(peers.places.enter().await.unwrap().arrived());
+    }
     let response = peers.relay(&HELD, request(&["x"])).await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(replica.relayed.lock().unwrap().is_empty());
@@ -168,9 +171,9 @@ async fn a_place_is_held_until_the_answer_ends() {
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
     let response = peers.relay(&HELD, request(&["x"])).await;
-    assert_eq!(peers.places.available_permits(), RELAYS - 1);
+    assert_eq!(peers.places.free(), RELAYS - 1);
     text(response).await;
-    assert_eq!(peers.places.available_permits(), RELAYS);
+    assert_eq!(peers.places.free(), RELAYS);
 }
 
 #[tokio::test]
@@ -275,6 +278,27 @@ async fn a_request_that_is_too_large_or_too_slow_is_cut_off() {
         .filter_map(|(_, body)| body.as_deref())
         .collect();
     assert_eq!(whole, [b"0123456789"]);
+}
+
+#[tokio::test]
+async fn relayed_uploads_that_trickle_give_way() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    // Nothing comes of these, and nothing more would be waited for.
+    let mut hostile: Vec<_> = (0..RELAYS)
+        .map(|_| Box::pin(peers.relay(&HELD, stream::pending::<Result<Bytes, Infallible>>())))
+        .collect();
+    for upload in &mut hostile {
+        assert!(futures::poll!(upload.as_mut()).is_pending());
+    }
+    assert_eq!(peers.places.free(), 0);
+    let others = futures::future::select_all(hostile);
+    let honest = peers.relay(&HELD, request(&["y"]));
+    let (response, (given_up, _, _)) = tokio::join!(honest, others);
+    assert_eq!(response.status(), 200);
+    assert_eq!(given_up.status(), StatusCode::BAD_GATEWAY);
 }
 
 #[test]
