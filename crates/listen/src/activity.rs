@@ -1,6 +1,6 @@
 //! What a connection is doing, as far as deciding about its end goes.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
@@ -13,7 +13,7 @@ pub(crate) struct Activity {
     state: Mutex<State>,
     /// Told when the deadline may have changed, or the connection is to be closed.
     pub(crate) changed: Notify,
-    /// Told when this connection, which was busy, is idle.
+    /// Told when this connection, which was busy, may give way.
     became_idle: Arc<Notify>,
 }
 
@@ -33,6 +33,12 @@ struct State {
 impl State {
     fn is_idle(&self) -> bool {
         self.requests == 0 && !self.blocked
+    }
+
+    /// Whether it gives way to a newcomer: nothing is being made for it, even if its peer does not take the rest of what
+    /// was.
+    fn gives_way(&self) -> bool {
+        self.requests == 0
     }
 }
 
@@ -89,9 +95,9 @@ impl Activity {
         Running(Arc::clone(self))
     }
 
-    /// After a change that may have made it idle.
+    /// After a change that may have made it idle, or one that may give way.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
-        if state.is_idle() {
+        if state.gives_way() {
             state.idle_since = Instant::now();
             self.became_idle.notify_one();
         }
@@ -135,14 +141,15 @@ impl Drop for Running {
 #[derive(Default)]
 pub(crate) struct Registry {
     connections: Mutex<Connections>,
-    /// Told when a connection became idle.
+    /// Told when a connection became one that may give way.
     pub(crate) became_idle: Arc<Notify>,
 }
 
 #[derive(Default)]
 struct Connections {
     next: u64,
-    open: HashMap<u64, Arc<Activity>>,
+    /// In the order in which they came, so that of several that have been idle equally long the oldest goes.
+    open: BTreeMap<u64, Arc<Activity>>,
 }
 
 impl Registry {
@@ -175,7 +182,7 @@ impl Registry {
             if state.evicted {
                 return true;
             }
-            if state.is_idle() && longest.is_none_or(|(since, _)| state.idle_since < since) {
+            if state.gives_way() && longest.is_none_or(|(since, _)| state.idle_since < since) {
                 longest = Some((state.idle_since, activity));
             }
         }
@@ -184,7 +191,7 @@ impl Registry {
         };
         let mut state = activity.state();
         // A request may have come meanwhile; then another one has to go.
-        if !state.is_idle() {
+        if !state.gives_way() {
             drop(state);
             drop(connections);
             return self.evict();

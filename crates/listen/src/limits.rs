@@ -17,7 +17,7 @@ pub struct Limits {
     pub head: Duration,
     /// Between the end of an answer and the first byte of the next request.
     pub idle: Duration,
-    /// During which a peer may take nothing at all of what is being sent to it.
+    /// During which a peer must take 16 KiB, or everything, of what is being sent to it.
     pub stalled: Duration,
     /// Bytes of a request's head; at least 8192.
     pub head_bytes: usize,

@@ -1,4 +1,7 @@
-//! A stream that reports what it does, and gives up on a peer which takes nothing of what is sent to it.
+//! A stream that reports what it does, and gives up on a peer which does not take what is sent to it.
+//!
+//! Taking a byte now and then is not enough: it would keep a connection, and an answer's memory, for as long as anybody
+//! likes. While something waits to be sent, each window of time must see [`LEAST`] bytes go out, or all that waited.
 
 use std::future::Future;
 use std::io;
@@ -12,14 +15,23 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::activity::Activity;
 
-/// A stream whose writes fail with `TimedOut` after `limit` without any progress. A write that fails ends the
+/// What a peer must take in each window of time, in bytes, unless it takes everything.
+pub(crate) const LEAST: usize = 16 << 10;
+
+/// A stream whose writes fail with `TimedOut` when a peer takes less than [`LEAST`] bytes during `limit`. A write that fails ends the
 /// connection, and with it whatever was being computed for it.
 pub(crate) struct Progress<I> {
     io: I,
     activity: Arc<Activity>,
     limit: Duration,
-    /// Runs while a write is blocked.
-    stalled: Option<Pin<Box<Sleep>>>,
+    /// Runs from the moment at which a write is blocked until nothing waits.
+    window: Option<Window>,
+}
+
+struct Window {
+    end: Pin<Box<Sleep>>,
+    /// Bytes taken in it.
+    taken: usize,
 }
 
 impl<I> Progress<I> {
@@ -28,29 +40,59 @@ impl<I> Progress<I> {
             io,
             activity,
             limit,
-            stalled: None,
+            window: None,
         }
     }
 
-    /// Passes on the outcome of an attempt to send, and keeps the time between attempts that went nowhere.
-    fn watched<T>(
+    /// Passes on the outcome of an attempt to write. That the stream took all of it says nothing: below TLS it may wait
+    /// in a buffer.
+    fn wrote(
         &mut self,
         context: &mut Context<'_>,
-        outcome: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if outcome.is_ready() {
-            if self.stalled.take().is_some() {
-                self.activity.blocked(false);
+        outcome: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        match outcome {
+            Poll::Pending => self.blocked(context),
+            Poll::Ready(Ok(bytes)) => {
+                if let Some(window) = &mut self.window {
+                    window.taken += bytes;
+                    if window.taken >= LEAST {
+                        window.taken = 0;
+                        window.end.as_mut().reset(Instant::now() + self.limit);
+                    }
+                }
+                outcome
             }
-            return outcome;
+            Poll::Ready(Err(_)) => outcome,
         }
+    }
+
+    /// Passes on the outcome of an attempt to send all that waits.
+    fn flushed(
+        &mut self,
+        context: &mut Context<'_>,
+        outcome: Poll<io::Result<()>>,
+    ) -> Poll<io::Result<()>> {
+        if outcome.is_pending() {
+            return self.blocked(context);
+        }
+        if self.window.take().is_some() {
+            self.activity.blocked(false);
+        }
+        outcome
+    }
+
+    fn blocked<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
         let limit = self.limit;
-        let stalled = self.stalled.get_or_insert_with(|| {
+        let window = self.window.get_or_insert_with(|| {
             self.activity.blocked(true);
-            Box::pin(sleep(limit))
+            Window {
+                end: Box::pin(sleep(limit)),
+                taken: 0,
+            }
         });
-        ready!(stalled.as_mut().poll(context));
-        stalled.as_mut().reset(Instant::now() + limit);
+        ready!(window.end.as_mut().poll(context));
+        window.end.as_mut().reset(Instant::now() + limit);
         Poll::Ready(Err(io::Error::new(
             io::ErrorKind::TimedOut,
             "the peer does not read",
@@ -80,17 +122,17 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Progress<I> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.io).poll_write(context, bytes);
-        self.watched(context, outcome)
+        self.wrote(context, outcome)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let outcome = Pin::new(&mut self.io).poll_flush(context);
-        self.watched(context, outcome)
+        self.flushed(context, outcome)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let outcome = Pin::new(&mut self.io).poll_shutdown(context);
-        self.watched(context, outcome)
+        self.flushed(context, outcome)
     }
 
     fn poll_write_vectored(
@@ -99,7 +141,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Progress<I> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.io).poll_write_vectored(context, slices);
-        self.watched(context, outcome)
+        self.wrote(context, outcome)
     }
 
     fn is_write_vectored(&self) -> bool {

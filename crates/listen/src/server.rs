@@ -5,8 +5,8 @@
 //! request's head, or kept open after an answer. Letting newcomers wait instead would let anybody lock everybody out
 //! with as many idle connections as there are places. As it is, an attacker who opens connections as fast as it can
 //! ends its own oldest ones first; a newcomer has the time in which the whole list turns over to send its request, and
-//! a kept connection that is closed costs its client one reconnection. A connection with a request under way is never
-//! closed for this. If all of them have one, newcomers wait in the listener's queue: then the places are used for what
+//! a kept connection that is closed costs its client one reconnection. A connection whose peer does not take the end of a
+//! finished answer counts as idle here. A connection with a request under way is never closed for this. If all of them have one, newcomers wait in the listener's queue: then the places are used for what
 //! they are for, and what a request may hold is its handler's to limit.
 
 use std::convert::Infallible;

@@ -195,6 +195,17 @@ async fn who_does_not_read_is_given_up() {
     }
     assert!(start.elapsed() >= STALLED);
 
+    // As little as a byte now and then is not reading.
+    let mut stream = served.connect();
+    let request = b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    let start = Instant::now();
+    while served.counters.open() > 0 || start.elapsed().is_zero() {
+        sleep(Duration::from_secs(1)).await;
+        let _ = stream.read_u8().await;
+        assert!(start.elapsed() < 2 * STALLED, "still held");
+    }
+
     // Who reads slowly, but reads, gets everything.
     let mut stream = served.connect();
     let request = b"GET /large HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
@@ -202,7 +213,7 @@ async fn who_does_not_read_is_given_up() {
     let mut read = 0;
     let mut buffer = [0; 4096];
     loop {
-        sleep(STALLED / 2).await;
+        sleep(STALLED / 6).await;
         match stream.read(&mut buffer).await.unwrap() {
             0 => break,
             bytes => read += bytes,
@@ -235,6 +246,25 @@ async fn idle_connections_lock_nobody_out() {
     assert!(served.counters.evicted() >= 16);
     // The oldest had to go, and only as many as needed.
     assert!(closed_after(&mut hostile[0]).await < HEAD);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_does_not_take_the_end_of_an_answer_gives_way() {
+    let served = serve(4);
+    let start = Instant::now();
+    let mut hostile = Vec::new();
+    for _ in 0..4 {
+        let mut stream = served.connect();
+        let request = b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        hostile.push(stream);
+    }
+    sleep(Duration::from_millis(10)).await;
+    for _ in 0..4 {
+        ask(&mut served.connect()).await.unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(1));
+    assert!(served.counters.evicted() >= 1);
 }
 
 #[tokio::test(start_paused = true)]
