@@ -85,16 +85,21 @@ impl Hint {
 
 /// The other replicas of this service.
 pub struct Peers {
-    http: reqwest::Client,
-    peers: Vec<Peer>,
-    /// Who held which keyset when last asked: at most [`MAX_KEYSETS`] for each peer.
-    known: Mutex<HashMap<KeysetDigest, usize>>,
-    /// When the peers were last asked; held while they are.
-    asked: tokio::sync::Mutex<Option<Instant>>,
+    directory: Arc<Directory>,
+    /// When the last question that was finished began; held while they are asked.
+    asked: Arc<tokio::sync::Mutex<Option<Instant>>>,
     waiting: Semaphore,
     places: Arrivals,
     metrics: Arc<Metrics>,
     limits: Limits,
+}
+
+/// Who the others are, and what they hold.
+struct Directory {
+    http: reqwest::Client,
+    peers: Vec<Peer>,
+    /// Who held which keyset when it last answered: at most [`MAX_KEYSETS`] for each peer.
+    known: Mutex<HashMap<KeysetDigest, usize>>,
 }
 
 /// How much of a request is carried.
@@ -135,10 +140,12 @@ impl Peers {
             .tcp_keepalive(Duration::from_secs(15))
             .build()?;
         Ok(Peers {
-            http,
-            peers,
-            known: Mutex::default(),
-            asked: tokio::sync::Mutex::default(),
+            directory: Arc::new(Directory {
+                http,
+                peers,
+                known: Mutex::default(),
+            }),
+            asked: Arc::default(),
             waiting: Semaphore::new(WAITING),
             places: Arrivals::new(RELAYS),
             metrics,
@@ -152,7 +159,8 @@ impl Peers {
         S: Stream<Item = Result<Bytes, E>> + Send + 'static,
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
-        if self.peers.is_empty() {
+        let Directory { http, peers, .. } = &*self.directory;
+        if peers.is_empty() {
             return key_unknown();
         }
         let peer = match self.find(keyset).await {
@@ -164,9 +172,8 @@ impl Peers {
             return busy();
         };
         let (arrived, mut place) = oneshot::channel();
-        let sent = self
-            .http
-            .post(self.peers[peer].join(GATEWAY_PATH))
+        let sent = http
+            .post(peers[peer].join(GATEWAY_PATH))
             .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
             .header(KEYSET_HINT, keyset.to_string())
             .header(RELAYED_MARK, "1")
@@ -179,8 +186,8 @@ impl Peers {
             Ok(answer) => self.pass(keyset, answer, place.try_recv().ok()).await,
             Err(error) if error.is_connect() => {
                 // Nothing was sent, so nothing was served.
-                self.forget(peer);
-                tracing::warn!(peer = %self.peers[peer], "a peer cannot be reached");
+                self.directory.forget(peer);
+                tracing::warn!(peer = %peers[peer], "a peer cannot be reached");
                 key_unknown()
             }
             // Cut off, by the sender or the peer; whether it was served is unknown.
@@ -216,7 +223,7 @@ impl Peers {
             return encapsulated(Body::from_stream(stream));
         }
         if status == StatusCode::MISDIRECTED_REQUEST {
-            self.known().remove(keyset);
+            self.directory.known().remove(keyset);
             return key_unknown();
         }
         let refusals = [
@@ -245,7 +252,7 @@ impl Peers {
     /// The peer that holds `keyset`, by memory or by asking all of them. One question serves everybody who waits for
     /// it, and questions keep their distance, so requests under made-up keysets cause no more of them.
     async fn find(&self, keyset: &KeysetDigest) -> Found {
-        let known = || self.known().get(keyset).copied();
+        let known = || self.directory.known().get(keyset).copied();
         if let Some(peer) = known() {
             return Found::At(peer);
         }
@@ -253,50 +260,21 @@ impl Peers {
             return Found::TooManyWait;
         };
         let arrived = Instant::now();
-        let mut asked = self.asked.lock().await;
+        let mut asked = Arc::clone(&self.asked).lock_owned().await;
         if asked.is_none_or(|began| began < arrived) {
-            if let Some(began) = *asked {
-                sleep_until(began + PAUSE).await;
-            }
-            *asked = Some(Instant::now());
-            let lists = (0..self.peers.len()).map(|peer| self.list(peer));
-            let lists = futures::future::join_all(lists).await;
-            let held = lists.into_iter().enumerate();
-            *self.known() = held
-                .flat_map(|(peer, list)| list.into_iter().map(move |digest| (digest, peer)))
-                .collect();
+            let directory = Arc::clone(&self.directory);
+            // The question is everybody's: whoever caused it may leave, and the others still get its answer.
+            let question = tokio::spawn(async move {
+                if let Some(began) = *asked {
+                    sleep_until(began + PAUSE).await;
+                }
+                let began = Instant::now();
+                directory.ask().await;
+                *asked = Some(began);
+            });
+            let _ = question.await;
         }
         known().map_or(Found::Nowhere, Found::At)
-    }
-
-    /// The keysets of one peer; none if it does not answer as a replica does.
-    async fn list(&self, peer: usize) -> Vec<KeysetDigest> {
-        let ask = async {
-            let url = self.peers[peer].join(KEYSETS_PATH);
-            let answer = self.http.get(url).send().await.ok()?;
-            if answer.status() != StatusCode::OK {
-                return None;
-            }
-            let list: KeysetList = serde_json::from_slice(&read(answer, MAX_LIST).await?).ok()?;
-            let digests = list.keysets.iter().take(MAX_KEYSETS);
-            digests.map(|text| text.parse().ok()).collect()
-        };
-        timeout(LISTING, ask)
-            .await
-            .ok()
-            .flatten()
-            .unwrap_or_else(|| {
-                tracing::debug!(peer = %self.peers[peer], "a peer lists no keysets");
-                Vec::new()
-            })
-    }
-
-    fn forget(&self, peer: usize) {
-        self.known().retain(|_, holder| *holder != peer);
-    }
-
-    fn known(&self) -> MutexGuard<'_, HashMap<KeysetDigest, usize>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The request's bytes, which fail when they are too many or come too slowly; at their end, `arrived` gets the place.
@@ -331,6 +309,47 @@ impl Peers {
                 }
             }
         })
+    }
+}
+
+impl Directory {
+    /// Asks all peers at the same time. What a peer held is remembered if it does not answer: it may only be slow, and
+    /// one that is gone is forgotten when it cannot be connected to.
+    async fn ask(&self) {
+        let lists = (0..self.peers.len()).map(|peer| self.list(peer));
+        let lists = futures::future::join_all(lists).await;
+        let mut known = self.known();
+        known.retain(|_, holder| lists[*holder].is_none());
+        for (peer, list) in lists.into_iter().enumerate() {
+            known.extend(list.into_iter().flatten().map(|digest| (digest, peer)));
+        }
+    }
+
+    /// The keysets of one peer; nothing if it does not answer as a replica does.
+    async fn list(&self, peer: usize) -> Option<Vec<KeysetDigest>> {
+        let ask = async {
+            let url = self.peers[peer].join(KEYSETS_PATH);
+            let answer = self.http.get(url).send().await.ok()?;
+            if answer.status() != StatusCode::OK {
+                return None;
+            }
+            let list: KeysetList = serde_json::from_slice(&read(answer, MAX_LIST).await?).ok()?;
+            let digests = list.keysets.iter().take(MAX_KEYSETS);
+            digests.map(|text| text.parse().ok()).collect()
+        };
+        let list = timeout(LISTING, ask).await.ok().flatten();
+        if list.is_none() {
+            tracing::debug!(peer = %self.peers[peer], "a peer lists no keysets");
+        }
+        list
+    }
+
+    fn forget(&self, peer: usize) {
+        self.known().retain(|_, holder| *holder != peer);
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<KeysetDigest, usize>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

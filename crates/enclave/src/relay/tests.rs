@@ -1,5 +1,5 @@
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use axum::Router;
 use axum::body::to_bytes;
@@ -22,6 +22,8 @@ const LIMITS: Limits = Limits {
 
 /// A replica as its peers see it.
 struct Replica {
+    /// Whether it keeps those waiting who ask what it holds.
+    slow: AtomicBool,
     keysets: Vec<KeysetDigest>,
     asked: AtomicUsize,
     /// Requests that were relayed here: their fields and body, or that they were cut off.
@@ -32,6 +34,7 @@ struct Replica {
 impl Replica {
     fn holding(keysets: &[KeysetDigest], answer: fn() -> Response<Body>) -> Arc<Replica> {
         Arc::new(Replica {
+            slow: AtomicBool::new(false),
             keysets: keysets.to_vec(),
             asked: AtomicUsize::new(0),
             relayed: Mutex::default(),
@@ -44,6 +47,9 @@ impl Replica {
         let peer = format!("http://{}", listener.local_addr().unwrap());
         let list = async |State(replica): State<Arc<Replica>>| {
             replica.asked.fetch_add(1, Ordering::SeqCst);
+            if replica.slow.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
             let keysets = replica.keysets.iter().map(ToString::to_string).collect();
             axum::Json(KeysetList { keysets }).into_response()
         };
@@ -138,10 +144,37 @@ async fn made_up_keysets_cause_no_more_questions() {
     for response in futures::future::join_all(all).await {
         assert!(tells_to_verify_again(response).await);
     }
-    // One for the first, one for all that came while it was asked.
-    assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
+    // One for all that came before it began, one for all that came while it was asked.
+    assert!(replica.asked.load(Ordering::SeqCst) <= 2);
     assert!(replica.relayed.lock().unwrap().is_empty());
-    assert_eq!(peers.known().len(), 1);
+    assert_eq!(peers.directory.known().len(), 1);
+}
+
+#[tokio::test]
+async fn who_asked_and_left_takes_nobodys_answer_away() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    let mut leaves = Box::pin(peers.relay(&HELD, request(&["x"])));
+    let mut stays = Box::pin(peers.relay(&HELD, request(&["y"])));
+    assert!(futures::poll!(leaves.as_mut()).is_pending());
+    assert!(futures::poll!(stays.as_mut()).is_pending());
+    drop(leaves);
+    assert_eq!(stays.await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_peer_that_lists_nothing_for_once_is_not_forgotten() {
+    let replica = Replica::holding(&[HELD], answer);
+    let (peer, _) = replica.serve().await;
+    let peers = peers(&[&peer]);
+    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    replica.slow.store(true, Ordering::SeqCst);
+    let unknown = peers.relay(&KeysetDigest([9; 32]), request(&["x"])).await;
+    assert!(tells_to_verify_again(unknown).await);
+    assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
+    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test]
@@ -185,7 +218,7 @@ async fn a_replica_that_died_is_forgotten_and_the_sender_verifies_again() {
     serving.abort();
     let _ = serving.await;
     assert!(tells_to_verify_again(peers.relay(&HELD, request(&["x"])).await).await);
-    assert!(peers.known().is_empty());
+    assert!(peers.directory.known().is_empty());
 }
 
 #[tokio::test]
