@@ -26,7 +26,7 @@ use crate::config::Peer;
 use crate::metrics::Metrics;
 
 /// Relays at the same time, from the first byte of a request to the last one of its answer.
-const RELAYS: usize = 256;
+pub const RELAYS: usize = 256;
 /// Requests that may wait until the peers were asked for their keysets.
 const WAITING: usize = 64;
 /// The least time between two questions to the peers.

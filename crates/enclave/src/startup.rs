@@ -19,7 +19,7 @@ use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
 use casemate_engine::{Engine, EngineOptions};
 use casemate_kernels::hardening;
-use casemate_listen::{Limits, Server};
+use casemate_listen::{Limits, Server, connections_within_descriptors};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -89,12 +89,18 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
         clock: system_clock,
     });
     let (stop, stopped) = tokio::sync::watch::channel(false);
+    // A relay holds a connection to a peer, and may be closing one while it opens the next.
+    let reserved = match measured.config.service.peers.as_slice() {
+        [] => 0,
+        _ => 2 * relay::RELAYS,
+    };
+    let budget = connections_within_descriptors(reserved);
+    let (prompts, by_tls) = places(budget, attested.is_some());
     let limits = Limits {
-        connections: CONNECTIONS,
+        connections: prompts,
         grace: GRACE,
         ..Limits::default()
     };
-    let limits = limits.within_descriptors();
     let connections = Server::new(limits.clone());
     metrics.connections(connections.counters());
     let routes = server::router(Arc::clone(&shared));
@@ -104,7 +110,7 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
         println!("attested TLS on {}", listener.local_addr()?);
         let door = AttestedTls::new(Arc::clone(&shared));
         let limits = Limits {
-            connections: limits.connections.min(ATTESTED_CONNECTIONS),
+            connections: by_tls,
             ..limits
         };
         servers.spawn(Server::new(limits).serve(prompt(listener), door, asked(stopped)));
@@ -136,6 +142,16 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
         warn!("answers were still running and are cut off");
     }
     Ok(())
+}
+
+/// How many of the connections that descriptors allow each server gets: the one for encapsulated requests, and the one
+/// for attested TLS.
+fn places(budget: usize, attested: bool) -> (usize, usize) {
+    let by_tls = match attested {
+        true => (budget / 4).clamp(1, ATTESTED_CONNECTIONS),
+        false => 0,
+    };
+    (budget.saturating_sub(by_tls).clamp(1, CONNECTIONS), by_tls)
 }
 
 /// Connections on which a token does not wait for the next one to fill a packet.
@@ -331,5 +347,24 @@ async fn termination() {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_share_the_descriptors() {
+        for budget in [2, 5, 448, 960, 3000, 4096] {
+            let (prompts, by_tls) = places(budget, true);
+            assert_eq!(prompts + by_tls, budget);
+            assert!(by_tls >= 1 && by_tls <= prompts, "{budget}");
+            assert_eq!(places(budget, false), (budget, 0));
+        }
+        assert_eq!(
+            places(usize::MAX, true),
+            (CONNECTIONS, ATTESTED_CONNECTIONS)
+        );
     }
 }

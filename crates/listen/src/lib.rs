@@ -20,5 +20,5 @@ pub mod limits;
 mod progress;
 pub mod server;
 
-pub use limits::Limits;
+pub use limits::{Limits, connections_within_descriptors};
 pub use server::{Counters, Ended, Establish, Server};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors left to everything that is not a served connection: files, upstream connections, standard streams.
-const OTHER_DESCRIPTORS: u64 = 64;
+const OTHER_DESCRIPTORS: usize = 64;
 
 /// Limits of a [`crate::Server`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,27 +39,34 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Raises this process's soft limit on descriptors to the hard one, and lowers `connections` to what fits.
-    ///
-    /// Without it a limit on connections above the usual 1024 descriptors would not be the one that acts: accepting would
-    /// fail, and idle connections would lock everybody out after all.
+    /// Lowers `connections` to what this process's descriptors allow, where this is its only server.
     #[must_use]
     pub fn within_descriptors(mut self) -> Self {
-        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-        let raised = Rlimit {
-            current: maximum,
-            maximum,
-        };
-        let most = match setrlimit(Resource::Nofile, raised) {
-            Ok(()) => maximum,
-            Err(_) => current,
-        };
-        if let Some(most) = most {
-            let places = most.saturating_sub(OTHER_DESCRIPTORS).max(1);
-            self.connections = self
-                .connections
-                .min(usize::try_from(places).unwrap_or(usize::MAX));
-        }
+        self.connections = self.connections.min(connections_within_descriptors(0));
         self
     }
+}
+
+/// How many connections all servers of this process may have together, when `reserved` descriptors are needed beside the
+/// usual few. Raises the soft limit on descriptors to the hard one.
+///
+/// Without it a limit on connections above the usual 1024 descriptors would not be the one that acts: accepting would
+/// fail, and idle connections would lock everybody out after all. A process with several servers divides the figure.
+#[must_use]
+pub fn connections_within_descriptors(reserved: usize) -> usize {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    let most = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => maximum,
+        Err(_) => current,
+    };
+    let most = most.map_or(usize::MAX, |most| {
+        usize::try_from(most).unwrap_or(usize::MAX)
+    });
+    most.saturating_sub(OTHER_DESCRIPTORS)
+        .saturating_sub(reserved)
+        .max(1)
 }
