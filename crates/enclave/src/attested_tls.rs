@@ -21,7 +21,7 @@ use tokio_rustls::server::TlsStream;
 use crate::server::{self, Shared};
 use crate::serving::Shown;
 
-/// Makes handshakes under the TLS key of the keyset in force.
+/// Makes handshakes under the TLS key of the keyset in force, and none once its credential has ended.
 pub struct AttestedTls {
     shared: Arc<Shared>,
 }
@@ -43,7 +43,8 @@ impl AttestedTls {
     async fn handshake(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, Router)> {
         let starting = || io::Error::from(io::ErrorKind::NotConnected);
         let ready = self.shared.ready.get().ok_or_else(starting)?;
-        let (shown, config) = ready.serving.tls().ok_or_else(starting)?;
+        let now = (self.shared.clock)();
+        let (shown, config) = ready.serving.tls(now).ok_or_else(starting)?;
         let stream = TlsAcceptor::from(config).accept(stream).await?;
         let exporter = service_exporter(stream.get_ref().1).map_err(io::Error::other)?;
         let connection = Connection {

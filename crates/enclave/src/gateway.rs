@@ -6,7 +6,9 @@ use axum::Router;
 use axum::body::{Body, Bytes, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
-use casemate_channel::ohttp::{MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder};
+use casemate_channel::ohttp::{
+    MessageFault, PROBLEM_MEDIA_TYPE, REQUEST_MEDIA_TYPE, ReceiveError, Responder,
+};
 use casemate_channel::receipt::RECEIPT_FIELD;
 
 use crate::access::{self, Access};
@@ -110,8 +112,13 @@ impl Gateway {
         encrypt(received.responder, inner)
     }
 
-    /// Answers a request that came over attested TLS: as if it had been decrypted, with the same limits.
+    /// Answers a request that came over attested TLS: as if it had been decrypted, with the same limits. What the
+    /// connection showed must still hold when the request is there.
     pub async fn handle_direct(self, request: Request<Body>, shown: &Shown) -> Response<Body> {
+        if !shown.holds((self.clock)()) {
+            self.metrics.refused();
+            return ended();
+        }
         let (parts, body) = request.into_parts();
         // What has no body takes nobody's place.
         let body = if body.is_end_stream() {
@@ -135,6 +142,10 @@ impl Gateway {
                 }
             }
         };
+        if !shown.holds((self.clock)()) {
+            self.metrics.refused();
+            return ended();
+        }
         self.metrics.accepted();
         let mut request = Request::from_parts(parts, body);
         if let Some(signer) = self.serving.signer_of(shown) {
@@ -220,6 +231,18 @@ fn too_slow() -> Response<Body> {
     )
 }
 
+/// The keyset that a connection showed is not served any more. The connection ends with this answer: what is shown on
+/// the next one may hold.
+fn ended() -> Response<Body> {
+    let body = r#"{"type":"about:blank","title":"the credential of this connection has expired","status":503}"#;
+    let mut response = plain(StatusCode::SERVICE_UNAVAILABLE, body);
+    let fields = response.headers_mut();
+    let problem = HeaderValue::from_static(PROBLEM_MEDIA_TYPE);
+    fields.insert(header::CONTENT_TYPE, problem);
+    fields.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
 fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::from(text));
     *response.status_mut() = status;
@@ -229,9 +252,12 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
 #[cfg(test)]
 mod tests {
     use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, AnswerError, Keyring, Recipient};
+    use casemate_release::api_key::ApiKeys;
     use futures::{StreamExt, stream};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+    use crate::serving::tests::until;
 
     /// Sends an inner answer through the channel; returns its head's fields and its pieces.
     async fn through_the_channel(
@@ -290,5 +316,50 @@ mod tests {
         assert_eq!(status, StatusCode::BAD_REQUEST);
         let json: serde_json::Value = serde_json::from_slice(pieces[0].as_ref().unwrap()).unwrap();
         assert_eq!(json["error"]["code"], "invalid_message");
+    }
+
+    /// What a connection that showed an identity until 100 is answered, by the clock given.
+    async fn answered_at(clock: fn() -> u64) -> Response<Body> {
+        let serving = Arc::new(until(100));
+        let metrics = Arc::new(Metrics::default());
+        let limits = relay::Limits {
+            bytes: 1,
+            arrival: ARRIVAL,
+        };
+        let keys = ApiKeys::new(Vec::new()).unwrap();
+        let gateway = Gateway {
+            access: Arc::new(Access::new(
+                &keys,
+                access::monotonic(),
+                Arc::clone(&metrics),
+            )),
+            api: Router::new().fallback(|| async { "answered" }),
+            workers: Workers::new(tokio::runtime::Handle::current()),
+            places: Arc::new(Semaphore::new(1)),
+            peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),
+            metrics,
+            clock,
+            serving: Arc::clone(&serving),
+        };
+        let (shown, _) = serving.tls(0).unwrap();
+        let request = Request::post("/v1/completions").body(Body::empty());
+        gateway.handle_direct(request.unwrap(), &shown).await
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_not_served_beyond_what_it_showed() {
+        assert_eq!(answered_at(|| 99).await.status(), StatusCode::OK);
+        let answer = answered_at(|| 100).await;
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.headers()[header::CONNECTION], "close");
+        assert_eq!(answer.headers()[header::CONTENT_TYPE], PROBLEM_MEDIA_TYPE);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_arrives_past_the_end_is_not_served() {
+        static LATE: AtomicU64 = AtomicU64::new(99);
+        // The end comes while the request arrives.
+        let answer = answered_at(|| LATE.fetch_add(1, Ordering::Relaxed)).await;
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
     }
 }

@@ -19,6 +19,8 @@ use crate::renewal::{Life, Renewable};
 
 /// Validity of a keyset. It is replaced before half of it has passed, so requests under its predecessor still succeed.
 const KEYSET_SECONDS: u64 = 3600;
+/// How long after its credential's end a keyset still serves requests: clocks of users and enclaves differ that much.
+const GRACE_SECONDS: u64 = 60;
 /// Quotes made at the same time for users; more wait.
 const CONCURRENT_QUOTES: usize = 4;
 
@@ -56,13 +58,23 @@ pub struct Shown {
     credential: Vec<u8>,
     /// Of the HPKE key in the keyset.
     key_id: u8,
+    /// When requests under the keyset stop being served: at its end, or a minute after the credential's.
+    ends_at: u64,
+}
+
+impl Shown {
+    /// Whether requests under it are still served at `now`.
+    #[must_use]
+    pub fn holds(&self, now: u64) -> bool {
+        now < self.ends_at
+    }
 }
 
 /// A published keyset with the credential for it.
 struct Identity {
     shown: Arc<Shown>,
-    /// Erased with the keyset's successor, though connections made with it live on.
-    tls: Option<ServerKey>,
+    /// Erased with the keyset's successor, though connections made with it live on, and when it is used up.
+    tls: Mutex<Option<ServerKey>>,
     since: u64,
     keyset_expires: u64,
     credential_expires: u64,
@@ -71,6 +83,10 @@ struct Identity {
 impl Identity {
     fn published(&self) -> (KeysetDigest, u64) {
         (KeysetDigest::of(&self.shown.keyset), self.keyset_expires)
+    }
+
+    fn tls_key(&self) -> MutexGuard<'_, Option<ServerKey>> {
+        self.tls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -121,11 +137,15 @@ impl Serving {
             .await
     }
 
-    /// What a new TLS connection shows, and how its handshake is made; nothing where no attested TLS is offered.
-    pub fn tls(&self) -> Option<(Arc<Shown>, Arc<ServerConfig>)> {
+    /// What a new TLS connection shows at `now`, and how its handshake is made; nothing where no attested TLS is offered,
+    /// or no longer, because the identity is used up.
+    pub fn tls(&self, now: u64) -> Option<(Arc<Shown>, Arc<ServerConfig>)> {
         let identity = self.identity();
-        let key = identity.tls.as_ref()?;
-        Some((Arc::clone(&identity.shown), key.config()))
+        if !identity.shown.holds(now) {
+            return None;
+        }
+        let config = identity.tls_key().as_ref()?.config();
+        Some((Arc::clone(&identity.shown), config))
     }
 
     /// Evidence over what a connection shows, bound to that connection, and over the verifier's nonce.
@@ -254,6 +274,11 @@ impl Renewable for Serving {
 
     fn is_used_up(&self, now: u64) -> bool {
         self.keyring.erase_expired(now);
+        let identity = self.identity();
+        if !identity.shown.holds(now) {
+            // For good, whatever the host does to the clock.
+            *identity.tls_key() = None;
+        }
         self.signers()
             .retain(|(_, signer)| !signer.erase_expired(now));
         self.keyring.wants_rotation()
@@ -316,17 +341,22 @@ async fn new_identity(
         compute: keyset.compute,
         expires_at,
     };
+    let credential_expires = verified.claims().expires_at;
     let identity = Identity {
         shown: Arc::new(Shown {
             keyset: encoded,
             credential,
             key_id: config.id,
+            ends_at: expires_at.min(credential_expires.saturating_add(GRACE_SECONDS)),
         }),
-        tls,
+        tls: Mutex::new(tls),
         keyset_expires: expires_at,
         since: now,
-        credential_expires: verified.claims().expires_at,
+        credential_expires,
     };
     let signer = Arc::new(Signer::new(facts, receipt_key));
     Ok((identity, (config.id, signer)))
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
