@@ -77,6 +77,10 @@ impl Gateway {
             let transport = request.into_body().into_data_stream();
             return self.peers.relay(&keyset, transport).await;
         }
+        if !self.serving.serves((self.clock)()) {
+            self.metrics.refused();
+            return ended();
+        }
         let Some(arriving) = self.arrivals.enter().await else {
             self.metrics.refused();
             return busy();
@@ -98,6 +102,10 @@ impl Gateway {
                 return self.refuse(&error);
             }
         };
+        if !self.serving.serves((self.clock)()) {
+            self.metrics.refused();
+            return ended();
+        }
         self.metrics.accepted();
         // From here on everything is answered inside the channel, faults of the message included.
         let inner = match received.request {
@@ -231,10 +239,10 @@ fn too_slow() -> Response<Body> {
     )
 }
 
-/// The keyset that a connection showed is not served any more. The connection ends with this answer: what is shown on
-/// the next one may hold.
+/// The keyset that was shown is not served any more. The connection ends with this answer: what is shown on the next one
+/// may hold.
 fn ended() -> Response<Body> {
-    let body = r#"{"type":"about:blank","title":"the credential of this connection has expired","status":503}"#;
+    let body = r#"{"type":"about:blank","title":"the credential has expired","status":503}"#;
     let mut response = plain(StatusCode::SERVICE_UNAVAILABLE, body);
     let fields = response.headers_mut();
     let problem = HeaderValue::from_static(PROBLEM_MEDIA_TYPE);
@@ -318,16 +326,15 @@ mod tests {
         assert_eq!(json["error"]["code"], "invalid_message");
     }
 
-    /// What a connection that showed an identity until 100 is answered, by the clock given.
-    async fn answered_at(clock: fn() -> u64) -> Response<Body> {
-        let serving = Arc::new(until(100));
+    /// A gateway of an identity until 100, by the clock given.
+    fn gateway(clock: fn() -> u64) -> Gateway {
         let metrics = Arc::new(Metrics::default());
         let limits = relay::Limits {
             bytes: 1,
             arrival: ARRIVAL,
         };
         let keys = ApiKeys::new(Vec::new()).unwrap();
-        let gateway = Gateway {
+        Gateway {
             access: Arc::new(Access::new(
                 &keys,
                 access::monotonic(),
@@ -339,11 +346,41 @@ mod tests {
             peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),
             metrics,
             clock,
-            serving: Arc::clone(&serving),
-        };
-        let (shown, _) = serving.tls(0).unwrap();
+            serving: Arc::new(until(100)),
+        }
+    }
+
+    /// What a connection that showed that identity is answered.
+    async fn answered_at(clock: fn() -> u64) -> Response<Body> {
+        let gateway = gateway(clock);
+        let (shown, _) = gateway.serving.tls(0).unwrap();
         let request = Request::post("/v1/completions").body(Body::empty());
         gateway.handle_direct(request.unwrap(), &shown).await
+    }
+
+    /// What an encrypted request is answered whose key is held for longer than the identity.
+    async fn encrypted_at(clock: fn() -> u64) -> StatusCode {
+        let gateway = gateway(clock);
+        let config = gateway.serving.keyring.generate(1000).unwrap().encoded;
+        let recipient = Recipient::from_config(&config).unwrap();
+        let request = Request::get("/v1/models").body(Bytes::new()).unwrap();
+        let (sent, _) = recipient.encapsulate(&request).unwrap();
+        let request = Request::post("/").header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE);
+        gateway
+            .handle(request.body(Body::from(sent)).unwrap())
+            .await
+            .status()
+    }
+
+    #[tokio::test]
+    async fn encrypted_requests_are_not_served_beyond_the_credential() {
+        assert_eq!(encrypted_at(|| 99).await, StatusCode::OK);
+        let refused = StatusCode::SERVICE_UNAVAILABLE;
+        assert_eq!(encrypted_at(|| 100).await, refused);
+        // The end comes while the request arrives.
+        static LATE: AtomicU64 = AtomicU64::new(98);
+        let late = || LATE.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(encrypted_at(late).await, refused);
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@
 //! | [`provision`] | conversations with the key broker |
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
 //! | [`renewal`] | when that is |
+//! | [`clock`] | the time, though the host sets the clock |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
 //! | [`attested_tls`] | the other door: TLS that ends here |
@@ -28,6 +29,7 @@ pub mod access;
 pub mod api;
 pub mod arrival;
 pub mod attested_tls;
+pub mod clock;
 pub mod config;
 pub mod denial;
 pub mod exit;

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use tracing::{error, info};
 
+use crate::clock::SteadyClock;
+
 /// How often the time is looked at.
 const TICK: Duration = Duration::from_secs(1);
 /// Pause after the first failure, in seconds.
@@ -103,26 +105,24 @@ pub trait Renewable: Send + Sync {
 }
 
 /// Renews for as long as it is polled. Failing is not fatal at once: until the credential expires the service stays what
-/// it was, and after that users refuse it.
-pub async fn keep_fresh<R: Renewable>(
-    what: Arc<R>,
-    clock: impl Fn() -> u64 + Send,
-    chance: Chance,
-) {
+/// it was, and after that it serves nobody. What was obtained, at first just now, confirms the clock.
+pub async fn keep_fresh<R: Renewable>(what: Arc<R>, clock: &SteadyClock, chance: Chance) {
+    clock.confirm();
     let mut schedule = Schedule::new(what.life(), chance);
     loop {
         tokio::time::sleep(TICK).await;
-        let now = clock();
+        let now = clock.now();
         if !schedule.is_due(now, what.is_used_up(now)) {
             continue;
         }
         match what.renew(now).await {
             Ok(()) => {
+                clock.confirm();
                 schedule.renewed(what.life());
                 info!("keyset and credential renewed");
             }
             Err(error) => {
-                let again_in = schedule.failed(clock());
+                let again_in = schedule.failed(clock.now());
                 error!(%error, again_in, "keyset and credential could not be renewed");
             }
         }
@@ -260,9 +260,25 @@ mod tests {
 
     async fn after(identity: &Arc<Identity>, seconds: u64) -> Vec<u64> {
         let clock = Arc::clone(identity);
-        let fresh = keep_fresh(Arc::clone(identity), move || clock.now(), least());
+        attempts(identity, move || clock.now(), seconds).await
+    }
+
+    async fn attempts(
+        identity: &Arc<Identity>,
+        wall: impl Fn() -> u64 + Send + Sync + 'static,
+        seconds: u64,
+    ) -> Vec<u64> {
+        let start = identity.start;
+        let clock = SteadyClock::new(wall, Arc::new(move || start.elapsed()));
+        let fresh = keep_fresh(Arc::clone(identity), &clock, least());
         let _ = tokio::time::timeout(Duration::from_secs(seconds), fresh).await;
         identity.state.lock().unwrap().attempts.clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_stops_the_clock_does_not_stop_renewal() {
+        let identity = Identity::new(0..0);
+        assert_eq!(attempts(&identity, || START, 1000).await, [450, 900]);
     }
 
     #[tokio::test(start_paused = true)]

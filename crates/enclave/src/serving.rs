@@ -196,6 +196,11 @@ impl Serving {
         now < identity.keyset_expires && now < identity.credential_expires
     }
 
+    /// Whether requests are served at `now`: what users are shown has not ended.
+    pub fn serves(&self, now: u64) -> bool {
+        self.identity().shown.holds(now)
+    }
+
     /// Renews keyset and credential. Attests anew for it, so the broker's current policy decides, and a withdrawn
     /// permission ends the service when the last credential expires. The grant is received anew, and its API keys are the
     /// ones in force from then on.
@@ -278,6 +283,7 @@ impl Renewable for Serving {
         if !identity.shown.holds(now) {
             // For good, whatever the host does to the clock.
             *identity.tls_key() = None;
+            self.keyring.erase(identity.shown.key_id);
         }
         self.signers()
             .retain(|(_, signer)| !signer.erase_expired(now));

@@ -10,7 +10,7 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -30,6 +30,7 @@ use crate::access::{self, Access};
 use crate::api::{self, Api};
 use crate::arrival::{self, Arrivals};
 use crate::attested_tls::AttestedTls;
+use crate::clock::SteadyClock;
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
@@ -55,11 +56,18 @@ const CONNECTIONS: usize = 4096;
 /// Of those by attested TLS, each of which holds the library's buffers.
 const ATTESTED_CONNECTIONS: usize = 1024;
 
-/// Seconds since the Unix epoch by the system's clock.
+/// The system's clocks.
+static CLOCK: LazyLock<SteadyClock> = LazyLock::new(|| {
+    let wall = || {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        since.map_or(0, |since| since.as_secs())
+    };
+    SteadyClock::new(wall, access::monotonic())
+});
+
+/// Seconds since the Unix epoch, by the system's clocks.
 pub fn system_clock() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    CLOCK.now()
 }
 
 /// Runs the enclave until it is told to stop; `workers` prepare requests.
@@ -126,7 +134,7 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     let receipts = Arc::clone(&ready.receipts);
     let _ = shared.ready.set(ready);
     info!("ready");
-    let fresh = renewal::keep_fresh(serving, system_clock, renewal::system_chance());
+    let fresh = renewal::keep_fresh(serving, &CLOCK, renewal::system_chance());
     let renewal = tokio::spawn(async { tokio::join!(fresh, forget_receipts(receipts)) });
 
     termination().await;

@@ -49,7 +49,8 @@ fn signer(ends_at: u64) -> Arc<Signer> {
 /// An enclave whose only identity, with a TLS key, is served until `ends_at`, and that no broker answers.
 pub(crate) fn until(ends_at: u64) -> Serving {
     let keyring = Keyring::default();
-    let key_id = keyring.generate(ends_at).unwrap().id;
+    // Held beyond the credential, as in life.
+    let key_id = keyring.generate(ends_at + 1000).unwrap().id;
     let identity = Identity {
         shown: Arc::new(Shown {
             keyset: b"keyset".to_vec(),
@@ -86,13 +87,15 @@ pub(crate) fn until(ends_at: u64) -> Serving {
 }
 
 #[test]
-fn an_identity_that_has_ended_makes_no_handshakes_and_its_tls_key_is_gone() {
+fn an_identity_that_has_ended_makes_no_handshakes_and_its_keys_are_gone() {
     let serving = until(100);
     assert!(serving.tls(99).is_some());
     assert!(serving.tls(100).is_none());
     assert!(!serving.is_used_up(99));
     assert!(serving.tls(99).is_some());
+    assert_eq!(serving.keyring.ids().len(), 1);
     serving.is_used_up(100);
+    assert!(serving.keyring.ids().is_empty());
     // And stays so, whatever the host does to the clock.
     assert!(serving.tls(99).is_none());
 }
