@@ -156,9 +156,7 @@ impl Gateway {
         }
         self.metrics.accepted();
         let mut request = Request::from_parts(parts, body);
-        if let Some(signer) = self.serving.signer_of(shown) {
-            request.extensions_mut().insert(signer);
-        }
+        request.extensions_mut().insert(shown.signer());
         let (mut answer, body) = self.call(request).await.into_parts();
         answer.headers = answer_headers(&answer.headers);
         Response::from_parts(answer, body)
@@ -259,13 +257,15 @@ fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::Extension;
     use casemate_channel::ohttp::{ANSWER_MEDIA_TYPE, AnswerError, Keyring, Recipient};
     use casemate_release::api_key::ApiKeys;
     use futures::{StreamExt, stream};
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
-    use crate::serving::tests::until;
+    use crate::receipts::Signer;
+    use crate::serving::tests::{add_signer_of_the_same_key_id, until};
 
     /// Sends an inner answer through the channel; returns its head's fields and its pieces.
     async fn through_the_channel(
@@ -326,6 +326,22 @@ mod tests {
         assert_eq!(json["error"]["code"], "invalid_message");
     }
 
+    /// Answers with the receipt key that would sign.
+    async fn signing(Extension(signer): Extension<Arc<Signer>>) -> String {
+        signer.verifying_key().unwrap().to_string()
+    }
+
+    #[tokio::test]
+    async fn receipts_are_signed_under_the_keyset_that_the_connection_showed() {
+        let gateway = gateway(|| 0);
+        let (shown, _) = gateway.serving.tls(0).unwrap();
+        add_signer_of_the_same_key_id(&gateway.serving);
+        let request = Request::post("/v1/completions").body(Body::empty());
+        let answer = gateway.handle_direct(request.unwrap(), &shown).await;
+        let answer = axum::body::to_bytes(answer.into_body(), 100).await.unwrap();
+        assert_eq!(answer, shown.signer().verifying_key().unwrap().to_string());
+    }
+
     /// A gateway of an identity until 100, by the clock given.
     fn gateway(clock: fn() -> u64) -> Gateway {
         let metrics = Arc::new(Metrics::default());
@@ -340,7 +356,7 @@ mod tests {
                 access::monotonic(),
                 Arc::clone(&metrics),
             )),
-            api: Router::new().fallback(|| async { "answered" }),
+            api: Router::new().fallback(signing),
             workers: Workers::new(tokio::runtime::Handle::current()),
             places: Arc::new(Semaphore::new(1)),
             peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),

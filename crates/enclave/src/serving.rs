@@ -60,9 +60,17 @@ pub struct Shown {
     key_id: u8,
     /// When requests under the keyset stop being served: at its end, or a minute after the credential's.
     ends_at: u64,
+    /// Of its receipt key.
+    signer: Arc<Signer>,
 }
 
 impl Shown {
+    /// Signs receipts for requests on connections that show this keyset.
+    #[must_use]
+    pub fn signer(&self) -> Arc<Signer> {
+        Arc::clone(&self.signer)
+    }
+
     /// Whether requests under it are still served at `now`.
     #[must_use]
     pub fn holds(&self, now: u64) -> bool {
@@ -239,11 +247,6 @@ impl Serving {
         Ok(())
     }
 
-    /// Signs receipts for requests on connections that show this keyset.
-    pub fn signer_of(&self, shown: &Shown) -> Option<Arc<Signer>> {
-        self.signer(shown.key_id)
-    }
-
     /// Signs receipts for requests that were opened with this HPKE key.
     pub fn signer(&self, key_id: u8) -> Option<Arc<Signer>> {
         let signers = self.signers();
@@ -347,6 +350,7 @@ async fn new_identity(
         compute: keyset.compute,
         expires_at,
     };
+    let signer = Arc::new(Signer::new(facts, receipt_key));
     let credential_expires = verified.claims().expires_at;
     let identity = Identity {
         shown: Arc::new(Shown {
@@ -354,13 +358,13 @@ async fn new_identity(
             credential,
             key_id: config.id,
             ends_at: expires_at.min(credential_expires.saturating_add(GRACE_SECONDS)),
+            signer: Arc::clone(&signer),
         }),
         tls: Mutex::new(tls),
         keyset_expires: expires_at,
         since: now,
         credential_expires,
     };
-    let signer = Arc::new(Signer::new(facts, receipt_key));
     Ok((identity, (config.id, signer)))
 }
 

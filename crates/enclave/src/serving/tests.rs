@@ -51,12 +51,14 @@ pub(crate) fn until(ends_at: u64) -> Serving {
     let keyring = Keyring::default();
     // Held beyond the credential, as in life.
     let key_id = keyring.generate(ends_at + 1000).unwrap().id;
+    let signer = signer(ends_at);
     let identity = Identity {
         shown: Arc::new(Shown {
             keyset: b"keyset".to_vec(),
             credential: b"credential".to_vec(),
             key_id,
             ends_at,
+            signer: Arc::clone(&signer),
         }),
         tls: Mutex::new(Some(ServerKey::generate().unwrap())),
         since: 0,
@@ -81,9 +83,16 @@ pub(crate) fn until(ends_at: u64) -> Serving {
             Arc::new(Metrics::default()),
         )),
         current: RwLock::new(Arc::new(identity)),
-        signers: Mutex::new(vec![(key_id, signer(ends_at))]),
+        signers: Mutex::new(vec![(key_id, signer)]),
         quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
     }
+}
+
+/// As when ids have come round.
+pub(crate) fn add_signer_of_the_same_key_id(serving: &Serving) {
+    let mut signers = serving.signers();
+    let id = signers[0].0;
+    signers.push((id, signer(1000)));
 }
 
 #[test]
