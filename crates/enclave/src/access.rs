@@ -39,9 +39,25 @@ pub fn monotonic() -> Clock {
 }
 
 /// Who made an inner request, as a request extension: the holder of an API key of the grant, or anybody, where the grant
-/// lists none.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Caller(Option<Arc<str>>);
+/// lists none. Callers are equal who have the same key: its name may pass to another.
+#[derive(Debug, Clone)]
+pub struct Caller(Option<Holder>);
+
+#[derive(Debug, Clone)]
+struct Holder {
+    name: Arc<str>,
+    /// SHA-256 of the API key.
+    key: [u8; 32],
+}
+
+impl PartialEq for Caller {
+    fn eq(&self, other: &Self) -> bool {
+        let key = |caller: &Self| caller.0.as_ref().map(|holder| holder.key);
+        key(self) == key(other)
+    }
+}
+
+impl Eq for Caller {}
 
 impl Caller {
     /// Somebody who needed no key.
@@ -50,16 +66,17 @@ impl Caller {
         Self(None)
     }
 
-    /// The holder of the API key of this name.
+    /// The holder of the API key with this SHA-256, which the provider named so.
     #[must_use]
-    pub fn named(name: impl Into<Arc<str>>) -> Self {
-        Self(Some(name.into()))
+    pub fn holder(name: impl Into<Arc<str>>, key: [u8; 32]) -> Self {
+        let name = name.into();
+        Self(Some(Holder { name, key }))
     }
 
     /// The name of the API key, as the provider wrote it into the grant.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
-        self.0.as_deref()
+        self.0.as_ref().map(|holder| &*holder.name)
     }
 }
 
@@ -168,7 +185,7 @@ impl Access {
         request.headers_mut().remove(header::AUTHORIZATION);
         let caller = match &key {
             None => Caller::anonymous(),
-            Some(key) => Caller::named(Arc::clone(&key.name)),
+            Some(key) => Caller::holder(Arc::clone(&key.name), key.hash),
         };
         request.extensions_mut().insert(caller);
         // Asking what there is, is free.

@@ -396,3 +396,17 @@ async fn who_does_not_read_the_answer_has_used_its_tokens_all_the_same() {
     }
     drop(response);
 }
+
+#[tokio::test]
+async fn a_name_given_to_another_key_is_another_caller() {
+    let show = |Extension(caller): Extension<Caller>| async move {
+        let former = Caller::holder("alice", hash(text(1).as_bytes()));
+        (caller == former).to_string()
+    };
+    let inside = Router::new().route(CHAT, any(show));
+    let door = Door::new(vec![key("alice", 1, Limits::default())], inside);
+    assert_eq!(door.ask(1, "").await.2, json!(true));
+    let keys = ApiKeys::new(vec![key("alice", 2, Limits::default())]).unwrap();
+    door.access.replace(&keys);
+    assert_eq!(door.ask(2, "").await.2, json!(false));
+}

@@ -116,7 +116,7 @@ fn answer_hash(salt: &Salt, body: &[u8]) -> AnswerHash {
 }
 
 fn alice() -> Caller {
-    Caller::named("alice")
+    Caller::holder("alice", [1; 32])
 }
 
 #[tokio::test]
@@ -226,7 +226,12 @@ async fn another_key_gets_the_same_as_for_an_unknown_id() {
     let error: Value = serde_json::from_slice(&not_found.1).unwrap();
     assert_eq!(error["error"]["code"], "receipt_not_found");
     assert_eq!(error["error"]["type"], "invalid_request_error");
-    for caller in [&Caller::named("bob"), &anonymous] {
+    // A name that was given to another key is another caller.
+    for caller in [
+        &Caller::holder("bob", [2; 32]),
+        &Caller::holder("alice", [2; 32]),
+        &anonymous,
+    ] {
         assert_eq!(service.fetch(caller, id.as_str()).await, not_found);
     }
     for strange in ["x", "..%2F..%2Fetc", "chatcmpl-"] {

@@ -13,7 +13,7 @@ use super::bucket::{Bucket, Shortage};
 /// One API key.
 pub(super) struct Key {
     pub(super) name: Arc<str>,
-    hash: [u8; 32],
+    pub(super) hash: [u8; 32],
     limits: Limits,
     usage: Arc<Usage>,
 }

@@ -122,14 +122,15 @@ fn size(id: &RequestId, fetched: &FetchedReceipt) -> usize {
 #[cfg(test)]
 mod tests {
     use casemate_channel::receipt::Salt;
+    use casemate_release::api_key::hash;
 
     use super::*;
 
-    /// The holder of this key, or of none.
+    /// The holder of this key, or of none. All keys have the same name.
     fn owner(key: &str) -> Caller {
         match key {
             "" => Caller::anonymous(),
-            key => Caller::named(key),
+            key => Caller::holder("name", hash(key.as_bytes())),
         }
     }
 
