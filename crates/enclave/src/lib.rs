@@ -8,6 +8,7 @@
 //! | [`provision`] | conversations with the key broker |
 //! | [`serving`] | keyset, credential and evidence, and their renewal |
 //! | [`renewal`] | when that is |
+//! | [`quotes`] | how many quotes are made and waited for |
 //! | [`clock`] | the time, though the host sets the clock |
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
@@ -36,6 +37,7 @@ pub mod exit;
 pub mod gateway;
 pub mod metrics;
 pub mod provision;
+pub mod quotes;
 pub mod receipts;
 pub mod relay;
 pub mod renewal;

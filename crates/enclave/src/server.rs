@@ -18,7 +18,7 @@ use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 use crate::receipts::Receipts;
 use crate::relay::KeysetList;
-use crate::serving::{Serving, Shown};
+use crate::serving::{Serving, ServingError, Shown};
 
 /// The enclave as its routes see it; what is loaded later is empty until then.
 pub struct Shared {
@@ -131,15 +131,19 @@ pub(crate) async fn attest(
             ];
             (headers, response.to_json()).into_response()
         }
-        Err(error) => {
-            tracing::error!(%error, "no evidence for a user");
-            (
-                StatusCode::SERVICE_UNAVAILABLE,
-                "no evidence can be made at the moment\n",
-            )
-                .into_response()
-        }
+        Err(error) => no_evidence(&error),
     }
+}
+
+fn no_evidence(error: &ServingError) -> Response<Body> {
+    if matches!(error, ServingError::TooManyWait(_)) {
+        let soon = [(header::RETRY_AFTER, "1")];
+        let text = "too many wait for evidence\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, soon, text).into_response();
+    }
+    tracing::error!(%error, "no evidence for a user");
+    let text = "no evidence can be made at the moment\n";
+    (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
 }
 
 /// The keysets that this replica can open requests under, for its peers. Whoever asks for evidence learns them, too.
@@ -170,6 +174,7 @@ async fn gateway(State(shared): State<Arc<Shared>>, request: Request<Body>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quotes::TooManyWait;
     use axum::body::to_bytes;
     use tower::ServiceExt;
 
@@ -216,6 +221,13 @@ mod tests {
         let nonce = "00".repeat(32);
         let (status, _) = get(&format!("/v1/attestation?nonce={nonce}")).await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[test]
+    fn who_is_one_too_many_for_evidence_is_told_to_come_back() {
+        let answer = no_evidence(&ServingError::TooManyWait(TooManyWait));
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(answer.headers()[header::RETRY_AFTER], "1");
     }
 
     #[tokio::test]

@@ -10,10 +10,10 @@ use casemate_channel::verify::AttestationResponse;
 use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
 use thiserror::Error;
-use tokio::sync::Semaphore;
 
 use crate::access::Access;
 use crate::provision::{ProvisionError, Provisioner, Session};
+use crate::quotes::{Quotes, TooManyWait};
 use crate::receipts::{KeysetFacts, Signer};
 use crate::renewal::{Life, Renewable};
 
@@ -21,8 +21,6 @@ use crate::renewal::{Life, Renewable};
 const KEYSET_SECONDS: u64 = 3600;
 /// How long after its credential's end a keyset still serves requests: clocks of users and enclaves differ that much.
 const GRACE_SECONDS: u64 = 60;
-/// Quotes made at the same time for users; more wait.
-const CONCURRENT_QUOTES: usize = 4;
 
 /// Facts about the loaded model that the keyset states.
 pub struct Served {
@@ -44,6 +42,9 @@ pub enum ServingError {
     /// The broker or the TEE did not provide.
     #[error(transparent)]
     Provision(#[from] ProvisionError),
+    /// Too many users ask for evidence.
+    #[error(transparent)]
+    TooManyWait(#[from] TooManyWait),
     /// A key could not be made or a keyset not be encoded.
     #[error("cannot make a keyset: {0}")]
     Keyset(String),
@@ -110,7 +111,7 @@ pub struct Serving {
     published: RwLock<Vec<(KeysetDigest, u64)>>,
     /// By the id of the HPKE key in the same keyset: a receipt is signed under the keyset that opened its request.
     signers: Mutex<Vec<(u8, Arc<Signer>)>>,
-    quotes: Arc<Semaphore>,
+    quotes: Quotes,
 }
 
 impl Serving {
@@ -134,7 +135,7 @@ impl Serving {
             access,
             current: RwLock::new(Arc::new(identity)),
             signers: Mutex::new(vec![signer]),
-            quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
+            quotes: Quotes::default(),
         })
     }
 
@@ -163,10 +164,7 @@ impl Serving {
         shown: &Shown,
         binding: &ChannelBinding,
     ) -> Result<AttestationResponse, ServingError> {
-        let permit = Arc::clone(&self.quotes)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
+        let permit = self.quotes.turn().await?;
         let digest = KeysetDigest::of(&shown.keyset);
         let data = report_data(Purpose::Serving, Role::Service, &digest, &nonce, binding);
         let evidence = self.provisioner.evidence(data, Some(permit)).await?;

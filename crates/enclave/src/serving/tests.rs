@@ -84,7 +84,7 @@ pub(crate) fn until(ends_at: u64) -> Serving {
         )),
         current: RwLock::new(Arc::new(identity)),
         signers: Mutex::new(vec![(key_id, signer)]),
-        quotes: Arc::new(Semaphore::new(CONCURRENT_QUOTES)),
+        quotes: Quotes::default(),
     }
 }
 
