@@ -347,7 +347,7 @@ mod tests {
         let metrics = Arc::new(Metrics::default());
         let limits = relay::Limits {
             bytes: 1,
-            arrival: ARRIVAL,
+            arrival: crate::arrival::ARRIVAL,
         };
         let keys = ApiKeys::new(Vec::new()).unwrap();
         Gateway {
@@ -358,7 +358,7 @@ mod tests {
             )),
             api: Router::new().fallback(signing),
             workers: Workers::new(tokio::runtime::Handle::current()),
-            places: Arc::new(Semaphore::new(1)),
+            arrivals: Arc::new(Arrivals::new(1)),
             peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),
             metrics,
             clock,
