@@ -10,11 +10,16 @@ use casemate_e2e::{Stage, TINY};
 use casemate_testkit::deployment::{Deployment, DeploymentError, EnclaveSettings, Role};
 use serde_json::Value;
 
-/// Starts the prepared enclave, which must end by itself, and returns its log and the broker's latest decision.
+/// Starts the prepared enclave, which must be refused, and returns its log and the broker's latest decision.
 fn refused(stage: &mut Stage) -> (String, Value) {
+    ended(stage, 30)
+}
+
+/// Starts the prepared enclave, which must end by itself with this exit code.
+fn ended(stage: &mut Stage, code: i32) -> (String, Value) {
     let log = match stage.deployment.start_enclave() {
         Err(DeploymentError::Ended { status, log, .. }) => {
-            assert_eq!(status.code(), Some(30), "{log}");
+            assert_eq!(status.code(), Some(code), "{log}");
             log
         }
         Err(other) => panic!("{other}"),
@@ -250,7 +255,7 @@ fn a_port_in_use_ends_the_start_before_a_key_is_released() {
         "listen = \"127.0.0.1:0\"",
         &format!("listen = \"{address}\""),
     );
-    let (log, _) = refused(&mut stage);
+    let (log, _) = ended(&mut stage, 40);
     assert!(
         log.contains(&format!("cannot listen on {address}")),
         "{log}"

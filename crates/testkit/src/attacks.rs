@@ -218,45 +218,47 @@ const fn by(by: By, class: &'static str, claim: &'static str, verdict: Verdict) 
     }
 }
 
-/// An enclave that does not start says why and exits with this code.
-const NO_START: Verdict = Verdict::Exit(1);
+// An enclave that does not start says why and exits with the code of its reason, as every program here.
+const MALFORMED: Verdict = Verdict::Exit(10);
+const NOT_AUTHENTIC: Verdict = Verdict::Exit(20);
+const REFUSED: Verdict = Verdict::Exit(30);
 
 /// Every attack, in the order in which a model meets them.
 pub const ATTACKS: &[Attack] = &[
     Attack {
         name: "flipped-bit",
         what: "the host flips one bit in a chunk of weights",
-        expected: by(By::Enclave, "not_authentic", "chunk", NO_START),
+        expected: by(By::Enclave, "not_authentic", "chunk", NOT_AUTHENTIC),
         mount: model_files::flipped_bit,
     },
     Attack {
         name: "swapped-chunks",
         what: "the host swaps two chunks of the sealed model",
-        expected: by(By::Enclave, "not_authentic", "chunk", NO_START),
+        expected: by(By::Enclave, "not_authentic", "chunk", NOT_AUTHENTIC),
         mount: model_files::swapped_chunks,
     },
     Attack {
         name: "truncated-file",
         what: "the host cuts the last chunk off",
-        expected: by(By::Enclave, "malformed", "truncated", NO_START),
+        expected: by(By::Enclave, "malformed", "truncated", MALFORMED),
         mount: model_files::truncated,
     },
     Attack {
         name: "spliced-chunk",
         what: "the host splices in a chunk of another model sealed under the same key",
-        expected: by(By::Enclave, "not_authentic", "chunk", NO_START),
+        expected: by(By::Enclave, "not_authentic", "chunk", NOT_AUTHENTIC),
         mount: model_files::spliced,
     },
     Attack {
         name: "other-weights",
         what: "a holder of the data key puts other weights behind the provider's manifest",
-        expected: by(By::Enclave, "not_authentic", "tensor-digest", NO_START),
+        expected: by(By::Enclave, "not_authentic", "tensor-digest", NOT_AUTHENTIC),
         mount: model_files::other_weights,
     },
     Attack {
         name: "older-file",
         what: "the host serves the model's former version, sealed by the provider under the same key",
-        expected: by(By::Enclave, "refused", "grant.model", NO_START),
+        expected: by(By::Enclave, "refused", "grant.model", REFUSED),
         mount: model_files::older_version,
     },
     Attack {
@@ -268,25 +270,25 @@ pub const ATTACKS: &[Attack] = &[
     Attack {
         name: "other-image",
         what: "the host starts another enclave image: one byte longer",
-        expected: by(By::Broker, "refused", "measurement.mr_td", NO_START),
+        expected: by(By::Broker, "refused", "measurement.mr_td", REFUSED),
         mount: enclaves::other_image,
     },
     Attack {
         name: "other-arguments",
         what: "the host starts the enclave with one more argument than measured",
-        expected: by(By::Broker, "refused", "measurement.rtmr1", NO_START),
+        expected: by(By::Broker, "refused", "measurement.rtmr1", REFUSED),
         mount: enclaves::other_arguments,
     },
     Attack {
         name: "other-environment",
         what: "the host sets a variable in the enclave's environment",
-        expected: by(By::Broker, "refused", "measurement.rtmr2", NO_START),
+        expected: by(By::Broker, "refused", "measurement.rtmr2", REFUSED),
         mount: enclaves::other_environment,
     },
     Attack {
         name: "other-configuration",
         what: "the host edits the enclave's configuration after it was measured",
-        expected: by(By::Broker, "refused", "measurement.mr_config_id", NO_START),
+        expected: by(By::Broker, "refused", "measurement.mr_config_id", REFUSED),
         mount: enclaves::other_configuration,
     },
     Attack {
@@ -383,7 +385,12 @@ pub const ATTACKS: &[Attack] = &[
     Attack {
         name: "impostor-key",
         what: "a broker impersonator plants its own key for its own model",
-        expected: by(By::Enclave, "not_authentic", "grant.signature", NO_START),
+        expected: by(
+            By::Enclave,
+            "not_authentic",
+            "grant.signature",
+            NOT_AUTHENTIC,
+        ),
         mount: enclaves::impostor_grants,
     },
     Attack {
@@ -393,7 +400,7 @@ pub const ATTACKS: &[Attack] = &[
             By::Enclave,
             "not_authentic",
             "credential.signature",
-            NO_START,
+            NOT_AUTHENTIC,
         ),
         mount: enclaves::impostor_signs,
     },
