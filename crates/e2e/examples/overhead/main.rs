@@ -3,8 +3,11 @@
 //!
 //! ```sh
 //! cargo build --release --workspace --bins
-//! cargo run --release -p casemate-e2e --example overhead -- MODEL.gguf [--pairs N] [--tokens N]
+//! cargo run --release -p casemate-e2e --example overhead -- MODEL.gguf [--pairs N] [--tokens N] [--threads N]
 //! ```
+//! `--threads` are the engine's in both services, one per core unless given. Client and proxy run on the same machine: with an
+//! engine thread on every core each of their steps stops one, and the others wait for it. Fewer threads leave them a core.
+//!
 //! It prints the ratio of the wall-clock times with its 95 % interval, the CPU time of each process per request, and the CPU
 //! time of the enclave's protection code by itself over exactly the bytes of such a request, which is measured
 //! alone because it is far below what two runs of an engine differ by.
@@ -32,14 +35,16 @@ struct Options {
     model: PathBuf,
     pairs: usize,
     tokens: usize,
+    /// Of the engine; 0 is one per core.
+    threads: usize,
 }
 
 fn main() -> Result<()> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    if let [first, model] = &arguments[..]
+    if let [first, model, threads] = &arguments[..]
         && first == plain::SERVE
     {
-        return plain::serve(Path::new(model));
+        return plain::serve(Path::new(model), threads.parse()?);
     }
     let options = options(arguments)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -48,8 +53,12 @@ fn main() -> Result<()> {
 
     let work = tempfile::tempdir()?;
     let mut deployment = Deployment::new(&Deployment::programs_of_this_build()?, work.path())?;
-    let protected = deployment.start_all(&options.model, NAME, &EnclaveSettings::default())?;
-    let plain = Plain::start(&options.model)?;
+    let settings = EnclaveSettings {
+        threads: options.threads,
+        ..EnclaveSettings::default()
+    };
+    let protected = deployment.start_all(&options.model, NAME, &settings)?;
+    let plain = Plain::start(&options.model, options.threads)?;
     let mut pid = |role| {
         let program = deployment.program(role).context("the program runs")?;
         anyhow::Ok(program.pid())
@@ -118,7 +127,7 @@ fn main() -> Result<()> {
 }
 
 fn options(arguments: Vec<String>) -> Result<Options> {
-    let (mut model, mut pairs, mut tokens) = (None, 40, 128);
+    let (mut model, mut pairs, mut tokens, mut threads) = (None, 40, 128, 0);
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
         let mut number = || -> Result<usize> {
@@ -128,6 +137,7 @@ fn options(arguments: Vec<String>) -> Result<Options> {
         match argument.as_str() {
             "--pairs" => pairs = number()?,
             "--tokens" => tokens = number()?,
+            "--threads" => threads = number()?,
             _ if argument.starts_with('-') => bail!("no such option: {argument}"),
             _ => model = Some(PathBuf::from(argument)),
         }
@@ -138,6 +148,7 @@ fn options(arguments: Vec<String>) -> Result<Options> {
         model,
         pairs,
         tokens,
+        threads,
     })
 }
 
@@ -148,10 +159,11 @@ struct Plain {
 }
 
 impl Plain {
-    fn start(model: &Path) -> Result<Plain> {
+    fn start(model: &Path, threads: usize) -> Result<Plain> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(plain::SERVE)
             .arg(model)
+            .arg(threads.to_string())
             .stdout(Stdio::piped())
             .spawn()?;
         let output = child.stdout.take().context("the output is piped")?;

@@ -15,8 +15,8 @@ use crate::NAME;
 /// First argument that makes the program serve.
 pub(crate) const SERVE: &str = "--serve-plain";
 
-/// Serves `model` until it is killed; prints its address.
-pub(crate) fn serve(model: &Path) -> Result<()> {
+/// Serves `model` with this many compute threads, 0 is one per core, until it is killed; prints its address.
+pub(crate) fn serve(model: &Path, threads: usize) -> Result<()> {
     // An engine takes its weights from an opened container only; this one's key is thrown away.
     let folder = tempfile::tempdir()?;
     let sealed = folder.path().join("model.casemate");
@@ -33,7 +33,10 @@ pub(crate) fn serve(model: &Path) -> Result<()> {
         &sealed,
         &Silent,
     )?;
-    let threads = std::thread::available_parallelism()?.get();
+    let threads = match threads {
+        0 => std::thread::available_parallelism()?.get(),
+        threads => threads,
+    };
     let model = SealedFile::open(&sealed)?
         .unlock(&data_key, &provider.verifying_key())?
         .load(threads, &Silent)?;
