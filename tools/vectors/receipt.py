@@ -22,6 +22,9 @@ SEED, REQUEST_SALT, ANSWER_SALT = b"\x66" * 32, b"\x71" * 32, b"\x72" * 32
 METHOD, TARGET = b"POST", b"/v1/chat/completions"
 REQUEST = b'{"model":"smollm2","messages":[{"role":"user","content":"Hello"}]}'
 ANSWER = b'data: {"one":1}\n\ndata: [DONE]\n\n'
+# What steered the complete answer, and then that of each further receipt: keys 10 to 13 of the parameters.
+STEERED = {10: [3, 100.0], 12: [2, None, True], 13: 2}
+FURTHER = [{11: 1}, {10: [1, 0.0], 11: 2}, {12: [2, 1, False]}, {12: [1, 2, False]}, {12: [1, 3, True], 13: 4}]
 
 
 def single(value: float) -> float:
@@ -40,19 +43,21 @@ def answer_hash(salt: bytes, body: bytes) -> bytes:
     return hashlib.sha256(b"casemate receipt answer v1\0" + salt + body).digest()
 
 
-def body(complete: bool) -> dict:
+def body(complete: bool, steering: dict | None = None) -> dict:
     parameters = {
         0: single(0.7), 1: 1.0, 2: 40, 3: 0.0, 4: -0.5, 5: 0.0, 6: single(1.1), 7: 2**64 - 1, 8: 2,
     }
     value = {
-        0: 1, 1: "chatcmpl-" + "ab" * 16, 2: 7, 3: b"\x61" * 32, 4: b"\x62" * 32, 5: b"\x63" * 32, 6: 4,
+        0: 2, 1: "chatcmpl-" + "ab" * 16, 2: 7, 3: b"\x61" * 32, 4: b"\x62" * 32, 5: b"\x63" * 32, 6: 4,
         7: [b"\x64" * 32, b"\x65" * 32] if complete else [], 8: "int8-g32", 9: parameters,
         10: request_hash(REQUEST_SALT, METHOD, TARGET, REQUEST), 11: 200, 12: answer_hash(ANSWER_SALT, ANSWER),
         14: 1780000000,
     }
     if complete:
         parameters[9] = 64
+        parameters |= STEERED
         value[13] = [12, 34]
+    parameters |= steering or {}
     return value
 
 
@@ -72,6 +77,7 @@ def make() -> dict:
         "answer": {"status": 200, "body": ANSWER.hex()},
         "receipt": envelope(body(True)).hex(),
         "incomplete": envelope(body(False)).hex(),
+        "steered": [envelope(body(False, steering)).hex() for steering in FURTHER],
     }
 
 
@@ -86,8 +92,11 @@ def check(vectors: dict) -> None:
     request, answer = vectors["request"], vectors["answer"]
     request_body, answer_body = bytes.fromhex(request["body"]), bytes.fromhex(answer["body"])
     salts = bytes.fromhex(vectors["request_salt"]), bytes.fromhex(vectors["answer_salt"])
-    for name, complete in (("receipt", True), ("incomplete", False)):
-        outer = decode(bytes.fromhex(vectors[name]))
+    receipts = [("receipt", vectors["receipt"], body(True)), ("incomplete", vectors["incomplete"], body(False))]
+    assert len(vectors["steered"]) == len(FURTHER)
+    receipts += [("steered", found, body(False, steering)) for found, steering in zip(vectors["steered"], FURTHER)]
+    for name, found, expected in receipts:
+        outer = decode(bytes.fromhex(found))
         key.verify(outer[1], DOMAIN + outer[0])
         try:
             key.verify(outer[1], DOMAIN + outer[0][:-1] + bytes([outer[0][-1] ^ 1]))
@@ -95,8 +104,7 @@ def check(vectors: dict) -> None:
         except InvalidSignature:
             pass
         value = decode(outer[0])
-        assert value == body(complete), name
-        assert (13 in value) == complete
+        assert value == expected, name
         hashed = request_hash(salts[0], request["method"].encode(), request["target"].encode(), request_body)
         assert value[10] == hashed
         assert value[10] != request_hash(salts[1], request["method"].encode(), request["target"].encode(), request_body)
@@ -112,7 +120,7 @@ def main() -> int:
         return 0
     with open(sys.argv[1], encoding="utf-8") as file:
         check(json.load(file))
-    print("both receipts verify, and nothing near them")
+    print(f"all {2 + len(FURTHER)} receipts verify, and nothing near them")
     return 0
 
 

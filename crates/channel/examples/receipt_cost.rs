@@ -6,11 +6,9 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use casemate_channel::keyset::KeysetDigest;
-use casemate_channel::receipt::{
-    AnswerHasher, Parameters, Receipt, RequestHash, RequestId, Salt, Usage,
-};
+use casemate_channel::receipt::{AnswerHash, AnswerHasher, Receipt, RequestHash, Salt};
 use casemate_container::signing::SigningKey;
+use casemate_testkit::statements;
 
 const ROUNDS: usize = 2000;
 /// A server-sent event with one token is about as long.
@@ -21,6 +19,9 @@ fn main() {
         .nth(1)
         .map_or(128, |text| text.parse().expect("a number of tokens"));
     let key = SigningKey::generate();
+    let keyset = statements::keyset(vec![0; 1300], 1_790_000_000);
+    let (request, answer) = (RequestHash([0; 32]), AnswerHash([0; 32]));
+    let honest = statements::receipt(&keyset, request, answer, 1_790_000_000);
     let request = vec![b'r'; 2048];
     let (mut opening, mut passing, mut signing) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..ROUNDS {
@@ -43,34 +44,10 @@ fn main() {
 
         let start = Instant::now();
         let receipt = Receipt {
-            id: RequestId::new("chatcmpl", [7; 16]),
             counter: round as u64 + 1,
-            keyset_digest: KeysetDigest([1; 32]),
-            evidence_digest: [2; 32],
-            model_digest: [3; 32],
-            model_version: 1,
-            adapter_digests: vec![],
-            compute: "int8-g32".into(),
-            parameters: Parameters {
-                temperature: 1.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: 1,
-                choices: 1,
-                max_tokens: None,
-            },
             request_hash,
-            status: 200,
             answer_hash: hasher.finish(),
-            usage: Some(Usage {
-                prompt_tokens: 400,
-                completion_tokens: tokens as u64,
-            }),
-            time: 1_790_000_000,
+            ..honest.clone()
         };
         black_box(receipt.sign(&key).expect("a receipt that keeps the rules"));
         signing.push(start.elapsed());

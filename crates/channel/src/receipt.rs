@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! envelope = { 0: body bstr, 1: signature bstr64 }
-//! body     = { 0: 1, 1: request id tstr, 2: counter uint, 3: keyset digest bstr32,
+//! body     = { 0: 2, 1: request id tstr, 2: counter uint, 3: keyset digest bstr32,
 //!              4: evidence digest bstr32, 5: model digest bstr32, 6: model version uint,
 //!              7: [* adapter digest bstr32], 8: compute tstr, 9: parameters, 10: request hash bstr32,
 //!              11: status uint, 12: answer hash bstr32, ? 13: [prompt, completion tokens], 14: time uint }
@@ -14,6 +14,7 @@
 
 mod bundle;
 mod hash;
+mod parameters;
 mod verify;
 mod wire;
 
@@ -30,6 +31,7 @@ use crate::verify::VerifiedService;
 
 pub use bundle::{Bundle, FetchedReceipt, MAX_BUNDLE, MAX_FETCHED, SavedAttestation};
 pub use hash::{AnswerHash, AnswerHasher, RequestHash, Salt};
+pub use parameters::{AnswerFormat, Bias, ForcedCall, Functions, Parameters, Steering};
 pub use verify::{Exchange, RequestBytes, VerifiedExchange, verify_bundle};
 use wire::{Body, Envelope};
 
@@ -42,7 +44,8 @@ pub const RECEIPTS_PATH: &str = "/v1/receipts/";
 /// The field of an inner answer that says under which id its receipt can be fetched.
 pub const RECEIPT_FIELD: &str = "casemate-receipt";
 
-const FORMAT: u32 = 1;
+/// Format 1 did not say what steered an answer, so its silence means nothing: it is not read.
+const FORMAT: u32 = 2;
 const MAX_PREFIX: usize = 16;
 const ID_DIGITS: usize = 32;
 
@@ -103,31 +106,6 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// How tokens were drawn, defaults filled in.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Parameters {
-    /// 0 takes the likeliest token.
-    pub temperature: f32,
-    /// Share of probability that is drawn from.
-    pub top_p: f32,
-    /// Number of tokens that is drawn from; 0 for all.
-    pub top_k: u32,
-    /// Least probability relative to the likeliest token.
-    pub min_p: f32,
-    /// OpenAI's `presence_penalty`.
-    pub presence_penalty: f32,
-    /// OpenAI's `frequency_penalty`.
-    pub frequency_penalty: f32,
-    /// Divides logits of tokens that occurred; 1 for none.
-    pub repetition_penalty: f32,
-    /// Seed of the first choice; the next ones count up.
-    pub seed: u64,
-    /// Choices per prompt.
-    pub choices: u32,
-    /// Most tokens per choice; nothing where only the context bounds it.
-    pub max_tokens: Option<u32>,
-}
-
 /// Tokens of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
@@ -156,7 +134,7 @@ pub struct Receipt {
     pub adapter_digests: Vec<[u8; 32]>,
     /// Arithmetic, such as `int8-g32`.
     pub compute: String,
-    /// How tokens were drawn.
+    /// How tokens were drawn, and what steered them.
     pub parameters: Parameters,
     /// Salted hash of the request.
     pub request_hash: RequestHash,
@@ -205,6 +183,24 @@ pub enum ReceiptError {
     OtherId,
 }
 
+/// A field's rule; `what` names the field.
+fn rule(
+    holds: bool,
+    what: &'static str,
+    found: &dyn fmt::Display,
+    expected: &'static str,
+) -> Result<(), Malformed> {
+    if holds {
+        return Ok(());
+    }
+    let found = found.to_string().chars().take(64).collect();
+    Err(Malformed::Unsupported {
+        what,
+        found,
+        expected,
+    })
+}
+
 impl Receipt {
     /// Signs the statement and returns the envelope.
     ///
@@ -218,17 +214,6 @@ impl Receipt {
     }
 
     fn check(&self) -> Result<(), Malformed> {
-        let rule = |holds: bool, what, found: &dyn fmt::Display, expected| {
-            if holds {
-                return Ok(());
-            }
-            let found = found.to_string().chars().take(64).collect();
-            Err(Malformed::Unsupported {
-                what,
-                found,
-                expected,
-            })
-        };
         rule(
             self.counter >= 1,
             "receipt.counter",
@@ -255,29 +240,7 @@ impl Receipt {
             compute,
             "1 to 128 visible ASCII characters",
         )?;
-        let parameters = &self.parameters;
-        rule(
-            parameters.choices >= 1,
-            "receipt.parameters.choices",
-            &parameters.choices,
-            "at least 1",
-        )?;
-        for value in [
-            parameters.temperature,
-            parameters.top_p,
-            parameters.min_p,
-            parameters.presence_penalty,
-            parameters.frequency_penalty,
-            parameters.repetition_penalty,
-        ] {
-            rule(
-                value.is_finite(),
-                "receipt.parameters",
-                &value,
-                "finite numbers",
-            )?;
-        }
-        Ok(())
+        self.parameters.check()
     }
 
     /// Whether it names model, adapters and compute of `keyset`.

@@ -6,11 +6,12 @@ mod support;
 use casemate_attest::{Class, Denial, Status, Transcript, UnixTime};
 use casemate_channel::keyset::{ChannelBinding, KeysetDigest};
 use casemate_channel::receipt::{
-    AnswerHasher, Bundle, Exchange, FetchedReceipt, Parameters, Receipt, RequestBytes, RequestHash,
-    RequestId, Salt, SavedAttestation, SignedReceipt, Usage, VerifiedExchange, verify_bundle,
+    AnswerHasher, Bundle, Exchange, FetchedReceipt, Receipt, RequestBytes, RequestHash, Salt,
+    SavedAttestation, SignedReceipt, VerifiedExchange, verify_bundle,
 };
 use casemate_channel::verify::verify_service;
 use casemate_container::signing::SigningKey;
+use casemate_testkit::statements;
 use support::{MAXIMUM_AGE, NOW, Service};
 
 const REQUEST: &[u8] = br#"{"model":"smollm2","messages":[]}"#;
@@ -37,36 +38,10 @@ impl Kept {
         let mut hasher = AnswerHasher::new(&Salt::from_bytes(&answer_salt));
         hasher.update(ANSWER);
         let salt = Salt::from_bytes(&request_salt);
-        let keyset = &service.keyset;
+        let request_hash = RequestHash::of(&salt, "POST", "/v1/chat/completions", REQUEST);
         let receipt = Receipt {
-            id: RequestId::new("chatcmpl", [0xab; 16]),
             counter: 7,
-            keyset_digest: KeysetDigest::of(&keyset.encode().unwrap()),
-            evidence_digest: service.credential.evidence_digest,
-            model_digest: keyset.model_digest,
-            model_version: keyset.model_version,
-            adapter_digests: vec![],
-            compute: keyset.compute.clone(),
-            parameters: Parameters {
-                temperature: 0.7,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: 5,
-                choices: 1,
-                max_tokens: Some(64),
-            },
-            request_hash: RequestHash::of(&salt, "POST", "/v1/chat/completions", REQUEST),
-            status: 200,
-            answer_hash: hasher.finish(),
-            usage: Some(Usage {
-                prompt_tokens: 12,
-                completion_tokens: 34,
-            }),
-            time: NOW + 20,
+            ..statements::receipt(&service.keyset, request_hash, hasher.finish(), NOW + 20)
         };
         Kept {
             service,

@@ -11,10 +11,9 @@ use casemate_channel::tls::{Handshake, ServerKey, client_config, server_name, se
 use casemate_channel::verify::{
     AttestationResponse, Challenge, VerifiedService, verify_connection, verify_service,
 };
-use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
-use casemate_release::credential::Credential;
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::statements;
 
 const NOW: u64 = 1_795_000_000;
 const NONCE: [u8; 32] = [9; 32];
@@ -88,33 +87,12 @@ impl Enclave {
         binding: &ChannelBinding,
     ) -> AttestationResponse {
         let keyset = Keyset {
-            ohttp_config: self.ohttp_config.clone(),
-            receipt_key: [4; 32],
             tls_key_digest,
-            model_name: "smollm2".into(),
-            model_digest: [5; 32],
-            model_version: 7,
-            adapter_digests: vec![],
-            compute: "int8-g32".into(),
-            policy_version: 3,
-            not_before: NOW,
-            expires_at: NOW + 3600,
+            ..statements::keyset(self.ohttp_config.clone(), NOW)
         };
         let keyset = keyset.encode().unwrap();
         let digest = KeysetDigest::of(&keyset);
-        let credential = Credential {
-            evidence_digest: [6; 32],
-            keyset_digest: digest.0,
-            model_digest: ModelDigest([5; 32]),
-            model_version: 7,
-            adapter_digests: vec![],
-            service: "demo".into(),
-            policy_version: 3,
-            log_size: 1,
-            log_head: [8; 32],
-            issued_at: NOW,
-            expires_at: NOW + 3600,
-        };
+        let credential = statements::credential(&digest, NOW);
         let data = report_data(Purpose::Serving, Role::Service, &digest, nonce, binding);
         AttestationResponse {
             evidence: self.tee.quote(&MEASUREMENT, &data, NOW).unwrap(),

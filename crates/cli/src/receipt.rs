@@ -1,7 +1,8 @@
 //! `casemate receipt`: verifies a kept receipt offline, or shows what one says. What is accepted is decided in
-//! `casemate_channel::receipt`; what a verdict means in words is in [`statement`].
+//! `casemate_channel::receipt`; what a verdict means in words is in [`statement`], what steered an answer in [`steering`].
 
 mod statement;
+mod steering;
 
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
@@ -211,6 +212,12 @@ fn show(args: &ShowArgs) -> Result<(), Failure> {
         };
         exit::print(&format!("{name:17}{value}"))?;
     }
+    let means = steering::means(&signed.unverified().parameters.steering);
+    let steered = match means.as_slice() {
+        [] => "by its prompt alone".to_owned(),
+        means => format!("by its prompt, and by {}", means.join("; ")),
+    };
+    exit::print(&format!("{:17}{steered}", "steered"))?;
     exit::print(&format!(
         "{:17}{} by the clock of the proxy's machine",
         "attested", attestation.verified_at

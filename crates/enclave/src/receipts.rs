@@ -25,6 +25,8 @@ use crate::access::Caller;
 use crate::api::{ApiError, MAX_REQUEST_BYTES, Served};
 use passing::{Open, Passing};
 
+#[cfg(test)]
+pub(crate) use signer::tests::signer_until;
 pub use signer::{KeysetFacts, Signed, Signer, Statement};
 pub use store::{Limits, Store};
 

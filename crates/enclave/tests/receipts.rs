@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,21 +10,19 @@ use axum::body::{Body, Bytes, to_bytes};
 use axum::http::{Request, Response, StatusCode};
 use casemate_channel::keyset::KeysetDigest;
 use casemate_channel::receipt::{
-    AnswerHash, AnswerHasher, FetchedReceipt, RECEIPT_FIELD, Receipt, RequestHash, RequestId, Salt,
-    SignedReceipt, Usage,
+    AnswerFormat, AnswerHash, AnswerHasher, Bias, FetchedReceipt, ForcedCall, Functions,
+    RECEIPT_FIELD, Receipt, RequestHash, RequestId, Salt, SignedReceipt, Steering, Usage,
 };
-use casemate_container::Silent;
 use casemate_container::signing::SigningKey;
 use casemate_enclave::access::Caller;
-use casemate_enclave::api::{Api, router};
+use casemate_enclave::api::{Extraction, Logprobs, router};
 use casemate_enclave::receipts::{self, KeysetFacts, Limits, Receipts, Signer};
-use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_testkit::models::TOOLS_TEMPLATE;
 use futures::StreamExt;
 use serde_json::{Value, json};
-use support::tiny_model;
+use support::{NOW, api_with};
 use tower::ServiceExt;
 
-const NOW: u64 = 1_790_000_000;
 const CHAT: &str = "/v1/chat/completions";
 
 struct Service {
@@ -32,16 +31,11 @@ struct Service {
 }
 
 fn service() -> Service {
-    let options = EngineOptions {
-        compute: Compute::F32,
-        threads: 1,
-        max_context: 256,
-        max_batch: 4,
-        max_waiting: 16,
-        kv_bytes: None,
+    let policy = Extraction {
+        logprobs: Logprobs::None,
+        logit_bias: true,
     };
-    let engine = Engine::load(tiny_model(), &options, &Silent).unwrap();
-    let api = Api::new(engine, "tiny".into(), "fp_0".into(), || NOW);
+    let api = api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy);
     let receipts = Arc::new(Receipts::new(Limits::default(), || NOW));
     let facts = KeysetFacts {
         keyset_digest: KeysetDigest([1; 32]),
@@ -86,6 +80,21 @@ impl Service {
     }
 }
 
+/// What the receipt of a chat says that steered it.
+async fn steering(extra: &Value) -> Steering {
+    steering_at(CHAT, &chat(extra)).await
+}
+
+async fn steering_at(path: &str, body: &str) -> Steering {
+    let service = service();
+    let response = service.ask(&alice(), "POST", path, body).await;
+    assert_eq!(response.status(), StatusCode::OK, "{body}");
+    let id = announced(&response);
+    whole(response).await;
+    let (receipt, _) = service.receipt(&alice(), &id).await;
+    receipt.parameters.steering
+}
+
 async fn whole(response: Response<Body>) -> (StatusCode, Bytes) {
     let status = response.status();
     (
@@ -100,13 +109,7 @@ fn announced(response: &Response<Body>) -> RequestId {
 }
 
 fn chat(extra: &Value) -> String {
-    let mut body = json!({
-        "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0,
-    });
-    for (key, value) in extra.as_object().unwrap() {
-        body[key] = value.clone();
-    }
-    body.to_string()
+    support::chat(extra).to_string()
 }
 
 fn answer_hash(salt: &Salt, body: &[u8]) -> AnswerHash {
@@ -276,4 +279,111 @@ async fn errors_and_lists_have_no_receipt_and_take_no_number() {
     let salt = &fetched.request_salt;
     let request = RequestHash::of(salt, "POST", path, body.as_bytes());
     assert_eq!(receipt.request_hash, request);
+}
+
+#[tokio::test]
+async fn a_receipt_says_how_many_tokens_were_biased_and_how_strongly() {
+    let none = steering(&json!({"logit_bias": {}})).await;
+    assert_eq!(none, Steering::default());
+    let found = steering(&json!({"logit_bias": {"81": 3.5, "10": -100, "5": 0}})).await;
+    let expected = Steering {
+        bias: Some(Bias {
+            tokens: NonZeroU32::new(3).unwrap(),
+            strongest: 100.0,
+        }),
+        ..Steering::default()
+    };
+    assert_eq!(found, expected);
+    let body = json!({"model": "tiny", "prompt": "x", "max_tokens": 2, "logit_bias": {"81": 3.5}});
+    let found = steering_at("/v1/completions", &body.to_string()).await;
+    assert_eq!(found.bias.unwrap().strongest, 3.5);
+}
+
+#[tokio::test]
+async fn a_receipt_says_which_form_its_answer_had_to_have() {
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["verdict"],
+        "properties": {"verdict": {"const": "guilty"}},
+    });
+    let named = json!({"name": "s", "schema": schema});
+    for (format, told) in [
+        (json!({"type": "text"}), None),
+        (
+            json!({"type": "json_object"}),
+            Some(AnswerFormat::JsonObject),
+        ),
+        (
+            json!({"type": "json_schema", "json_schema": named}),
+            Some(AnswerFormat::JsonSchema),
+        ),
+    ] {
+        let expected = Steering {
+            format: told,
+            ..Steering::default()
+        };
+        let found = steering(&json!({"response_format": format})).await;
+        assert_eq!(found, expected);
+        let streamed = steering(&json!({"response_format": format, "stream": true})).await;
+        assert_eq!(streamed, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_receipt_says_which_functions_could_and_had_to_be_called() {
+    let tool = |name: &str, strict: bool| {
+        let parameters = json!({
+            "type": "object", "additionalProperties": false, "required": ["sure"],
+            "properties": {"sure": {"const": true}},
+        });
+        json!({"type": "function", "function": {"name": name, "strict": strict, "parameters": parameters}})
+    };
+    let two = json!([tool("rain", false), tool("sun", false)]);
+    let sun = json!({"type": "function", "function": {"name": "sun"}});
+    let functions = |offered, forced, first_call_only| {
+        Some(Functions {
+            offered: NonZeroU32::new(offered)?,
+            forced,
+            first_call_only,
+        })
+    };
+    for (extra, told) in [
+        (json!({"tools": two}), functions(2, None, false)),
+        (
+            json!({"tools": two, "parallel_tool_calls": false}),
+            functions(2, None, true),
+        ),
+        (json!({"tools": two, "tool_choice": "none"}), None),
+        (
+            json!({"tools": two, "tool_choice": "required"}),
+            functions(2, Some(ForcedCall::Any), false),
+        ),
+        (
+            json!({"tools": two, "tool_choice": sun}),
+            functions(2, Some(ForcedCall::One), false),
+        ),
+        (
+            json!({"tools": [tool("sun", true)], "tool_choice": "required"}),
+            functions(1, Some(ForcedCall::OneBySchema), false),
+        ),
+    ] {
+        let expected = Steering {
+            functions: told,
+            ..Steering::default()
+        };
+        assert_eq!(steering(&extra).await, expected, "{extra}");
+    }
+}
+
+#[tokio::test]
+async fn a_receipt_says_how_many_stop_strings_could_cut_its_answer() {
+    let stops = |count| Steering {
+        stop_strings: NonZeroU32::new(count),
+        ..Steering::default()
+    };
+    assert_eq!(steering(&json!({"stop": []})).await, stops(0));
+    assert_eq!(steering(&json!({"stop": "x"})).await, stops(1));
+    assert_eq!(steering(&json!({"stop": ["x", "y"]})).await, stops(2));
+    let body = json!({"model": "tiny", "prompt": "x", "max_tokens": 2, "stop": ["x", "y", "z"]});
+    let found = steering_at("/v1/completions", &body.to_string()).await;
+    assert_eq!(found, stops(3));
 }

@@ -1,10 +1,13 @@
 //! Receipts, and the bundles that users keep of them.
 
+use std::num::NonZeroU32;
+
 use casemate_attest::UnixTime;
 use casemate_channel::keyset::{ChannelBinding, KeysetDigest};
 use casemate_channel::receipt::{
-    AnswerHash, Bundle, DOMAIN, FetchedReceipt, Parameters, Receipt, RequestHash, RequestId, Salt,
-    SavedAttestation, SignedReceipt, Usage,
+    AnswerFormat, AnswerHash, Bias, Bundle, DOMAIN, FetchedReceipt, ForcedCall, Functions,
+    Parameters, Receipt, RequestHash, RequestId, Salt, SavedAttestation, SignedReceipt, Steering,
+    Usage,
 };
 use casemate_channel::verify::Challenge;
 use casemate_container::signing::SigningKey;
@@ -14,6 +17,14 @@ use crate::channel::honest_response;
 
 fn key() -> SigningKey {
     SigningKey::from_seed(&[0x66; 32])
+}
+
+fn functions(forced: Option<ForcedCall>) -> Option<Functions> {
+    Some(Functions {
+        offered: NonZeroU32::new(2)?,
+        forced,
+        first_call_only: forced.is_none(),
+    })
 }
 
 fn honest() -> Receipt {
@@ -28,15 +39,15 @@ fn honest() -> Receipt {
         compute: "int8-g32".into(),
         parameters: Parameters {
             temperature: 0.5,
-            top_p: 0.9,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
             seed: 8,
-            choices: 1,
             max_tokens: Some(9),
+            steering: Steering {
+                bias: Bias::of([-100.0, 0.3].into_iter()),
+                format: None,
+                functions: functions(None),
+                stop_strings: NonZeroU32::new(2),
+            },
+            ..Parameters::default()
         },
         request_hash: RequestHash([10; 32]),
         status: 200,
@@ -79,9 +90,14 @@ pub(crate) fn receipt_seeds() -> Vec<Vec<u8>> {
     let mut incomplete = honest();
     incomplete.usage = None;
     incomplete.parameters.max_tokens = None;
+    incomplete.parameters.steering = Steering::default();
     incomplete.adapter_digests.clear();
+    let mut constrained = incomplete.clone();
+    constrained.parameters.steering.format = Some(AnswerFormat::JsonSchema);
+    let mut calling = incomplete.clone();
+    calling.parameters.steering.functions = functions(Some(ForcedCall::OneBySchema));
     let mut seeds = vec![[&[0], honest().id.as_str().as_bytes()].concat()];
-    for receipt in [honest(), incomplete] {
+    for receipt in [honest(), incomplete, constrained, calling] {
         let envelope = receipt.sign(&key()).expect("an honest receipt");
         seeds.push([&[1], &crate::release::body_of(&envelope)[..]].concat());
         seeds.push([&[0], &envelope[..]].concat());

@@ -12,3 +12,4 @@ pub mod hostile;
 pub mod llama2c;
 pub mod models;
 pub mod policies;
+pub mod statements;

@@ -1,5 +1,7 @@
 //! The encoding, its rules and the vector.
 
+use std::num::NonZeroU32;
+
 use casemate_release::Malformed;
 use proptest::prelude::*;
 use serde_json::Value;
@@ -27,6 +29,52 @@ fn salts() -> (Salt, Salt) {
 const REQUEST: &[u8] = br#"{"model":"smollm2","messages":[{"role":"user","content":"Hello"}]}"#;
 const ANSWER: &[u8] = b"data: {\"one\":1}\n\ndata: [DONE]\n\n";
 
+fn functions(offered: u32, forced: Option<ForcedCall>, first_call_only: bool) -> Option<Functions> {
+    Some(Functions {
+        offered: NonZeroU32::new(offered)?,
+        forced,
+        first_call_only,
+    })
+}
+
+/// What steered the answers of the vector's further receipts.
+fn further() -> [Steering; 5] {
+    let none = Steering::default;
+    [
+        Steering {
+            format: Some(AnswerFormat::JsonObject),
+            ..none()
+        },
+        Steering {
+            bias: Bias::of([-0.0].into_iter()),
+            format: Some(AnswerFormat::JsonSchema),
+            ..none()
+        },
+        Steering {
+            functions: functions(2, Some(ForcedCall::Any), false),
+            ..none()
+        },
+        Steering {
+            functions: functions(1, Some(ForcedCall::One), false),
+            ..none()
+        },
+        Steering {
+            functions: functions(1, Some(ForcedCall::OneBySchema), true),
+            stop_strings: NonZeroU32::new(4),
+            ..none()
+        },
+    ]
+}
+
+fn incomplete() -> Receipt {
+    let mut receipt = receipt();
+    receipt.usage = None;
+    receipt.parameters.max_tokens = None;
+    receipt.parameters.steering = Steering::default();
+    receipt.adapter_digests.clear();
+    receipt
+}
+
 fn receipt() -> Receipt {
     let (request_salt, answer_salt) = salts();
     let mut hasher = AnswerHasher::new(&answer_salt);
@@ -51,6 +99,12 @@ fn receipt() -> Receipt {
             seed: u64::MAX,
             choices: 2,
             max_tokens: Some(64),
+            steering: Steering {
+                bias: Bias::of([100.0, -3.5, 0.0].into_iter()),
+                format: None,
+                functions: functions(2, None, true),
+                stop_strings: NonZeroU32::new(2),
+            },
         },
         request_hash: RequestHash::of(&request_salt, "POST", "/v1/chat/completions", REQUEST),
         status: 200,
@@ -80,20 +134,23 @@ fn signs_the_vector_byte_for_byte() {
     assert_eq!(key().verifying_key().to_string(), vectors["receipt_key"]);
     assert_eq!(bytes(&vectors["request"]["body"]), REQUEST);
     assert_eq!(bytes(&vectors["answer"]["body"]), ANSWER);
-    let mut incomplete = receipt();
-    incomplete.usage = None;
-    incomplete.parameters.max_tokens = None;
-    incomplete.adapter_digests.clear();
-    let envelope = incomplete.sign(&key()).unwrap();
+    let envelope = incomplete().sign(&key()).unwrap();
     assert_eq!(hex::encode(envelope), vectors["incomplete"]);
+    let steered = vectors["steered"].as_array().unwrap();
+    assert_eq!(steered.len(), further().len());
+    for (expected, steering) in steered.iter().zip(further()) {
+        let mut receipt = incomplete();
+        receipt.parameters.steering = steering;
+        let envelope = receipt.sign(&key()).unwrap();
+        assert_eq!(hex::encode(&envelope), *expected);
+        let read = SignedReceipt::parse(&envelope).unwrap();
+        assert_eq!(read.unverified(), &receipt);
+    }
 }
 
 #[test]
 fn reads_what_it_signed_and_keeps_every_field() {
-    let mut incomplete = receipt();
-    incomplete.usage = None;
-    incomplete.parameters.max_tokens = None;
-    for receipt in [receipt(), incomplete] {
+    for receipt in [receipt(), incomplete()] {
         let signed = SignedReceipt::parse(&receipt.sign(&key()).unwrap()).unwrap();
         assert_eq!(signed.unverified(), &receipt);
     }
@@ -133,7 +190,7 @@ fn refuses_other_encodings_of_the_same_receipt() {
 #[test]
 fn neither_signs_nor_reads_fields_that_break_their_rule() {
     type Break = (&'static str, fn(&mut Receipt));
-    let broken: [Break; 9] = [
+    let broken: [Break; 11] = [
         ("receipt.counter", |r| r.counter = 0),
         ("receipt.status", |r| r.status = 199),
         ("receipt.status", |r| r.status = 600),
@@ -147,6 +204,12 @@ fn neither_signs_nor_reads_fields_that_break_their_rule() {
         ("receipt.parameters", |r| {
             r.parameters.temperature = f32::INFINITY;
         }),
+        ("receipt.parameters.logit_bias", |r| {
+            r.parameters.steering.bias.as_mut().unwrap().strongest = f32::NAN;
+        }),
+        ("receipt.parameters.logit_bias", |r| {
+            r.parameters.steering.bias.as_mut().unwrap().strongest = -1.0;
+        }),
     ];
     for (field, break_it) in broken {
         let mut receipt = receipt();
@@ -159,14 +222,69 @@ fn neither_signs_nor_reads_fields_that_break_their_rule() {
         let read = SignedReceipt::parse(&envelope).unwrap_err();
         assert!(is_it(&read), "{field}: {read}");
     }
-    let format = resigned(|body| body[2] = 2);
-    assert!(matches!(
-        SignedReceipt::parse(&format),
-        Err(ReceiptError::Malformed(Malformed::Unsupported {
-            what: "receipt.format",
-            ..
-        }))
-    ));
+    // The former format left out what steered an answer; read as this one, it would say that nothing did.
+    for other in [1, 3] {
+        let format = resigned(|body| body[2] = other);
+        assert!(matches!(
+            SignedReceipt::parse(&format),
+            Err(ReceiptError::Malformed(Malformed::Unsupported {
+                what: "receipt.format",
+                ..
+            }))
+        ));
+    }
+}
+
+#[test]
+fn steering_of_unknown_kinds_and_of_nothing_is_not_read() {
+    /// Puts other bytes in the place of some that occur once.
+    fn put(body: &mut Vec<u8>, from: &[u8], to: &[u8]) {
+        let places: Vec<_> = (0..body.len())
+            .filter(|&at| body[at..].starts_with(from))
+            .collect();
+        assert_eq!(places.len(), 1, "{from:02x?}");
+        body.splice(places[0]..places[0] + from.len(), to.iter().copied());
+    }
+    // Keys 10, 12 and 13 of the parameters, as the vector has them.
+    let steering = [
+        &[0x0a, 0x82, 0x03, 0xf9, 0x56, 0x40][..],
+        &[0x0c, 0x83, 0x02, 0xf6, 0xf5],
+        &[0x0d, 0x02],
+    ]
+    .concat();
+    let read = |to: &[&[u8]]| {
+        let envelope = resigned(|body| put(body, &steering, &to.concat()));
+        SignedReceipt::parse(&envelope)
+    };
+    let bias: &[u8] = &[0x0a, 0x82, 0x03, 0xf9, 0x56, 0x40];
+    let (functions, stop): (&[u8], &[u8]) = (&[0x0c, 0x83, 0x02, 0xf6, 0xf5], &[0x0d, 0x02]);
+    assert!(read(&[bias, functions, stop]).is_ok());
+    for wrong in [
+        // No token is biased; no function is offered; there is no stop string.
+        [&[0x0a, 0x82, 0x00, 0xf9, 0x56, 0x40], functions, stop],
+        [bias, &[0x0c, 0x83, 0x00, 0xf6, 0xf5], stop],
+        [bias, functions, &[0x0d, 0x00]],
+        // An unknown kind of forced call, a shorter and a longer array.
+        [bias, &[0x0c, 0x83, 0x02, 0x04, 0xf5], stop],
+        [&[0x0a, 0x81, 0x03], functions, stop],
+        [bias, &[0x0c, 0x84, 0x02, 0xf6, 0xf5, 0x00], stop],
+        // The same bias in single precision.
+        [
+            &[0x0a, 0x82, 0x03, 0xfa, 0x42, 0xc8, 0x00, 0x00],
+            functions,
+            stop,
+        ],
+        // An unknown format of answers in the place of the stop strings.
+        [bias, &[0x0b, 0x03], functions],
+    ] {
+        assert!(
+            matches!(read(&wrong), Err(ReceiptError::Malformed(_))),
+            "{wrong:02x?}"
+        );
+    }
+    let json = read(&[bias, &[0x0b, 0x02], functions]).unwrap();
+    let format = json.unverified().parameters.steering.format;
+    assert_eq!(format, Some(AnswerFormat::JsonSchema));
 }
 
 #[test]

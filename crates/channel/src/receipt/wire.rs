@@ -1,10 +1,15 @@
 //! The CBOR of a receipt.
 
+use std::num::NonZeroU32;
+
 use casemate_release::Malformed;
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 
-use super::{AnswerHash, FORMAT, Parameters, Receipt, RequestHash, Usage};
+use super::{
+    AnswerFormat, AnswerHash, Bias, FORMAT, Functions, Parameters, Receipt, RequestHash, Steering,
+    Usage,
+};
 use crate::keyset::KeysetDigest;
 
 #[derive(Encode, Decode)]
@@ -74,6 +79,14 @@ struct ParametersMap {
     choices: u32,
     #[n(9)]
     max_tokens: Option<u32>,
+    #[n(10)]
+    bias: Option<Bias>,
+    #[n(11)]
+    format: Option<AnswerFormat>,
+    #[n(12)]
+    functions: Option<Functions>,
+    #[n(13)]
+    stop_strings: Option<NonZeroU32>,
 }
 
 #[derive(Encode, Decode)]
@@ -86,13 +99,13 @@ struct UsageArray {
 }
 
 /// Floats in the shorter of half and single precision that holds the value (RFC 8949, section 4.2.1).
-mod shortest_float {
+pub(super) mod shortest_float {
     use half::f16;
     use minicbor::data::Type;
     use minicbor::decode::{self, Decoder};
     use minicbor::encode::{self, Encoder, Write};
 
-    pub(super) fn encode<C, W: Write>(
+    pub(in super::super) fn encode<C, W: Write>(
         value: &f32,
         encoder: &mut Encoder<W>,
         _: &mut C,
@@ -104,7 +117,10 @@ mod shortest_float {
         }
     }
 
-    pub(super) fn decode<C>(decoder: &mut Decoder<'_>, _: &mut C) -> Result<f32, decode::Error> {
+    pub(in super::super) fn decode<C>(
+        decoder: &mut Decoder<'_>,
+        _: &mut C,
+    ) -> Result<f32, decode::Error> {
         match decoder.datatype()? {
             Type::F16 => decoder.f16(),
             _ => decoder.f32(),
@@ -112,9 +128,53 @@ mod shortest_float {
     }
 }
 
+impl From<&Parameters> for ParametersMap {
+    fn from(parameters: &Parameters) -> ParametersMap {
+        let steering = &parameters.steering;
+        ParametersMap {
+            temperature: parameters.temperature,
+            top_p: parameters.top_p,
+            top_k: parameters.top_k,
+            min_p: parameters.min_p,
+            presence_penalty: parameters.presence_penalty,
+            frequency_penalty: parameters.frequency_penalty,
+            repetition_penalty: parameters.repetition_penalty,
+            seed: parameters.seed,
+            choices: parameters.choices,
+            max_tokens: parameters.max_tokens,
+            bias: steering.bias,
+            format: steering.format,
+            functions: steering.functions,
+            stop_strings: steering.stop_strings,
+        }
+    }
+}
+
+impl From<ParametersMap> for Parameters {
+    fn from(map: ParametersMap) -> Parameters {
+        Parameters {
+            temperature: map.temperature,
+            top_p: map.top_p,
+            top_k: map.top_k,
+            min_p: map.min_p,
+            presence_penalty: map.presence_penalty,
+            frequency_penalty: map.frequency_penalty,
+            repetition_penalty: map.repetition_penalty,
+            seed: map.seed,
+            choices: map.choices,
+            max_tokens: map.max_tokens,
+            steering: Steering {
+                bias: map.bias,
+                format: map.format,
+                functions: map.functions,
+                stop_strings: map.stop_strings,
+            },
+        }
+    }
+}
+
 impl From<&Receipt> for Body {
     fn from(receipt: &Receipt) -> Body {
-        let parameters = &receipt.parameters;
         Body {
             format: FORMAT,
             id: receipt.id.as_str().to_owned(),
@@ -125,18 +185,7 @@ impl From<&Receipt> for Body {
             model_version: receipt.model_version,
             adapter_digests: receipt.adapter_digests.iter().map(|&d| d.into()).collect(),
             compute: receipt.compute.clone(),
-            parameters: ParametersMap {
-                temperature: parameters.temperature,
-                top_p: parameters.top_p,
-                top_k: parameters.top_k,
-                min_p: parameters.min_p,
-                presence_penalty: parameters.presence_penalty,
-                frequency_penalty: parameters.frequency_penalty,
-                repetition_penalty: parameters.repetition_penalty,
-                seed: parameters.seed,
-                choices: parameters.choices,
-                max_tokens: parameters.max_tokens,
-            },
+            parameters: (&receipt.parameters).into(),
             request_hash: receipt.request_hash.0,
             status: receipt.status,
             answer_hash: receipt.answer_hash.0,
@@ -157,10 +206,9 @@ impl TryFrom<Body> for Receipt {
             return Err(Malformed::Unsupported {
                 what: "receipt.format",
                 found: body.format.to_string(),
-                expected: "1",
+                expected: "2",
             });
         }
-        let parameters = body.parameters;
         Ok(Receipt {
             id: body
                 .id
@@ -173,18 +221,7 @@ impl TryFrom<Body> for Receipt {
             model_version: body.model_version,
             adapter_digests: body.adapter_digests.into_iter().map(Into::into).collect(),
             compute: body.compute,
-            parameters: Parameters {
-                temperature: parameters.temperature,
-                top_p: parameters.top_p,
-                top_k: parameters.top_k,
-                min_p: parameters.min_p,
-                presence_penalty: parameters.presence_penalty,
-                frequency_penalty: parameters.frequency_penalty,
-                repetition_penalty: parameters.repetition_penalty,
-                seed: parameters.seed,
-                choices: parameters.choices,
-                max_tokens: parameters.max_tokens,
-            },
+            parameters: body.parameters.into(),
             request_hash: RequestHash(body.request_hash),
             status: body.status,
             answer_hash: AnswerHash(body.answer_hash),

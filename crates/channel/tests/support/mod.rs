@@ -7,10 +7,10 @@ use casemate_attest::{Denial, Evidence, Policy, Transcript, UnixTime};
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_channel::ohttp::Keyring;
 use casemate_channel::verify::{AttestationResponse, Challenge, VerifiedService, verify_service};
-use casemate_container::ModelDigest;
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::credential::Credential;
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::statements;
 
 pub(crate) const NOW: u64 = 1_795_000_000;
 pub(crate) const MAXIMUM_AGE: u64 = 300;
@@ -45,31 +45,10 @@ impl Service {
             },
             pinned: issuer.verifying_key(),
             issuer,
-            keyset: Keyset {
-                ohttp_config: config.encoded,
-                receipt_key: [4; 32],
-                tls_key_digest: None,
-                model_name: "smollm2".into(),
-                model_digest: [5; 32],
-                model_version: 7,
-                adapter_digests: vec![],
-                compute: "int8-g32".into(),
-                policy_version: 3,
-                not_before: NOW,
-                expires_at: NOW + 3600,
-            },
+            keyset: statements::keyset(config.encoded, NOW),
             credential: Credential {
-                evidence_digest: [6; 32],
-                keyset_digest: [0; 32],
-                model_digest: ModelDigest([5; 32]),
-                model_version: 7,
-                adapter_digests: vec![],
-                service: "demo".into(),
-                policy_version: 3,
-                log_size: 1,
-                log_head: [8; 32],
-                issued_at: NOW,
                 expires_at: NOW + 1800,
+                ..statements::credential(&KeysetDigest([0; 32]), NOW)
             },
             purpose: Purpose::Serving,
             challenge: Challenge::from_parts([9; 32], UnixTime::from_secs(NOW)),

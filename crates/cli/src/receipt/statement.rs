@@ -4,9 +4,10 @@ use std::fmt::Write as _;
 
 use casemate_attest::UnixTime;
 use casemate_channel::keyset::ChannelBinding;
-use casemate_channel::receipt::{Receipt, VerifiedExchange};
+use casemate_channel::receipt::{Receipt, Steering, VerifiedExchange};
 use serde_json::{Value, json};
 
+use super::steering;
 use crate::verdict::Trusted;
 
 /// The two lists.
@@ -65,6 +66,7 @@ impl Statement {
             "the clock of the machine on which the proxy ran"
         };
         statement.not_proven.extend([
+            dictation(&receipt.parameters.steering),
             "That the answer is true.".to_owned(),
             format!(
                 "When exactly it was made. {} is the enclave's clock, which its host sets; the attestation was judged as \
@@ -132,6 +134,18 @@ impl Statement {
             p.seed,
             p.choices
         ));
+        let means = steering::means(&p.steering);
+        self.proven.push(match means.as_slice() {
+            [] => "Beside the prompt and this drawing nothing steered the answer: no logit_bias, no grammar, no forced call, no stop string."
+                .to_owned(),
+            means => format!("Beside the prompt and this drawing these steered the answer: {}.", means.join("; ")),
+        });
+        if let Some(functions) = &p.steering.functions {
+            self.proven.push(format!(
+                "The model was shown {} function(s) that could be called.",
+                functions.offered
+            ));
+        }
     }
 
     pub(super) fn to_text(&self) -> String {
@@ -147,11 +161,28 @@ impl Statement {
     }
 }
 
+/// Whose words an answer may be.
+fn dictation(in_force: &Steering) -> String {
+    let mut text =
+        "That the model would have said so by itself. A prompt can dictate an answer, always"
+            .to_owned();
+    if !steering::means(in_force).is_empty() {
+        text.push_str(
+            "; and here the request steered it by more than its prompt (above), which can dictate every word. The \
+             receipt does not say what those held",
+        );
+    }
+    text.push_str(
+        ": read the whole request (--request FILE) before you take the answer for the model's own.",
+    );
+    text
+}
+
 /// What a receipt says, for machines.
 pub(super) fn claims(receipt: &Receipt) -> Value {
     let p = &receipt.parameters;
     let adapters: Vec<_> = receipt.adapter_digests.iter().map(hex::encode).collect();
-    json!({
+    let mut claims = json!({
         "id": receipt.id.as_str(),
         "counter": receipt.counter,
         "keyset_digest": receipt.keyset_digest.to_string(),
@@ -180,7 +211,9 @@ pub(super) fn claims(receipt: &Receipt) -> Value {
             "completion_tokens": usage.completion_tokens,
         })),
         "untrusted_time": UnixTime::from_secs(receipt.time),
-    })
+    });
+    claims["parameters"]["steering"] = Value::Object(steering::claims(&p.steering));
+    claims
 }
 
 impl Trusted {
@@ -191,5 +224,29 @@ impl Trusted {
         trusted.sentence = format!("{}; receipt {}", trusted.sentence, receipt.id);
         trusted.claims["receipt"] = claims(receipt);
         trusted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    #[test]
+    fn a_prompt_may_have_dictated_any_answer_and_what_else_was_in_force_is_said() {
+        let by_prompt = dictation(&Steering::default());
+        let by_more = dictation(&Steering {
+            stop_strings: NonZeroU32::new(1),
+            ..Steering::default()
+        });
+        for text in [&by_prompt, &by_more] {
+            assert!(
+                text.contains("A prompt can dictate an answer, always"),
+                "{text}"
+            );
+        }
+        assert!(!by_prompt.contains("more than its prompt"), "{by_prompt}");
+        assert!(by_more.contains("more than its prompt"), "{by_more}");
     }
 }

@@ -23,16 +23,15 @@ use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, GATEWAY_PATH, KEYSET_HINT, Keyring, ReceiveError, Received,
 };
 use casemate_channel::receipt::{
-    AnswerHasher, FetchedReceipt, Parameters, RECEIPT_FIELD, RECEIPTS_PATH, Receipt, RequestHash,
-    RequestId, Salt, Usage,
+    AnswerHasher, FetchedReceipt, RECEIPT_FIELD, RECEIPTS_PATH, Receipt, RequestHash, RequestId,
+    Salt,
 };
 use casemate_channel::tls::{ServerKey, service_exporter};
 use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
-use casemate_container::ModelDigest;
 use casemate_container::signing::SigningKey;
 use casemate_listen::{Counters, Establish, Limits, Server};
-use casemate_release::credential::Credential;
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::statements;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::net::{TcpListener, TcpStream};
@@ -235,39 +234,17 @@ impl Enclave {
     ) -> AttestationResponse {
         let now = self.now().as_secs();
         let keyset = Keyset {
-            ohttp_config: self.config.lock().unwrap().clone(),
             receipt_key: *self.receipt_key.verifying_key().as_bytes(),
             tls_key_digest,
-            model_name: "smollm2".into(),
-            model_digest: [5; 32],
-            model_version: 7,
-            adapter_digests: vec![],
-            compute: "int8-g32".into(),
-            policy_version: 3,
-            not_before: now,
-            expires_at: now + 3600,
+            ..statements::keyset(self.config.lock().unwrap().clone(), now)
         };
         let keyset = keyset.encode().unwrap();
         keyset.clone_into(&mut self.keyset.lock().unwrap());
         let digest = KeysetDigest::of(&keyset);
-        let service = if self.fault() == Fault::OtherService {
-            "other"
-        } else {
-            "demo"
-        };
-        let credential = Credential {
-            evidence_digest: [6; 32],
-            keyset_digest: digest.0,
-            model_digest: ModelDigest([5; 32]),
-            model_version: 7,
-            adapter_digests: vec![],
-            service: service.into(),
-            policy_version: 3,
-            log_size: 1,
-            log_head: [8; 32],
-            issued_at: now,
-            expires_at: now + 3600,
-        };
+        let mut credential = statements::credential(&digest, now);
+        if self.fault() == Fault::OtherService {
+            credential.service = "other".into();
+        }
         if self.fault() == Fault::StaleEvidence {
             nonce[0] ^= 1;
         }
@@ -357,35 +334,13 @@ impl Enclave {
             id(counter)
         };
         let target = request.uri().to_string();
+        let request_hash = RequestHash::of(&request_salt, "POST", &target, request.body());
+        let keyset = Keyset::decode(&self.keyset.lock().unwrap()).unwrap();
+        let now = self.now().as_secs();
         let receipt = Receipt {
             id: stated,
             counter,
-            keyset_digest: KeysetDigest::of(&self.keyset.lock().unwrap()),
-            evidence_digest: [6; 32],
-            model_digest: [5; 32],
-            model_version: 7,
-            adapter_digests: vec![],
-            compute: "int8-g32".into(),
-            parameters: Parameters {
-                temperature: 1.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: 1,
-                choices: 1,
-                max_tokens: None,
-            },
-            request_hash: RequestHash::of(&request_salt, "POST", &target, request.body()),
-            status: 200,
-            answer_hash: hasher.finish(),
-            usage: Some(Usage {
-                prompt_tokens: 1,
-                completion_tokens: 1,
-            }),
-            time: self.now().as_secs(),
+            ..statements::receipt(&keyset, request_hash, hasher.finish(), now)
         };
         let key = if self.fault() == Fault::OtherReceiptKey {
             &self.issuer

@@ -3,6 +3,7 @@
 use axum::body::Bytes;
 use axum::extract::{Extension, State};
 use axum::response::Response;
+use casemate_channel::receipt::AnswerFormat;
 use casemate_engine::{ChatMessage, Engine};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -10,7 +11,7 @@ use time::OffsetDateTime;
 use super::Api;
 use super::answer::Shape;
 use super::error::ApiError;
-use super::format;
+use super::format::{self, Told};
 use super::generation::Job;
 use super::messages;
 use super::parameters::Fields;
@@ -73,16 +74,18 @@ pub(super) async fn create(
         ));
     }
     if logprobs.is_some() {
-        let by_schema = format.as_ref().is_some_and(|format| format.of_client);
+        // A client that wrote the schema can ask for tokens of its choice.
+        let schema = Told::Format(AnswerFormat::JsonSchema);
+        let by_schema = format.as_ref().is_some_and(|format| format.told == schema);
         api.extraction().unsteered("response_format", by_schema)?;
         api.extraction()
             .unsteered("tool_choice", tools.forced.is_some())?;
     }
-    let grammar = match &tools.forced {
+    let constraint = match &tools.forced {
         Some((_, forced)) => Some(forced.clone()),
-        None => format.map(|format| format.grammar),
+        None => format,
     };
-    if grammar.is_some() && !stop.is_empty() {
+    if constraint.is_some() && !stop.is_empty() {
         return Err(ApiError::value(
             "stop",
             "an answer that must be whole JSON cannot be cut by stop strings",
@@ -100,7 +103,7 @@ pub(super) async fn create(
         sampling,
         stop,
         logprobs,
-        grammar,
+        constraint,
         reading: tools.reading,
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };

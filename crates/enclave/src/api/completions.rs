@@ -80,7 +80,7 @@ pub(super) async fn create(
             .sampling(api.extraction(), logprobs.is_some(), vocab)?,
         stop: fields.common.stops()?,
         logprobs,
-        grammar: None,
+        constraint: None,
         reading: None,
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };

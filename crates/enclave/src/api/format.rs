@@ -1,5 +1,6 @@
-//! `response_format`: plain text, any JSON object, or a JSON Schema.
+//! `response_format`: plain text, any JSON object, or a JSON Schema. What answers must be, for functions too.
 
+use casemate_channel::receipt::{AnswerFormat, ForcedCall};
 use casemate_engine::Grammar;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -29,15 +30,22 @@ struct Schema {
     _strict: Option<bool>,
 }
 
-/// What answers must be.
-pub(super) struct Wanted {
+/// What answers must be, together with what a receipt says of it, so that none is in force untold.
+#[derive(Clone)]
+pub(super) struct Constraint {
     pub(super) grammar: Grammar,
-    /// Whether the client wrote it, so that it can ask for tokens of its choice.
-    pub(super) of_client: bool,
+    pub(super) told: Told,
+}
+
+/// What a receipt says of a grammar.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Told {
+    Format(AnswerFormat),
+    Call(ForcedCall),
 }
 
 /// What answers must be; `None` leaves them free.
-pub(super) fn parse(value: Value) -> Result<Option<Wanted>, ApiError> {
+pub(super) fn parse(value: Value) -> Result<Option<Constraint>, ApiError> {
     let format: Format = serde_json::from_value(value).map_err(|_| {
         ApiError::value(
             "response_format",
@@ -47,9 +55,9 @@ pub(super) fn parse(value: Value) -> Result<Option<Wanted>, ApiError> {
     })?;
     match format {
         Format::Text {} => Ok(None),
-        Format::JsonObject {} => Ok(Some(Wanted {
+        Format::JsonObject {} => Ok(Some(Constraint {
             grammar: Grammar::json_object(),
-            of_client: false,
+            told: Told::Format(AnswerFormat::JsonObject),
         })),
         Format::JsonSchema { json_schema } => {
             if !super::tools::is_name(&json_schema.name) {
@@ -59,9 +67,9 @@ pub(super) fn parse(value: Value) -> Result<Option<Wanted>, ApiError> {
                 ));
             }
             let grammar = compile("response_format", json_schema.schema)?;
-            Ok(Some(Wanted {
+            Ok(Some(Constraint {
                 grammar,
-                of_client: true,
+                told: Told::Format(AnswerFormat::JsonSchema),
             }))
         }
     }

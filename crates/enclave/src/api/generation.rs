@@ -1,13 +1,14 @@
 //! Runs the engine for one API request: several choices at once, collected or streamed, cancelled when nobody reads.
 
 use std::convert::Infallible;
+use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 
 use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use casemate_channel::receipt::Parameters;
-use casemate_engine::{Event, FinishReason, Grammar, Request, RequestId, Sampling, TokenLogprobs};
+use casemate_channel::receipt::{Bias, Functions, Parameters, Steering};
+use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling, TokenLogprobs};
 use futures::stream;
 use tokio::sync::mpsc;
 
@@ -16,6 +17,7 @@ use super::answer::{Answer, Choice, Ending, Likelihood, Piece, Served, Usage};
 use super::calls::{Call, CallReader};
 use super::error::ApiError;
 use super::extraction::Shown;
+use super::format::{Constraint, Told};
 use super::tools::Reading;
 use crate::access::Meter;
 
@@ -34,7 +36,7 @@ pub(super) struct Job {
     /// Log-probabilities that the policy shows.
     pub(super) logprobs: Option<Shown>,
     /// What every answer must be.
-    pub(super) grammar: Option<Grammar>,
+    pub(super) constraint: Option<Constraint>,
     /// How calls of functions are found in answers.
     pub(super) reading: Option<Reading>,
     /// Counts what is used.
@@ -42,7 +44,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// What a receipt says about how tokens are drawn.
+    /// What a receipt says about how tokens are drawn, and what steers them.
     fn parameters(&self) -> Parameters {
         let sampling = &self.sampling;
         Parameters {
@@ -56,6 +58,29 @@ impl Job {
             seed: sampling.seed,
             choices: self.choices,
             max_tokens: self.max_tokens,
+            steering: self.steering(),
+        }
+    }
+
+    fn steering(&self) -> Steering {
+        let count = |length: usize| NonZeroU32::new(u32::try_from(length).unwrap_or(u32::MAX));
+        let (format, forced) = match self.constraint.as_ref().map(|constraint| constraint.told) {
+            None => (None, None),
+            Some(Told::Format(format)) => (Some(format), None),
+            Some(Told::Call(call)) => (None, Some(call)),
+        };
+        let functions = self.reading.as_ref().and_then(|reading| {
+            Some(Functions {
+                offered: count(reading.names.len())?,
+                forced,
+                first_call_only: reading.single,
+            })
+        });
+        Steering {
+            bias: Bias::of(self.sampling.bias.iter().map(|(_, bias)| *bias)),
+            format,
+            functions,
+            stop_strings: count(self.stop.len()),
         }
     }
 }
@@ -121,7 +146,7 @@ impl Api {
                     sampling,
                     stop: job.stop.clone(),
                     logprobs: job.logprobs.map(|shown| shown.known),
-                    grammar: job.grammar.clone(),
+                    grammar: job.constraint.as_ref().map(|c| c.grammar.clone()),
                     ..Request::default()
                 };
                 let sender = sender.clone();

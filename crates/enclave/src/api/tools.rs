@@ -1,12 +1,13 @@
 //! `tools` and `tool_choice`: which functions a model may or must call. What it writes is read by
 //! [`super::calls`].
 
+use casemate_channel::receipt::ForcedCall;
 use casemate_engine::{CallFormat, ChatTemplate, Grammar};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
-use super::format::compile;
+use super::format::{Constraint, Told, compile};
 
 /// Most functions of one request, and their definitions in bytes of JSON.
 const MAX_TOOLS: usize = 128;
@@ -76,7 +77,7 @@ pub(super) struct Tools {
     /// How answers are read; `None` where none may be called.
     pub(super) reading: Option<Reading>,
     /// Where a call is forced: what the answer begins with, and what it must be.
-    pub(super) forced: Option<(&'static str, Grammar)>,
+    pub(super) forced: Option<(&'static str, Constraint)>,
 }
 
 /// How calls are found in what a model writes.
@@ -211,7 +212,7 @@ fn force(
     format: CallFormat,
     functions: &[Function],
     only: Option<&Function>,
-) -> Result<(&'static str, Grammar), ApiError> {
+) -> Result<(&'static str, Constraint), ApiError> {
     let (begin, arguments) = match format {
         CallFormat::Tagged => ("<tool_call>\n", "arguments"),
         CallFormat::Bare => ("", "parameters"),
@@ -220,7 +221,7 @@ fn force(
         Some(function) => vec![&function.name],
         None => functions.iter().map(|f| f.name.as_str()).collect(),
     };
-    let schema = match only {
+    let (schema, told) = match only {
         Some(Function {
             strict: Some(true),
             parameters: Some(parameters),
@@ -228,14 +229,16 @@ fn force(
         }) => {
             // Refused under its own name before it is refused as a part of another schema.
             compile("tools", parameters.clone())?;
-            Value::Object(parameters.clone())
+            (Value::Object(parameters.clone()), ForcedCall::OneBySchema)
         }
-        _ => json!({"type": "object"}),
+        Some(_) => (json!({"type": "object"}), ForcedCall::One),
+        None => (json!({"type": "object"}), ForcedCall::Any),
     };
     let call = json!({
         "type": "object", "additionalProperties": false, "required": ["name", arguments],
         "properties": {"name": {"enum": names}, arguments: schema},
     });
     let grammar = Grammar::from_schema(&call).map_err(|error| ApiError::value("tools", error))?;
-    Ok((begin, grammar))
+    let told = Told::Call(told);
+    Ok((begin, Constraint { grammar, told }))
 }

@@ -147,50 +147,28 @@ impl Drop for Passing {
 
 #[cfg(test)]
 mod tests {
-    use casemate_channel::keyset::KeysetDigest;
     use casemate_channel::receipt::{Parameters, RequestId, SignedReceipt};
-    use casemate_container::signing::SigningKey;
     use futures::stream;
 
     use super::*;
     use crate::api::Ending;
-    use crate::receipts::{KeysetFacts, Limits};
+    use crate::receipts::{Limits, signer_until};
 
     type Piece = Result<Bytes, &'static str>;
 
     /// What is signed of an answer of these pieces that the engine never noted to have ended.
     async fn usage_is_stated(pieces: Vec<Piece>) -> bool {
         let receipts = Arc::new(Receipts::new(Limits::default(), || 0));
-        let facts = KeysetFacts {
-            keyset_digest: KeysetDigest([1; 32]),
-            evidence_digest: [2; 32],
-            model_digest: [3; 32],
-            model_version: 4,
-            adapter_digests: vec![],
-            compute: "f32".into(),
-            expires_at: 1,
-        };
         let id = RequestId::new("chatcmpl", [5; 16]);
         let served = Served {
             id: id.clone(),
-            parameters: Parameters {
-                temperature: 1.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: 6,
-                choices: 1,
-                max_tokens: None,
-            },
+            parameters: Parameters::default(),
             ending: Ending::default(),
         };
         let salt = Salt::random();
         let open = Open::new(
             Arc::clone(&receipts),
-            Arc::new(Signer::new(facts, SigningKey::generate())),
+            Arc::new(signer_until(1)),
             Caller::anonymous(),
             served,
             StatusCode::OK,

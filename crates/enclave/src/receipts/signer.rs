@@ -124,12 +124,13 @@ impl Signer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use casemate_channel::receipt::{AnswerHasher, Salt, SignedReceipt};
 
     use super::*;
 
-    fn signer() -> Signer {
+    /// Signs until `expires_at`, under a keyset of no importance.
+    pub(crate) fn signer_until(expires_at: u64) -> Signer {
         let facts = KeysetFacts {
             keyset_digest: KeysetDigest([1; 32]),
             evidence_digest: [2; 32],
@@ -137,7 +138,7 @@ mod tests {
             model_version: 4,
             adapter_digests: vec![],
             compute: "int8-g32".into(),
-            expires_at: 100,
+            expires_at,
         };
         Signer::new(facts, SigningKey::generate())
     }
@@ -147,16 +148,8 @@ mod tests {
         Statement {
             id: RequestId::new("chatcmpl", [5; 16]),
             parameters: Parameters {
-                temperature: 1.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: 6,
                 choices,
-                max_tokens: None,
+                ..Parameters::default()
             },
             request_hash: RequestHash::of(&salt, "POST", "/", b""),
             status: 200,
@@ -179,7 +172,7 @@ mod tests {
 
     #[test]
     fn receipts_are_numbered_from_one_without_gaps() {
-        let signer = signer();
+        let signer = signer_until(100);
         assert_eq!(counter(signer.sign(statement(1), 10)), 1);
         assert_eq!(counter(signer.sign(statement(1), 10)), 2);
         // What cannot be signed takes no number.
@@ -190,7 +183,7 @@ mod tests {
 
     #[test]
     fn the_key_is_gone_at_the_end_of_its_keyset() {
-        let signer = signer();
+        let signer = signer_until(100);
         assert!(!signer.erase_expired(99));
         assert_eq!(counter(signer.sign(statement(1), 99)), 1);
         let ended = signer.sign(statement(1), 100);

@@ -6,6 +6,7 @@ use super::*;
 use crate::access;
 use crate::config::MeasuredConfig;
 use crate::metrics::Metrics;
+use crate::receipts::signer_until;
 
 /// Nobody asks for evidence here.
 struct NoTee;
@@ -33,25 +34,12 @@ fn provisioner() -> Provisioner {
     Provisioner::new(&measured.config, [0; 48], Arc::new(NoTee)).unwrap()
 }
 
-fn signer(ends_at: u64) -> Arc<Signer> {
-    let facts = KeysetFacts {
-        keyset_digest: KeysetDigest([1; 32]),
-        evidence_digest: [2; 32],
-        model_digest: [3; 32],
-        model_version: 4,
-        adapter_digests: Vec::new(),
-        compute: "f32".into(),
-        expires_at: ends_at,
-    };
-    Arc::new(Signer::new(facts, SigningKey::generate()))
-}
-
 /// An enclave whose only identity, with a TLS key, is served until `ends_at`, and that no broker answers.
 pub(crate) fn until(ends_at: u64) -> Serving {
     let keyring = Keyring::default();
     // Held beyond the credential, as in life.
     let key_id = keyring.generate(ends_at + 1000).unwrap().id;
-    let signer = signer(ends_at);
+    let signer = Arc::new(signer_until(ends_at));
     let identity = Identity {
         shown: Arc::new(Shown {
             keyset: b"keyset".to_vec(),
@@ -92,7 +80,7 @@ pub(crate) fn until(ends_at: u64) -> Serving {
 pub(crate) fn add_signer_of_the_same_key_id(serving: &Serving) {
     let mut signers = serving.signers();
     let id = signers[0].0;
-    signers.push((id, signer(1000)));
+    signers.push((id, Arc::new(signer_until(1000))));
 }
 
 #[test]
