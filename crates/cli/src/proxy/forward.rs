@@ -201,21 +201,11 @@ async fn receipt(
     let completed = match session.service().direct() {
         Some(direct) => {
             let (parts, body) = send_direct(session, direct, inner).await?.into_parts();
-            receipts::complete(session, &id, parts.status, parts.headers, body).await
+            receipts::complete(session, None, &id, parts.status, parts.headers, body).await
         }
         None => {
             let (current, answer) = carry(session, &inner).await?;
-            let first =
-                receipts::complete(session, &id, answer.status, answer.headers, answer.body).await;
-            match first {
-                Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)) => {
-                    match receipts::elsewhere(session, &current, &id, &inner).await {
-                        Some(found) => found,
-                        None => Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)),
-                    }
-                }
-                other => other,
-            }
+            receipts::anywhere(session, &current, &id, &inner, answer).await
         }
     };
     match completed {
@@ -254,7 +244,7 @@ fn to_response(status: StatusCode, headers: HeaderMap, body: Body) -> Response {
 /// refusal itself proves nothing: whoever carries messages can say so of a request that the service will answer, or has.
 /// Both copies then go to keys that the user's policy accepts, and nobody else can read them; but the service may have
 /// done the work twice.
-async fn carry(
+pub(super) async fn carry(
     session: &Session,
     inner: &http::Request<Bytes>,
 ) -> Result<(Arc<Current>, Answer), Refusal> {

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use casemate_channel::ohttp::Answer;
 use casemate_channel::receipt::{
     Bundle, FetchedReceipt, MAX_FETCHED, RECEIPT_FIELD, RECEIPTS_PATH, RequestId, SignedReceipt,
 };
@@ -18,7 +19,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
-use super::forward::{exchange, send_direct};
+use super::forward::{Failure, carry, exchange, send_direct};
 use super::refusal::Refusal;
 use super::session::{Current, Session};
 
@@ -60,9 +61,10 @@ pub(super) fn request_for(
     request
 }
 
-/// Completes what the service answered to [`request_for`].
+/// Completes what the service answered to [`request_for`], asked under `asked`; none over attested TLS.
 pub(super) async fn complete(
     session: &Session,
+    asked: Option<&Arc<Current>>,
     id: &RequestId,
     status: StatusCode,
     headers: HeaderMap,
@@ -83,7 +85,9 @@ pub(super) async fn complete(
     };
     let fetched = FetchedReceipt::from_json(&body, id).map_err(|error| refused(&error))?;
     let signed = SignedReceipt::parse(&fetched.receipt).map_err(|error| refused(&error))?;
-    let Some(current) = session.of_keyset(&signed.unverified().keyset_digest) else {
+    let digest = &signed.unverified().keyset_digest;
+    let asked = asked.filter(|asked| asked.service.keyset_digest() == digest);
+    let Some(current) = session.of_keyset(digest).or_else(|| asked.cloned()) else {
         let message = "this proxy does not have the evidence of the receipt's keyset: it was started since, or has \
                        seen many keysets since";
         return Err(Refusal::new(StatusCode::NOT_FOUND, "evidence_not_kept", message).into());
@@ -97,9 +101,31 @@ pub(super) async fn complete(
     })
 }
 
+/// Completes the service's answer to `request`, or looks under other keysets if it knows no such receipt.
+pub(super) async fn anywhere(
+    session: &Session,
+    asked: &Arc<Current>,
+    id: &RequestId,
+    request: &http::Request<Bytes>,
+    answer: Answer,
+) -> Result<Bundle, NoBundle> {
+    let Answer {
+        status,
+        headers,
+        body,
+    } = answer;
+    match complete(session, Some(asked), id, status, headers, body).await {
+        Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)) => {
+            let found = elsewhere(session, asked, id, request).await;
+            found.unwrap_or(Err(NoBundle::Answer(StatusCode::NOT_FOUND, headers, body)))
+        }
+        other => other,
+    }
+}
+
 /// Asks for a receipt under every other keyset that may still be used: another replica may have made it. One that is gone,
 /// or has no such receipt, is passed over.
-pub(super) async fn elsewhere(
+async fn elsewhere(
     session: &Session,
     asked: &Current,
     id: &RequestId,
@@ -109,7 +135,8 @@ pub(super) async fn elsewhere(
         let Ok(answer) = exchange(session, &other, request).await else {
             continue;
         };
-        match complete(session, id, answer.status, answer.headers, answer.body).await {
+        let (status, headers) = (answer.status, answer.headers);
+        match complete(session, Some(&other), id, status, headers, answer.body).await {
             Err(NoBundle::Answer(..)) => {}
             found => return Some(found),
         }
@@ -237,16 +264,24 @@ impl Pending {
         if let Some(direct) = session.service().direct() {
             let answer = send_direct(session, direct, request.clone()).await?;
             let (parts, body) = answer.into_parts();
-            return complete(session, id, parts.status, parts.headers, body).await;
+            return complete(session, None, id, parts.status, parts.headers, body).await;
         }
-        // The replica that answered has the receipt; a verification that has run out must not be used.
-        let current = match self.current.as_ref().filter(|c| session.still_holds(c)) {
-            Some(current) => Arc::clone(current),
-            None => session.use_service().await?,
-        };
-        let answer = exchange(session, &current, request).await;
-        let answer = answer.map_err(Refusal::from)?;
-        complete(session, id, answer.status, answer.headers, answer.body).await
+        if let Some(current) = &self.current {
+            // Whether that verification still holds or not: the answer is one under it, and this is its end. Nothing goes
+            // to that key which it has not had with the request itself.
+            match exchange(session, current, request).await {
+                // The keyset has ended, and whoever made the receipt has others.
+                Err(Failure::KeyUnknown) => {}
+                answer => {
+                    let answer = answer.map_err(Refusal::from)?;
+                    let (status, headers) = (answer.status, answer.headers);
+                    return complete(session, Some(current), id, status, headers, answer.body)
+                        .await;
+                }
+            }
+        }
+        let (current, answer) = carry(session, request).await?;
+        anywhere(session, &current, id, request, answer).await
     }
 }
 

@@ -214,11 +214,6 @@ impl Session {
             .collect()
     }
 
-    /// Whether a verification may still be used.
-    pub(super) fn still_holds(&self, current: &Current) -> bool {
-        self.holds(current)
-    }
-
     /// Why the latest verification failed, if it did.
     pub(super) fn failure(&self) -> Option<String> {
         self.state().failure.clone()

@@ -297,11 +297,19 @@ impl Enclave {
                 (StatusCode::OK, events.boxed())
             }
             "/v1/endless" => (StatusCode::OK, self.clone().endless().boxed()),
-            "/v1/answer" => {
+            path @ ("/v1/answer" | "/v1/gated-answer") => {
                 let id = self.make_receipt(request, b"answer");
                 let value = HeaderValue::from_str(id.as_str()).unwrap();
                 headers.insert(RECEIPT_FIELD, value);
-                (StatusCode::OK, once("answer".into()))
+                let gated = path == "/v1/gated-answer";
+                let enclave = self.clone();
+                let answer = stream::once(async move {
+                    if gated {
+                        enclave.gate.notified().await;
+                    }
+                    Ok(Bytes::from("answer"))
+                });
+                (StatusCode::OK, answer.boxed())
             }
             path if path.starts_with(RECEIPTS_PATH) => {
                 let id = path[RECEIPTS_PATH.len()..].parse().unwrap();

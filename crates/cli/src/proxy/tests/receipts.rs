@@ -32,11 +32,15 @@ fn path(id: &str) -> String {
 
 /// The bundle proves the exchange under the enclave's policy.
 fn assert_proves(setup: &Setup, json: &[u8]) {
+    assert_proves_of(setup, json, "/v1/answer");
+}
+
+fn assert_proves_of(setup: &Setup, json: &[u8], target: &str) {
     let bundle = Bundle::from_json(json).ok().unwrap();
     let policy = Policy::from_toml(&setup.enclave.policy(MAXIMUM_AGE)).unwrap();
     let request = RequestBytes {
         method: "POST",
-        target: "/v1/answer",
+        target,
         body: b"question",
     };
     let exchange = Exchange {
@@ -170,6 +174,63 @@ async fn a_bundle_is_saved_for_each_answer_and_readable_by_its_owner_alone() {
     // What has no receipt leaves nothing.
     assert_eq!(setup.get("/v1/echo").await.status(), 200);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+/// An answer that has begun and does not end.
+async fn begin(setup: &Setup) -> (String, reqwest::Response) {
+    let url = setup.url("/v1/gated-answer");
+    let request = setup.client.post(url).body("question");
+    let response = request.send().await.unwrap();
+    let id = response.headers()["casemate-receipt"].to_str().unwrap();
+    (id.to_owned(), response)
+}
+
+/// Lets it end, and reads what is saved of it.
+async fn end(setup: &Setup, id: &str, answer: reqwest::Response, directory: &Path) {
+    setup.enclave.gate.notify_one();
+    assert_eq!(answer.text().await.unwrap(), "answer");
+    let file = directory.join(format!("{id}.json"));
+    eventually("the receipt is saved", || file.exists()).await;
+    assert_proves_of(setup, &std::fs::read(&file).unwrap(), "/v1/gated-answer");
+}
+
+#[tokio::test]
+async fn the_receipt_of_an_answer_that_outlives_its_verification_is_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = Enclave::new(NOW);
+    let second = first.another();
+    let front = Arc::new(AtomicUsize::new(0));
+    let replicas = vec![first.clone(), second.clone()];
+    let address = Enclave::serve_replicas(replicas, front.clone()).await;
+    let setup = Setup::at(first, address, MAXIMUM_AGE, saver(directory.path())).await;
+    let (id, answer) = begin(&setup).await;
+    // What is verified meanwhile, and often enough to forget the first evidence, is another replica.
+    front.store(1, Ordering::SeqCst);
+    for _ in 0..16 {
+        setup.enclave.advance(MAXIMUM_AGE);
+        second.advance(MAXIMUM_AGE);
+        assert_eq!(setup.get("/v1/echo").await.status(), 200);
+    }
+    end(&setup, &id, answer, directory.path()).await;
+    assert_eq!(processed(&second), 16, "it was not asked for the receipt");
+    // Who asks later than that is told so, and the former replica is sent nothing.
+    let before = setup.enclave.requests.load(Ordering::SeqCst);
+    assert_eq!(setup.get(&path(&id)).await.status(), 404);
+    assert_eq!(setup.enclave.requests.load(Ordering::SeqCst), before);
+}
+
+#[tokio::test]
+async fn the_receipt_of_an_answer_that_outlives_its_keyset_is_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let setup = Setup::with(MAXIMUM_AGE, saver(directory.path())).await;
+    for runs_out in [false, true] {
+        let (id, answer) = begin(&setup).await;
+        setup.enclave.rotate();
+        if runs_out {
+            setup.enclave.advance(MAXIMUM_AGE);
+        }
+        end(&setup, &id, answer, directory.path()).await;
+    }
 }
 
 #[tokio::test]
