@@ -2,8 +2,11 @@
 
 mod support;
 
+use std::pin::pin;
+use std::sync::Arc;
+
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::http::{Request, StatusCode};
 use casemate_enclave::api::router;
 use casemate_enclave::metrics::Metrics;
@@ -419,6 +422,44 @@ async fn the_answers_to_one_request_are_bounded_over_all_its_prompts() {
     let (status, answer) = post(&router, "/v1/completions", &body).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert_eq!(answer["error"]["param"], "n", "{answer}");
+}
+
+/// A body of which one can tell whether anybody still has it.
+struct Watched {
+    body: String,
+    _kept: Arc<()>,
+}
+
+impl AsRef<[u8]> for Watched {
+    fn as_ref(&self) -> &[u8] {
+        self.body.as_bytes()
+    }
+}
+
+#[tokio::test]
+async fn no_body_is_kept_while_its_answer_is_made() {
+    let router = router(api());
+    let completion = json!({"model": "tiny", "prompt": "a", "max_tokens": 200});
+    for (path, mut body) in [
+        ("/v1/chat/completions", chat(&json!({"max_tokens": 200}))),
+        ("/v1/completions", completion),
+    ] {
+        for stream in [false, true] {
+            body["stream"] = stream.into();
+            let kept = Arc::new(());
+            let watched = Watched {
+                body: body.to_string(),
+                _kept: Arc::clone(&kept),
+            };
+            let body = Body::from(Bytes::from_owner(watched));
+            let request = Request::post(path).body(body).unwrap();
+            let mut answer = pin!(router.clone().oneshot(request));
+            // It is with the engine after one poll, and a whole answer is not there yet.
+            let answered = futures::poll!(answer.as_mut());
+            assert_eq!(answered.is_ready(), stream, "{path}");
+            assert_eq!(Arc::strong_count(&kept), 1, "{path}, stream: {stream}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use super::Api;
 use super::answer::Shape;
 use super::error::ApiError;
 use super::format::{self, Told};
-use super::generation::Job;
+use super::generation::{Job, Prepared};
 use super::messages;
 use super::parameters::Fields;
 use super::tools::Tools;
@@ -36,7 +36,14 @@ pub(super) async fn create(
     meter: Option<Extension<Meter>>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let mut fields = Fields::parse(&body, OWN_FIELDS)?;
+    let prepared = prepare(&api, meter, &body)?;
+    // What was said is not kept while it is answered.
+    drop(body);
+    prepared.respond().await
+}
+
+fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Prepared, ApiError> {
+    let mut fields = Fields::parse(body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let template = api.engine().chat();
     let values: Vec<Value> = fields
@@ -109,11 +116,11 @@ pub(super) async fn create(
     };
     let mut answer = api.answer(Shape::Chat, job.sampling.seed);
     answer.logprobs = job.logprobs.is_some();
-    let generation = api.generate(job)?;
-    match streaming {
-        Some(include_usage) => Ok(generation.stream(answer, include_usage)),
-        None => generation.collect(answer).await,
-    }
+    Ok(Prepared {
+        generation: api.generate(job)?,
+        answer,
+        streaming,
+    })
 }
 
 fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {

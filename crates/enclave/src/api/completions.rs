@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::Api;
 use super::answer::Shape;
 use super::error::ApiError;
-use super::generation::Job;
+use super::generation::{Job, Prepared};
 use super::parameters::Fields;
 use crate::access::Meter;
 
@@ -33,7 +33,14 @@ pub(super) async fn create(
     meter: Option<Extension<Meter>>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let mut fields = Fields::parse(&body, OWN_FIELDS)?;
+    let prepared = prepare(&api, meter, &body)?;
+    // What was said is not kept while it is answered.
+    drop(body);
+    prepared.respond().await
+}
+
+fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Prepared, ApiError> {
+    let mut fields = Fields::parse(body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let prompt: Prompt = fields
         .take("prompt")?
@@ -86,9 +93,9 @@ pub(super) async fn create(
     };
     let mut answer = api.answer(Shape::Text, job.sampling.seed);
     answer.logprobs = job.logprobs.is_some();
-    let generation = api.generate(job)?;
-    match streaming {
-        Some(include_usage) => Ok(generation.stream(answer, include_usage)),
-        None => generation.collect(answer).await,
-    }
+    Ok(Prepared {
+        generation: api.generate(job)?,
+        answer,
+        streaming,
+    })
 }

@@ -239,9 +239,26 @@ impl Drop for Generation {
     }
 }
 
+/// A request of which only its answer is left to do: neither its body nor anything parsed from it is kept.
+pub(super) struct Prepared {
+    pub(super) generation: Generation,
+    pub(super) answer: Answer,
+    /// For a stream, whether usage is its last event.
+    pub(super) streaming: Option<bool>,
+}
+
+impl Prepared {
+    pub(super) async fn respond(self) -> Result<Response, ApiError> {
+        match self.streaming {
+            Some(include_usage) => Ok(self.generation.stream(self.answer, include_usage)),
+            None => self.generation.collect(self.answer).await,
+        }
+    }
+}
+
 impl Generation {
     /// Waits for every answer and returns them whole.
-    pub(super) async fn collect(mut self, answer: Answer) -> Result<Response, ApiError> {
+    async fn collect(mut self, answer: Answer) -> Result<Response, ApiError> {
         let mut choices: Vec<Choice> = (0..self.running).map(|_| Choice::default()).collect();
         while self.running > 0 {
             let Some((index, event)) = self.events.recv().await else {
@@ -274,7 +291,7 @@ impl Generation {
     }
 
     /// Sends each piece of text as a server-sent event as soon as the engine has it.
-    pub(super) fn stream(self, answer: Answer, include_usage: bool) -> Response {
+    fn stream(self, answer: Answer, include_usage: bool) -> Response {
         let opening = (0..self.running)
             .filter_map(|index| answer.opening(index))
             .map(|value| event_bytes(&value.to_string()))
