@@ -223,11 +223,29 @@ async fn who_does_not_read_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_read_everything_has_the_whole_time_again() {
+    let served = serve(4);
+    let mut stream = served.connect();
+    let mut body = vec![0; 1 << 20];
+    for _ in 0..3 {
+        let request = b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        sleep(STALLED - Duration::from_secs(1)).await;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        stream.read_exact(&mut body).await.unwrap();
+        sleep(STALLED + Duration::from_secs(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn idle_connections_lock_nobody_out() {
     let served = serve(8);
     let start = Instant::now();
     // Silent, in the middle of a head, and kept after an answer: each fills all places.
-    let mut hostile = Vec::new();
+    let mut streams = Vec::new();
     for number in 0..24 {
         let mut stream = served.connect();
         match number % 3 {
@@ -235,17 +253,39 @@ async fn idle_connections_lock_nobody_out() {
             1 => stream.write_all(b"GET /qu").await.unwrap(),
             _ => ask(&mut stream).await.unwrap(),
         }
-        hostile.push(stream);
+        streams.push(stream);
+        sleep(Duration::from_millis(1)).await;
     }
     for _ in 0..4 {
-        ask(&mut served.connect()).await.unwrap();
+        let mut honest = served.connect();
+        ask(&mut honest).await.unwrap();
+        streams.push(honest);
     }
     // Nobody had to wait for a time limit.
     assert!(start.elapsed() < Duration::from_secs(1));
-    assert!(served.counters.open() <= 8);
-    assert!(served.counters.evicted() >= 16);
     // The oldest had to go, and only as many as needed.
-    assert!(closed_after(&mut hostile[0]).await < HEAD);
+    assert_eq!((served.counters.open(), served.counters.evicted()), (8, 20));
+    for gone in &mut streams[..20] {
+        assert!(closed_after(gone).await.is_zero());
+    }
+    for open in &mut streams[20..] {
+        let closes = timeout(Duration::from_secs(1), closed_after(open)).await;
+        assert!(closes.is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_connection_that_was_used_lately_outlives_younger_ones() {
+    let served = serve(2);
+    let mut old = served.connect();
+    ask(&mut old).await.unwrap();
+    let mut young = served.connect();
+    ask(&mut young).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    ask(&mut old).await.unwrap();
+    ask(&mut served.connect()).await.unwrap();
+    assert!(closed_after(&mut young).await.is_zero());
+    ask(&mut old).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
