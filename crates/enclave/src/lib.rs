@@ -14,6 +14,7 @@
 //! | [`access`] | who asks |
 //! | [`attested_tls`] | the other door: TLS that ends here |
 //! | [`arrival`] | places for requests that are arriving |
+//! | [`refusal`] | why one is refused before the API sees it |
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
@@ -39,6 +40,7 @@ pub mod metrics;
 pub mod provision;
 pub mod quotes;
 pub mod receipts;
+pub mod refusal;
 pub mod relay;
 pub mod renewal;
 pub mod server;

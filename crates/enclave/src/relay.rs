@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use axum::http::{HeaderMap, Response, StatusCode, header};
 use casemate_channel::keyset::KeysetDigest;
 use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, GATEWAY_PATH, KEYSET_HINT, KEYSETS_PATH, PROBLEM_MEDIA_TYPE, RELAYED_MARK,
-    REQUEST_MEDIA_TYPE, ReceiveError,
+    REQUEST_MEDIA_TYPE,
 };
 use futures::{Stream, StreamExt as _};
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use crate::arrival::{Arrivals, Arriving};
 use crate::config::Peer;
 use crate::metrics::Metrics;
+use crate::refusal::Refusal;
 
 /// Relays at the same time, from the first byte of a request to the last one of its answer.
 pub const RELAYS: usize = 256;
@@ -154,23 +155,29 @@ impl Peers {
     }
 
     /// Carries an encapsulated request to the peer that holds `keyset`, and its answer back as it comes.
-    pub async fn relay<S, E>(&self, keyset: &KeysetDigest, transport: S) -> Response<Body>
+    ///
+    /// # Errors
+    /// [`Refusal`], by the peer or by this replica.
+    pub async fn relay<S, E>(
+        &self,
+        keyset: &KeysetDigest,
+        transport: S,
+    ) -> Result<Response<Body>, Refusal>
     where
         S: Stream<Item = Result<Bytes, E>> + Send + 'static,
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         let Directory { http, peers, .. } = &*self.directory;
         if peers.is_empty() {
-            return key_unknown();
+            return Err(Refusal::key_unknown());
         }
         let peer = match self.find(keyset).await {
             Found::At(peer) => peer,
-            Found::Nowhere => return key_unknown(),
-            Found::TooManyWait => return busy(),
+            Found::Nowhere => return Err(Refusal::key_unknown()),
+            Found::TooManyWait => return Err(Refusal::TooManyRelayed),
         };
-        let Some(arriving) = self.places.enter().await else {
-            return busy();
-        };
+        let place = self.places.enter().await;
+        let arriving = place.ok_or(Refusal::TooManyRelayed)?;
         let (arrived, mut place) = oneshot::channel();
         let sent = http
             .post(peers[peer].join(GATEWAY_PATH))
@@ -188,10 +195,10 @@ impl Peers {
                 // Nothing was sent, so nothing was served.
                 self.directory.forget(peer);
                 tracing::warn!(peer = %peers[peer], "a peer cannot be reached");
-                key_unknown()
+                Err(Refusal::key_unknown())
             }
             // Cut off, by the sender or the peer; whether it was served is unknown.
-            Err(_) => plain(StatusCode::BAD_GATEWAY, "the relayed request was cut off\n"),
+            Err(_) => Err(Refusal::BadGateway("the relayed request was cut off\n")),
         }
     }
 
@@ -201,7 +208,7 @@ impl Peers {
         keyset: &KeysetDigest,
         answer: reqwest::Response,
         place: Option<OwnedSemaphorePermit>,
-    ) -> Response<Body> {
+    ) -> Result<Response<Body>, Refusal> {
         let status = answer.status();
         let is = |media_type: &str| {
             answer
@@ -220,33 +227,26 @@ impl Peers {
                 let _held_to_the_end = (&place, &running);
                 piece
             });
-            return encapsulated(Body::from_stream(stream));
+            return Ok(encapsulated(Body::from_stream(stream)));
         }
-        if status == StatusCode::MISDIRECTED_REQUEST {
-            self.directory.known().remove(keyset);
-            return key_unknown();
-        }
-        let refusals = [
-            StatusCode::BAD_REQUEST,
-            StatusCode::CONFLICT,
-            StatusCode::PAYLOAD_TOO_LARGE,
-        ];
-        if refusals.contains(&status) && is(PROBLEM_MEDIA_TYPE) {
-            let Some(body) = read(answer, MAX_REFUSAL).await else {
-                return plain(StatusCode::BAD_GATEWAY, "a peer's refusal is too long\n");
-            };
-            let mut response = plain(status, body);
-            let problem = HeaderValue::from_static(PROBLEM_MEDIA_TYPE);
-            response.headers_mut().insert(header::CONTENT_TYPE, problem);
-            return response;
-        }
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            return busy();
-        }
-        if status == StatusCode::REQUEST_TIMEOUT {
-            return plain(status, "the request did not arrive in time\n");
-        }
-        plain(StatusCode::BAD_GATEWAY, "a peer's answer makes no sense\n")
+        let problem = is(PROBLEM_MEDIA_TYPE);
+        Err(match status {
+            StatusCode::MISDIRECTED_REQUEST => {
+                self.directory.known().remove(keyset);
+                Refusal::key_unknown()
+            }
+            StatusCode::BAD_REQUEST | StatusCode::CONFLICT | StatusCode::PAYLOAD_TOO_LARGE
+                if problem =>
+            {
+                match read(answer, MAX_REFUSAL).await {
+                    Some(document) => Refusal::ByPeer(status, document),
+                    None => Refusal::BadGateway("a peer's refusal is too long\n"),
+                }
+            }
+            StatusCode::SERVICE_UNAVAILABLE => Refusal::TooManyRelayed,
+            StatusCode::REQUEST_TIMEOUT => Refusal::TooSlow,
+            _ => Refusal::BadGateway("a peer's answer makes no sense\n"),
+        })
     }
 
     /// The peer that holds `keyset`, by memory or by asking all of them. One question serves everybody who waits for
@@ -385,24 +385,6 @@ pub fn encapsulated(body: Body) -> Response<Body> {
         .header("x-accel-buffering", "no")
         .body(body)
         .expect("constant headers are valid")
-}
-
-/// To a client: verify the service again, and encrypt to the key that it shows then.
-fn key_unknown() -> Response<Body> {
-    ReceiveError::UnknownKey(0).to_response().map(Body::from)
-}
-
-fn busy() -> Response<Body> {
-    let mut response = plain(StatusCode::SERVICE_UNAVAILABLE, "too many are relayed\n");
-    let soon = HeaderValue::from_static("1");
-    response.headers_mut().insert(header::RETRY_AFTER, soon);
-    response
-}
-
-fn plain(status: StatusCode, body: impl Into<Body>) -> Response<Body> {
-    let mut response = Response::new(body.into());
-    *response.status_mut() = status;
-    response
 }
 
 #[cfg(test)]

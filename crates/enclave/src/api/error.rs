@@ -150,8 +150,41 @@ impl ApiError {
             "invalid_request_error",
             None,
             Some("request_too_large"),
-            format!("The request could not be read, or is larger than {limit} bytes"),
+            format!("The request is larger than {limit} bytes"),
         )
+    }
+
+    /// A body that ended before its end.
+    pub(crate) fn incomplete() -> Self {
+        Self::invalid(
+            None,
+            "incomplete_request",
+            "The request's body was cut off, or is not framed as HTTP asks",
+        )
+    }
+
+    /// A body that came too slowly.
+    pub(crate) fn timed_out() -> Self {
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            None,
+            Some("request_timeout"),
+            "The request did not arrive in time",
+        )
+    }
+
+    /// More work, or more to remember, than there is room for.
+    pub(crate) fn overloaded() -> Self {
+        let mut busy = Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            None,
+            Some("overloaded"),
+            "The service is busy or stopping; please retry",
+        );
+        busy.retry_after = Some(1);
+        busy
     }
 
     pub(crate) fn method_not_allowed() -> Self {
@@ -235,17 +268,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::EmptyPrompt => {
                 Self::invalid(Some("prompt"), "empty_prompt", "The prompt has no tokens")
             }
-            SubmitError::Busy { .. } | SubmitError::Stopped => {
-                let mut busy = Self::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    "server_error",
-                    None,
-                    Some("overloaded"),
-                    "The service is busy or stopping; please retry",
-                );
-                busy.retry_after = Some(1);
-                busy
-            }
+            SubmitError::Busy { .. } | SubmitError::Stopped => Self::overloaded(),
             other => Self::invalid(None, "invalid_request", other.to_string()),
         }
     }

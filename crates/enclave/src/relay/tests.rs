@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use axum::Router;
 use axum::body::to_bytes;
 use axum::extract::{Request, State};
+use axum::http::HeaderValue;
 use axum::response::IntoResponse as _;
 use axum::routing::{get, post};
 use casemate_channel::ohttp::KEY_PROBLEM;
@@ -24,6 +25,8 @@ const LIMITS: Limits = Limits {
 struct Replica {
     /// Whether it keeps those waiting who ask what it holds.
     slow: AtomicBool,
+    /// Lets one of those go on.
+    answer_now: Notify,
     keysets: Vec<KeysetDigest>,
     asked: AtomicUsize,
     /// Requests that were relayed here: their fields and body, or that they were cut off.
@@ -35,6 +38,7 @@ impl Replica {
     fn holding(keysets: &[KeysetDigest], answer: fn() -> Response<Body>) -> Arc<Replica> {
         Arc::new(Replica {
             slow: AtomicBool::new(false),
+            answer_now: Notify::new(),
             keysets: keysets.to_vec(),
             asked: AtomicUsize::new(0),
             relayed: Mutex::default(),
@@ -48,7 +52,7 @@ impl Replica {
         let list = async |State(replica): State<Arc<Replica>>| {
             replica.asked.fetch_add(1, Ordering::SeqCst);
             if replica.slow.load(Ordering::SeqCst) {
-                std::future::pending::<()>().await;
+                replica.answer_now.notified().await;
             }
             let keysets = replica.keysets.iter().map(ToString::to_string).collect();
             axum::Json(KeysetList { keysets }).into_response()
@@ -68,6 +72,12 @@ impl Replica {
     }
 }
 
+fn plain(status: StatusCode, body: impl Into<Body>) -> Response<Body> {
+    let mut response = Response::new(body.into());
+    *response.status_mut() = status;
+    response
+}
+
 fn answer() -> Response<Body> {
     encapsulated(Body::from("sealed answer"))
 }
@@ -80,6 +90,15 @@ fn peers(peers: &[&Peer]) -> Peers {
 fn request(pieces: &[&'static str]) -> impl Stream<Item = Result<Bytes, Infallible>> + use<> {
     let pieces: Vec<_> = pieces.iter().map(|piece| Ok(Bytes::from(*piece))).collect();
     stream::iter(pieces)
+}
+
+/// As the gateway answers it.
+async fn relayed<S>(peers: &Peers, keyset: &KeysetDigest, transport: S) -> Response<Body>
+where
+    S: Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
+{
+    let outcome = peers.relay(keyset, transport).await;
+    outcome.unwrap_or_else(Refusal::outside)
 }
 
 async fn text(response: Response<Body>) -> (StatusCode, String) {
@@ -100,7 +119,7 @@ async fn a_request_goes_only_to_the_replica_that_holds_its_keyset() {
     let holder = Replica::holding(&[KeysetDigest([6; 32]), HELD], answer);
     let ((first, _), (second, _)) = (other.serve().await, holder.serve().await);
     let peers = peers(&[&first, &second]);
-    let response = peers.relay(&HELD, request(&["enc", "rypted"])).await;
+    let response = relayed(&peers, &HELD, request(&["enc", "rypted"])).await;
     assert_eq!(response.headers()[header::CONTENT_TYPE], ANSWER_MEDIA_TYPE);
     assert_eq!(response.headers()["x-accel-buffering"], "no");
     assert_eq!(
@@ -109,12 +128,12 @@ async fn a_request_goes_only_to_the_replica_that_holds_its_keyset() {
     );
     assert!(other.relayed.lock().unwrap().is_empty());
 
-    let relayed = holder.relayed.lock().unwrap().pop().unwrap();
-    assert_eq!(relayed.1.as_deref(), Some(&b"encrypted"[..]));
-    assert_eq!(relayed.0[KEYSET_HINT], HELD.to_string());
-    assert_eq!(relayed.0[RELAYED_MARK], "1");
-    assert_eq!(relayed.0[header::CONTENT_TYPE], REQUEST_MEDIA_TYPE);
-    let mut names: Vec<_> = relayed.0.keys().map(|name| name.as_str()).collect();
+    let carried = holder.relayed.lock().unwrap().pop().unwrap();
+    assert_eq!(carried.1.as_deref(), Some(&b"encrypted"[..]));
+    assert_eq!(carried.0[KEYSET_HINT], HELD.to_string());
+    assert_eq!(carried.0[RELAYED_MARK], "1");
+    assert_eq!(carried.0[header::CONTENT_TYPE], REQUEST_MEDIA_TYPE);
+    let mut names: Vec<_> = carried.0.keys().map(|name| name.as_str()).collect();
     names.sort_unstable();
     // Nothing of the sender's own fields can be among them: they are not even given to the relay.
     let expected = [
@@ -128,7 +147,7 @@ async fn a_request_goes_only_to_the_replica_that_holds_its_keyset() {
     assert_eq!(names, expected);
 
     // The second request asks nobody.
-    peers.relay(&HELD, request(&["again"])).await;
+    relayed(&peers, &HELD, request(&["again"])).await;
     assert_eq!(holder.asked.load(Ordering::SeqCst), 1);
 }
 
@@ -137,15 +156,43 @@ async fn made_up_keysets_cause_no_more_questions() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    let digests: Vec<_> = (0..40).map(|i| KeysetDigest([100 + i; 32])).collect();
-    let all = digests
-        .iter()
-        .map(|digest| peers.relay(digest, request(&["x"])));
-    for response in futures::future::join_all(all).await {
-        assert!(tells_to_verify_again(response).await);
+    let nobodys = |i| KeysetDigest([i; 32]);
+    let crowd = async |keysets: std::ops::Range<u8>| {
+        let keysets: Vec<_> = keysets.map(nobodys).collect();
+        let all = keysets
+            .iter()
+            .map(|keyset| relayed(&peers, keyset, request(&["x"])));
+        for response in futures::future::join_all(all).await {
+            assert!(tells_to_verify_again(response).await);
+        }
+    };
+    let questions = || replica.asked.load(Ordering::SeqCst);
+    // All of them came before the question began.
+    crowd(100..140).await;
+    assert_eq!(questions(), 1);
+    // Who comes while the peer is asked may look for a keyset that it began to hold after it had answered, so one more
+    // question, and one for all of them.
+    replica.slow.store(true, Ordering::SeqCst);
+    let late = async {
+        while questions() < 2 {
+            tokio::task::yield_now().await;
+        }
+        let latecomers = crowd(160..200);
+        let answered = async {
+            replica.slow.store(false, Ordering::SeqCst);
+            replica.answer_now.notify_one();
+        };
+        tokio::join!(latecomers, answered);
+    };
+    tokio::join!(crowd(140..150), late);
+    assert_eq!(questions(), 3);
+    // One after the other, each causes a question, at a distance.
+    let start = Instant::now();
+    for i in 0..3 {
+        crowd(i..i + 1).await;
     }
-    // One for all that came before it began, one for all that came while it was asked.
-    assert!(replica.asked.load(Ordering::SeqCst) <= 2);
+    assert_eq!(questions(), 6);
+    assert!(start.elapsed() >= 2 * PAUSE);
     assert!(replica.relayed.lock().unwrap().is_empty());
     assert_eq!(peers.directory.known().len(), 1);
 }
@@ -155,8 +202,8 @@ async fn who_asked_and_left_takes_nobodys_answer_away() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    let mut leaves = Box::pin(peers.relay(&HELD, request(&["x"])));
-    let mut stays = Box::pin(peers.relay(&HELD, request(&["y"])));
+    let mut leaves = Box::pin(relayed(&peers, &HELD, request(&["x"])));
+    let mut stays = Box::pin(relayed(&peers, &HELD, request(&["y"])));
     assert!(futures::poll!(leaves.as_mut()).is_pending());
     assert!(futures::poll!(stays.as_mut()).is_pending());
     drop(leaves);
@@ -168,12 +215,12 @@ async fn a_peer_that_lists_nothing_for_once_is_not_forgotten() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
     replica.slow.store(true, Ordering::SeqCst);
-    let unknown = peers.relay(&KeysetDigest([9; 32]), request(&["x"])).await;
+    let unknown = relayed(&peers, &KeysetDigest([9; 32]), request(&["x"])).await;
     assert!(tells_to_verify_again(unknown).await);
     assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
-    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
     assert_eq!(replica.asked.load(Ordering::SeqCst), 2);
 }
 
@@ -183,7 +230,7 @@ async fn more_requests_than_may_wait_are_told_to_come_back() {
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
     let waiting = peers.waiting.acquire_many(WAITING as u32).await.unwrap();
-    let response = peers.relay(&HELD, request(&["x"])).await;
+    let response = relayed(&peers, &HELD, request(&["x"])).await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(response.headers()[header::RETRY_AFTER], "1");
     drop(waiting);
@@ -191,11 +238,11 @@ async fn more_requests_than_may_wait_are_told_to_come_back() {
     for _ in 0..RELAYS {
         places.push(peers.places.enter().await.unwrap().arrived());
     }
-    let response = peers.relay(&HELD, request(&["x"])).await;
+    let response = relayed(&peers, &HELD, request(&["x"])).await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(replica.relayed.lock().unwrap().is_empty());
     drop(places);
-    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
 }
 
 #[tokio::test]
@@ -203,7 +250,7 @@ async fn a_place_is_held_until_the_answer_ends() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    let response = peers.relay(&HELD, request(&["x"])).await;
+    let response = relayed(&peers, &HELD, request(&["x"])).await;
     assert_eq!(peers.places.free(), RELAYS - 1);
     text(response).await;
     assert_eq!(peers.places.free(), RELAYS);
@@ -214,16 +261,16 @@ async fn a_replica_that_died_is_forgotten_and_the_sender_verifies_again() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, serving) = replica.serve().await;
     let peers = peers(&[&peer]);
-    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
     serving.abort();
     let _ = serving.await;
-    assert!(tells_to_verify_again(peers.relay(&HELD, request(&["x"])).await).await);
+    assert!(tells_to_verify_again(relayed(&peers, &HELD, request(&["x"])).await).await);
     assert!(peers.directory.known().is_empty());
 }
 
 #[tokio::test]
 async fn without_peers_every_other_keyset_is_unknown() {
-    assert!(tells_to_verify_again(peers(&[]).relay(&HELD, request(&["x"])).await).await);
+    assert!(tells_to_verify_again(relayed(&peers(&[]), &HELD, request(&["x"])).await).await);
 }
 
 #[tokio::test]
@@ -238,7 +285,7 @@ async fn pieces_of_an_answer_pass_before_the_next_exist() {
     let replica = Replica::holding(&[HELD], gated);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    let response = peers.relay(&HELD, request(&["x"])).await;
+    let response = relayed(&peers, &HELD, request(&["x"])).await;
     let mut body = response.into_body().into_data_stream();
     for i in 0..3 {
         GATE.notify_one();
@@ -274,7 +321,7 @@ async fn peers_answers_pass_in_the_known_forms_only() {
     for (answer, expected) in cases {
         let replica = Replica::holding(&[HELD], answer);
         let (peer, _) = replica.serve().await;
-        let response = peers(&[&peer]).relay(&HELD, request(&["x"])).await;
+        let response = relayed(&peers(&[&peer]), &HELD, request(&["x"])).await;
         assert_eq!(response.status(), expected, "{:?}", answer());
         assert!(response.headers().get("set-cookie").is_none());
         let retry = response.headers().contains_key(header::RETRY_AFTER);
@@ -292,9 +339,9 @@ async fn a_request_that_is_too_large_or_too_slow_is_cut_off() {
         arrival: Duration::from_millis(50),
     };
     let peers = Peers::new(vec![peer], limits, Arc::default()).unwrap();
-    let response = peers.relay(&HELD, request(&["0123456789"])).await;
+    let response = relayed(&peers, &HELD, request(&["0123456789"])).await;
     assert_eq!(response.status(), 200);
-    let response = peers.relay(&HELD, request(&["0123456789", "0"])).await;
+    let response = relayed(&peers, &HELD, request(&["0123456789", "0"])).await;
     assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
     let (sender, receiver) = mpsc::channel::<Result<Bytes, Infallible>>(1);
     sender.send(Ok(Bytes::from("start"))).await.unwrap();
@@ -302,7 +349,7 @@ async fn a_request_that_is_too_large_or_too_slow_is_cut_off() {
         let item = receiver.recv().await?;
         Some((item, receiver))
     });
-    let response = peers.relay(&HELD, slow).await;
+    let response = relayed(&peers, &HELD, slow).await;
     assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
     drop(sender);
     let relayed = replica.relayed.lock().unwrap();
@@ -318,17 +365,23 @@ async fn relayed_uploads_that_trickle_give_way() {
     let replica = Replica::holding(&[HELD], answer);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
-    assert_eq!(peers.relay(&HELD, request(&["x"])).await.status(), 200);
+    assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
     // Nothing comes of these, and nothing more would be waited for.
     let mut hostile: Vec<_> = (0..RELAYS)
-        .map(|_| Box::pin(peers.relay(&HELD, stream::pending::<Result<Bytes, Infallible>>())))
+        .map(|_| {
+            Box::pin(relayed(
+                &peers,
+                &HELD,
+                stream::pending::<Result<Bytes, Infallible>>(),
+            ))
+        })
         .collect();
     for upload in &mut hostile {
         assert!(futures::poll!(upload.as_mut()).is_pending());
     }
     assert_eq!(peers.places.free(), 0);
     let others = futures::future::select_all(hostile);
-    let honest = peers.relay(&HELD, request(&["y"]));
+    let honest = relayed(&peers, &HELD, request(&["y"]));
     let (response, (given_up, _, _)) = tokio::join!(honest, others);
     assert_eq!(response.status(), 200);
     assert_eq!(given_up.status(), StatusCode::BAD_GATEWAY);
