@@ -58,6 +58,21 @@ impl Isa {
         }
     }
 
+    /// Whether there are registers for large blocks: see [`Simd::WIDE`].
+    pub(crate) fn wide(self) -> bool {
+        struct Wide;
+
+        impl Kernel for Wide {
+            type Output = bool;
+
+            #[inline(always)]
+            fn run<V: Simd>(self, _: V) -> bool {
+                V::WIDE
+            }
+        }
+        self.dispatch(Wide)
+    }
+
     /// Runs a kernel with this instruction set: the one dispatch point of the crate.
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {

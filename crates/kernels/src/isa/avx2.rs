@@ -89,6 +89,33 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn load_i(self, x: &[i32; LANES]) -> I {
+        // SAFETY: as in `load`.
+        unsafe {
+            let p: *const __m256i = x.as_ptr().cast();
+            I(_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1)))
+        }
+    }
+    #[inline(always)]
+    fn swap8(self, x: F) -> F {
+        F(x.1, x.0)
+    }
+    #[inline(always)]
+    fn narrow(self, x: I) -> [i32; 4] {
+        let mut words = [0; 4];
+        // SAFETY: AVX2 by `self`; the array covers the 16 bytes stored, without alignment.
+        unsafe {
+            // Packing works on 128-bit halves, so lanes come as 0..4, 8..12, 4..8, 12..16.
+            let pairs = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(x.0, x.1));
+            let bytes = _mm_packs_epi16(
+                _mm256_castsi256_si128(pairs),
+                _mm256_extracti128_si256::<1>(pairs),
+            );
+            _mm_storeu_si128(words.as_mut_ptr().cast(), bytes);
+        }
+        words
+    }
+    #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> F {
         // SAFETY: F16C by `self`; f16 is a transparent u16, so the reference covers both 16-byte
         // halves.
@@ -148,6 +175,9 @@ unsafe impl Simd for Avx2 {
             let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
         }}
+        fn swap1(x: F) -> F { F(_mm256_permute_ps::<0b10_11_00_01>(x.0), _mm256_permute_ps::<0b10_11_00_01>(x.1)) }
+        fn swap2(x: F) -> F { F(_mm256_permute_ps::<0b01_00_11_10>(x.0), _mm256_permute_ps::<0b01_00_11_10>(x.1)) }
+        fn swap4(x: F) -> F { F(_mm256_permute2f128_ps::<1>(x.0, x.0), _mm256_permute2f128_ps::<1>(x.1, x.1)) }
         fn splat_i(x: i32) -> I {{ let x = _mm256_set1_epi32(x); I(x, x) }}
         fn add_i(a: I, b: I) -> I { I(_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
         fn max_i(a: I, b: I) -> I { I(_mm256_max_epi32(a.0, b.0), _mm256_max_epi32(a.1, b.1)) }

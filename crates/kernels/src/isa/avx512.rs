@@ -73,6 +73,18 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
     }
     #[inline(always)]
+    fn load_i(self, x: &[i32; LANES]) -> __m512i {
+        // SAFETY: AVX-512F by `self`; the reference covers the 64 bytes read, without alignment.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn narrow(self, x: __m512i) -> [i32; 4] {
+        let mut words = [0; 4];
+        // SAFETY: AVX-512F by `self`; the array covers the 16 bytes stored, without alignment.
+        unsafe { _mm_storeu_si128(words.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(x)) };
+        words
+    }
+    #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> __m512 {
         // SAFETY: AVX-512F and AVX by `self`; f16 is a transparent u16, so the reference covers the
         // 32 bytes read.
@@ -115,6 +127,10 @@ unsafe impl Simd for Avx512 {
             let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
         }}
+        fn swap1(x: __m512) -> __m512 { _mm512_permute_ps::<0b10_11_00_01>(x) }
+        fn swap2(x: __m512) -> __m512 { _mm512_permute_ps::<0b01_00_11_10>(x) }
+        fn swap4(x: __m512) -> __m512 { _mm512_shuffle_f32x4::<0b10_11_00_01>(x, x) }
+        fn swap8(x: __m512) -> __m512 { _mm512_shuffle_f32x4::<0b01_00_11_10>(x, x) }
         fn splat_i(x: i32) -> __m512i { _mm512_set1_epi32(x) }
         fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn max_i(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epi32(a, b) }

@@ -57,7 +57,19 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Largest lane by the same halving, with [`Simd::max`].
     fn largest(self, x: Self::F) -> f32;
 
+    /// Lane `i` of the result is lane `i ^ 1`.
+    fn swap1(self, x: Self::F) -> Self::F;
+    /// Lane `i` of the result is lane `i ^ 2`.
+    fn swap2(self, x: Self::F) -> Self::F;
+    /// Lane `i` of the result is lane `i ^ 4`.
+    fn swap4(self, x: Self::F) -> Self::F;
+    /// Lane `i` of the result is lane `i ^ 8`.
+    fn swap8(self, x: Self::F) -> Self::F;
+
     fn splat_i(self, x: i32) -> Self::I;
+    fn load_i(self, x: &[i32; LANES]) -> Self::I;
+    /// Lanes in -128..=127 as sixteen i8, four a word, the first in the lowest byte.
+    fn narrow(self, x: Self::I) -> [i32; 4];
     fn store_i(self, x: Self::I, to: &mut [i32; LANES]);
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I;

@@ -103,6 +103,32 @@ unsafe impl Simd for Scalar {
         halve(x, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    fn swap1(self, x: Self::F) -> Self::F {
+        std::array::from_fn(|i| x[i ^ 1])
+    }
+    #[inline(always)]
+    fn swap2(self, x: Self::F) -> Self::F {
+        std::array::from_fn(|i| x[i ^ 2])
+    }
+    #[inline(always)]
+    fn swap4(self, x: Self::F) -> Self::F {
+        std::array::from_fn(|i| x[i ^ 4])
+    }
+    #[inline(always)]
+    fn swap8(self, x: Self::F) -> Self::F {
+        std::array::from_fn(|i| x[i ^ 8])
+    }
+    #[inline(always)]
+    fn load_i(self, x: &[i32; LANES]) -> Self::I {
+        *x
+    }
+    #[inline(always)]
+    fn narrow(self, x: Self::I) -> [i32; 4] {
+        std::array::from_fn(|word| {
+            i32::from_le_bytes(std::array::from_fn(|i| x[4 * word + i] as i8 as u8))
+        })
+    }
+    #[inline(always)]
     fn splat_i(self, x: i32) -> Self::I {
         [x; LANES]
     }

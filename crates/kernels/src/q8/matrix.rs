@@ -77,12 +77,12 @@ pub enum PackError {
         /// Columns asked for.
         columns: usize,
     },
-    /// Misuse: a row of Q8_0 blocks has the wrong number of bytes.
+    /// Misuse: a row has the wrong number of bytes.
     #[error("row {row} has {found} bytes instead of {expected}")]
     RowLength {
         /// The row.
         row: usize,
-        /// Bytes of `columns / 32` blocks.
+        /// Bytes of `columns` weights in their encoding.
         expected: usize,
         /// Bytes given.
         found: usize,
@@ -96,6 +96,21 @@ pub enum PackError {
     /// Malformed: a weight is too large for a half-precision scale (beyond about 8.3 million).
     #[error("row {row} holds a weight too large for a half-precision scale")]
     ScaleOverflow {
+        /// The first such row.
+        row: usize,
+    },
+    /// Misuse: beyond so many columns a sum of products may not fit an i32.
+    #[error(
+        "{columns} columns are more than the {} whose products an i32 can sum",
+        crate::panels::MAX_COLUMNS
+    )]
+    TooManyColumns {
+        /// Columns asked for.
+        columns: usize,
+    },
+    /// Malformed: -128, which has no counterpart in -127..=127.
+    #[error("row {row} holds -128, but integers reach from -127 to 127")]
+    Lopsided {
         /// The first such row.
         row: usize,
     },
