@@ -19,6 +19,7 @@ use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
 use casemate_engine::{Engine, EngineOptions};
 use casemate_kernels::hardening;
+use casemate_kernels::mem::Granted;
 use casemate_listen::{Limits, Server, connections_within_descriptors};
 use casemate_tee::{ConfigfsTsm, QuoteProvider, QuotingService};
 use tokio::net::{TcpListener, TcpStream};
@@ -299,13 +300,6 @@ fn unlock_and_pack(
 
     let started = Instant::now();
     let model = unlocked.load(threads, &Silent).with_context(context)?;
-    let memory = model.memory();
-    info!(
-        huge_pages = memory.huge_pages,
-        excluded_from_dumps = memory.dump_excluded,
-        locked = memory.locked,
-        "memory of the opened model"
-    );
     info!(
         model = %model.digest(),
         name,
@@ -331,6 +325,8 @@ fn unlock_and_pack(
         kv_bytes = engine.stats().kv_bytes,
         "engine ready"
     );
+    report_memory("weights", engine.weight_memory());
+    report_memory("KV cache, which grows as it is used", engine.kv_memory());
     let served = Served {
         digest,
         name,
@@ -339,6 +335,21 @@ fn unlock_and_pack(
         attested_tls: false,
     };
     Ok((served, engine, session))
+}
+
+/// Says what the kernel made of memory, not what it was asked for.
+fn report_memory(of: &str, granted: Option<Granted>) {
+    match granted {
+        Some(granted) => info!(
+            bytes = granted.bytes,
+            resident = granted.resident,
+            in_huge_pages = granted.huge,
+            locked = granted.locked,
+            excluded_from_dumps = granted.dump_excluded,
+            "memory of the {of}"
+        ),
+        None => warn!("the system does not say what it made of the memory of the {of}"),
+    }
 }
 
 /// Lets old receipts go.

@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
 use casemate_container::{ModelConfig, ModelDigest, Progress};
+use casemate_kernels::mem::Granted;
 use casemate_kernels::team::Team;
 
 use crate::chat::ChatTemplate;
@@ -63,7 +64,9 @@ pub struct Engine {
     compute: Compute,
     context: usize,
     kv_bytes: u64,
+    kv_memory: Option<Granted>,
     weight_bytes: u64,
+    weight_memory: Option<Granted>,
     bytes_per_pass: u64,
 }
 
@@ -129,17 +132,18 @@ impl Engine {
             })
             .transpose()?;
 
-        let kv = KvCache::new(
+        let mut kv = KvCache::new(
             &config,
             options.compute,
             context,
             options.max_batch,
             options.kv_bytes,
         )?;
-        let kv_bytes = kv.bytes();
+        let (kv_bytes, kv_memory) = (kv.bytes(), kv.memory());
         let team = Team::new(options.threads)?;
         let weights = weights::load(model, &config, options.compute, &team, progress)?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
+        let weight_memory = weights.memory;
         let model = Model::new(
             weights,
             &config,
@@ -166,7 +170,9 @@ impl Engine {
             compute: options.compute,
             context,
             kv_bytes,
+            kv_memory,
             weight_bytes,
+            weight_memory,
             bytes_per_pass,
         })
     }
@@ -211,6 +217,20 @@ impl Engine {
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// What the kernel made of the memory that the packed matrices lie in. `None` where it does not
+    /// say (no `/proc`).
+    #[must_use]
+    pub fn weight_memory(&self) -> Option<Granted> {
+        self.weight_memory
+    }
+
+    /// As [`Self::weight_memory`] for the KV cache, of which only a first page exists at this time:
+    /// the others come as they are used.
+    #[must_use]
+    pub fn kv_memory(&self) -> Option<Granted> {
+        self.kv_memory
     }
 
     /// Bytes of weights that a forward pass reads, however many requests it computes: memory

@@ -4,6 +4,7 @@
 
 use casemate_container::ModelConfig;
 use casemate_kernels::attention::{KvPool, KvShape, KvType, PAGE, Span as AttentionSpan};
+use casemate_kernels::mem::Granted;
 
 use crate::error::LoadError;
 use crate::model::Span;
@@ -103,6 +104,11 @@ impl KvCache {
             })
             .collect();
         (&mut self.pool, located)
+    }
+
+    /// What the kernel makes of the memory, if it says.
+    pub(crate) fn memory(&mut self) -> Option<Granted> {
+        self.pool.granted().ok()
     }
 
     /// Bytes set aside in all.

@@ -552,6 +552,7 @@ mod tests {
             output_norm: vec![1.0; HIDDEN],
             output: Box::new(F32Linear(table)),
             rope_factors: None,
+            memory: None,
         };
         let kv = KvCache::new(&config(), Compute::F32, 64, 4, None).unwrap();
         (Model::new(weights, &config(), 64, 64, 4, team).unwrap(), kv)

@@ -4,6 +4,7 @@ mod support;
 
 use casemate_container::{DType, ModelConfig, RopeScaling};
 use casemate_engine::{ChatError, Compute, EngineOptions, LoadError, TokenizerError};
+use casemate_kernels::mem::{HUGE_PAGE, Purpose, Region};
 use half::{bf16, f16};
 use support::tiny::{Random, Tiny, llama};
 use support::{load, logits, options, reference, try_load};
@@ -376,4 +377,44 @@ fn q8_0_reaches_int8_without_loss() {
     let tokens = plain.prompt(30, 6);
     let from = |model| logits(&load(model, &options(Compute::Int8)), &tokens);
     assert_eq!(from(&quantised), from(&plain));
+}
+
+#[test]
+fn all_matrices_share_one_region() {
+    // No matrix is as large as a huge page; all together are several.
+    let config = ModelConfig {
+        hidden: 256,
+        ffn: 1024,
+        layers: 8,
+        ..llama()
+    };
+    for tied_embeddings in [false, true] {
+        let model = Tiny::new(
+            ModelConfig {
+                tied_embeddings,
+                ..config.clone()
+            },
+            1,
+        );
+        for compute in [Compute::F32, Compute::Int8] {
+            let engine = load(&model, &options(compute));
+            let Some(memory) = engine.weight_memory() else {
+                eprintln!("skipped: this system has no /proc/self/smaps to ask");
+                return;
+            };
+            assert!(memory.bytes > 2 * HUGE_PAGE as u64);
+            assert_eq!(
+                memory.resident, memory.bytes,
+                "{compute:?}: a matrix lies elsewhere, or room was reserved that none fills"
+            );
+            let mut plain = Region::zeroed(memory.bytes as usize, Purpose::Weights).unwrap();
+            plain.fill(1);
+            let plain = plain.extent().granted().unwrap();
+            assert_eq!(
+                (memory.huge > 0, memory.locked, memory.dump_excluded),
+                (plain.huge > 0, plain.locked, plain.dump_excluded),
+                "{compute:?}"
+            );
+        }
+    }
 }

@@ -23,7 +23,7 @@ use half::f16;
 
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd, exp};
-use crate::mem::{Element, MemReport, Purpose, Region};
+use crate::mem::{Element, Granted, MemReport, Purpose, Region};
 use crate::team::{SharedMut, Team};
 
 /// Positions of a page.
@@ -125,6 +125,18 @@ impl KvPool {
     /// What the kernel granted to the memory underneath.
     pub fn memory(&self) -> MemReport {
         self.region.report()
+    }
+
+    /// What the kernel makes of the memory underneath, after its first page was brought into being:
+    /// before there is nothing to be seen, and all others are as that one.
+    ///
+    /// # Errors
+    /// As [`Extent::granted`](crate::mem::Extent::granted).
+    pub fn granted(&mut self) -> io::Result<Granted> {
+        if let Some(first) = self.region.first_mut() {
+            *first = 0;
+        }
+        self.region.extent().granted()
     }
 
     /// Stores the keys and values (`kv_heads * head_dim` a row) of the tokens of `spans`.

@@ -3,6 +3,10 @@
 //!
 //! No file is ever mapped here, and nothing here knows what the bytes mean.
 
+mod granted;
+
+pub use granted::{Extent, Granted};
+
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
@@ -28,7 +32,7 @@ pub enum Purpose {
     Public,
 }
 
-/// What the kernel granted to a region. A refusal is not an error: containers and small
+/// What the kernel accepted for a region ([`Granted`] says what it did). A refusal is not an error: containers and small
 /// `RLIMIT_MEMLOCK` values refuse routinely, and the caller decides how loudly to report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemReport {

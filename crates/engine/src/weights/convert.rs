@@ -1,0 +1,295 @@
+//! Tensors as they were sealed to matrices as kernels read them, all in one region, so that small
+//! matrices share huge pages.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use casemate_container::{DType, Model as Container, ModelConfig, Progress};
+use casemate_kernels::gemm::F32Matrix;
+use casemate_kernels::mem::{Extent, Purpose, Region};
+use casemate_kernels::q8::{PackError, Q8Matrix};
+use casemate_kernels::team::Team;
+
+use super::tensors::{EMBEDDING, OUTPUT, ROPE_FACTORS};
+use super::{Compute, Layer};
+use crate::dequant::dequantise;
+use crate::error::LoadError;
+use crate::linear::{F32Linear, LinearLayer, Q8Linear};
+
+/// A converted matrix.
+pub(super) enum Matrix {
+    F32(Arc<F32Matrix>),
+    Q8(Arc<Q8Matrix>),
+}
+
+impl Matrix {
+    pub(super) fn into_layer(self) -> Box<dyn LinearLayer> {
+        match self {
+            Matrix::F32(matrix) => Box::new(F32Linear(matrix)),
+            Matrix::Q8(matrix) => Box::new(Q8Linear(matrix)),
+        }
+    }
+}
+
+/// Bytes of a packed matrix, in whole pages.
+fn packed_bytes(compute: Compute, rows: usize, columns: usize) -> Option<usize> {
+    match compute {
+        Compute::F32 => F32Matrix::packed_bytes(rows, columns),
+        Compute::Int8 => Q8Matrix::packed_bytes(rows, columns),
+    }
+}
+
+/// The stacked tensors of a block.
+const QKV: [&str; 3] = ["attn_q.weight", "attn_k.weight", "attn_v.weight"];
+const ATTENTION_OUTPUT: [&str; 1] = ["attn_output.weight"];
+const GATE_UP: [&str; 2] = ["ffn_gate.weight", "ffn_up.weight"];
+const DOWN: [&str; 1] = ["ffn_down.weight"];
+
+fn in_layer(index: u32, names: &[&str]) -> Vec<String> {
+    let full = |name: &&str| format!("blk.{index}.{name}");
+    names.iter().map(full).collect()
+}
+
+/// The names of all tensors that become matrices, stack by stack, in the order of their conversion.
+fn stacks(config: &ModelConfig) -> impl Iterator<Item = Vec<String>> {
+    let layers = (0..config.layers).flat_map(|index| {
+        [&QKV[..], &ATTENTION_OUTPUT, &GATE_UP, &DOWN].map(|names| in_layer(index, names))
+    });
+    let head = if config.tied_embeddings {
+        EMBEDDING
+    } else {
+        OUTPUT
+    };
+    layers.chain([vec![head.to_owned()]])
+}
+
+/// Takes tensors of a checked container and turns them into matrices.
+pub(super) struct Loader<'a> {
+    container: &'a mut Container,
+    compute: Compute,
+    team: &'a Team,
+    progress: &'a dyn Progress,
+    /// What is left of the memory for all matrices. Its pages come into being as they are written,
+    /// so that reserving it costs nothing while the sources are still there.
+    arena: Region,
+}
+
+/// A tensor of the container.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    columns: usize,
+    pub(super) bytes: &'a [u8],
+}
+
+impl<'a> Source<'a> {
+    fn row(&self, row: usize) -> &'a [u8] {
+        let bytes = self.bytes.len() / self.rows;
+        &self.bytes[row * bytes..(row + 1) * bytes]
+    }
+}
+
+impl<'a> Loader<'a> {
+    /// `container` has passed [`check_tensors`](super::tensors::check_tensors) for `config`.
+    pub(super) fn new(
+        container: &'a mut Container,
+        config: &ModelConfig,
+        compute: Compute,
+        team: &'a Team,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, LoadError> {
+        let mut loader = Loader {
+            container,
+            compute,
+            team,
+            progress,
+            arena: Region::default(),
+        };
+        let bytes = stacks(config)
+            .try_fold(0usize, |sum, names| {
+                let parts = names.iter().map(|name| loader.tensor(name));
+                let (rows, columns) =
+                    parts.fold((0, 0), |(rows, _), part| (rows + part.rows, part.columns));
+                sum.checked_add(packed_bytes(compute, rows, columns)?)
+            })
+            .ok_or(io::ErrorKind::OutOfMemory)
+            .map_err(io::Error::from)?;
+        loader.arena = Region::zeroed(bytes, Purpose::Weights)?;
+        Ok(loader)
+    }
+
+    /// Where all matrices will lie. Complete only before the first is made.
+    pub(super) fn extent(&self) -> Extent {
+        self.arena.extent()
+    }
+
+    pub(super) fn layer(&mut self, index: u32, qkv_bias: bool) -> Result<Layer, LoadError> {
+        let name = |rest: &str| format!("blk.{index}.{rest}");
+        let mut qkv_biases = None;
+        if qkv_bias {
+            let mut bias = self.vector(&name("attn_q.bias"))?;
+            bias.extend(self.vector(&name("attn_k.bias"))?);
+            bias.extend(self.vector(&name("attn_v.bias"))?);
+            qkv_biases = Some(bias);
+        }
+        Ok(Layer {
+            attention_norm: self.vector(&name("attn_norm.weight"))?,
+            qkv: self.linear(&in_layer(index, &QKV))?,
+            qkv_bias: qkv_biases,
+            attention_output: self.linear(&in_layer(index, &ATTENTION_OUTPUT))?,
+            ffn_norm: self.vector(&name("ffn_norm.weight"))?,
+            gate_up: self.linear(&in_layer(index, &GATE_UP))?,
+            down: self.linear(&in_layer(index, &DOWN))?,
+        })
+    }
+
+    /// A tensor that is there, as the table was checked.
+    pub(super) fn tensor(&self, name: &str) -> Source<'_> {
+        let tensor = self
+            .container
+            .tensor(name)
+            .expect("the table was checked and nothing is read twice");
+        let shape = &tensor.entry.shape;
+        let columns = shape[shape.len() - 1] as usize;
+        let rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
+        Source {
+            dtype: tensor.entry.dtype,
+            rows,
+            columns,
+            bytes: tensor.bytes,
+        }
+    }
+
+    fn linear(&mut self, names: &[String]) -> Result<Box<dyn LinearLayer>, LoadError> {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let matrix = self.matrix(&names)?;
+        names.iter().for_each(|name| self.done(name));
+        Ok(matrix.into_layer())
+    }
+
+    /// Stacks matrices of one width by rows and packs them. Their sources stay.
+    pub(super) fn matrix(&mut self, names: &[&str]) -> Result<Matrix, LoadError> {
+        let mut arena = std::mem::take(&mut self.arena);
+        let matrix = self.matrix_in(&mut arena, names);
+        self.arena = arena;
+        matrix
+    }
+
+    fn matrix_in(&self, arena: &mut Region, names: &[&str]) -> Result<Matrix, LoadError> {
+        let parts: Vec<Source<'_>> = names.iter().map(|name| self.tensor(name)).collect();
+        let columns = parts[0].columns;
+        let rows = parts.iter().map(|p| p.rows).sum();
+        // The part that a row of the stack lies in, and its row there.
+        let locate = |mut row: usize| {
+            for (part, name) in parts.iter().zip(names) {
+                if row < part.rows {
+                    return (part, row, *name);
+                }
+                row -= part.rows;
+            }
+            unreachable!("the stack has as many rows as its parts")
+        };
+        let finite = AtomicBool::new(true);
+        let fill = |row: usize, out: &mut [f32]| {
+            let (part, row, _) = locate(row);
+            dequantise(part.dtype, part.row(row), out);
+            if !out.iter().all(|x| x.is_finite()) {
+                finite.store(false, Ordering::Relaxed);
+            }
+        };
+        let refused = |error| match error {
+            PackError::NotFinite { row } | PackError::ScaleOverflow { row } => {
+                LoadError::NonFinite {
+                    name: locate(row).2.to_owned(),
+                }
+            }
+            PackError::Memory(error) => LoadError::System(error),
+            // The configuration's limits exclude the others, as far as memory that exists can be.
+            _ => LoadError::System(std::io::ErrorKind::OutOfMemory.into()),
+        };
+        match self.compute {
+            Compute::F32 => {
+                let matrix = F32Matrix::from_rows_in(arena, self.team, rows, columns, fill)
+                    .map_err(refused)?;
+                if finite.load(Ordering::Relaxed) {
+                    Ok(Matrix::F32(Arc::new(matrix)))
+                } else {
+                    Err(LoadError::NonFinite {
+                        name: names.join(", "),
+                    })
+                }
+            }
+            Compute::Int8 if parts.iter().all(|p| p.dtype == DType::Q8_0) => {
+                let row = |row: usize| {
+                    let (part, row, _) = locate(row);
+                    part.row(row)
+                };
+                Ok(Matrix::Q8(Arc::new(
+                    Q8Matrix::from_q8_0_in(arena, self.team, rows, columns, row)
+                        .map_err(refused)?,
+                )))
+            }
+            Compute::Int8 => Ok(Matrix::Q8(Arc::new(
+                Q8Matrix::from_rows_in(arena, self.team, rows, columns, fill).map_err(refused)?,
+            ))),
+        }
+    }
+
+    /// A whole tensor in f32.
+    pub(super) fn vector(&mut self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let source = self.tensor(name);
+        let mut out = vec![0.0; source.rows * source.columns];
+        dequantise(source.dtype, source.bytes, &mut out);
+        if !out.iter().all(|x| x.is_finite()) {
+            return Err(LoadError::NonFinite {
+                name: name.to_owned(),
+            });
+        }
+        self.done(name);
+        Ok(out)
+    }
+
+    pub(super) fn rope_factors(&mut self) -> Result<Option<Vec<f32>>, LoadError> {
+        if self.container.tensor(ROPE_FACTORS).is_none() {
+            return Ok(None);
+        }
+        let factors = self.vector(ROPE_FACTORS)?;
+        match factors.iter().find(|&&f| f <= 0.0) {
+            Some(f) => Err(LoadError::Config {
+                field: ROPE_FACTORS,
+                value: f.to_string(),
+                rule: "each factor must be positive",
+            }),
+            None => Ok(Some(factors)),
+        }
+    }
+
+    pub(super) fn check_finite(&self, name: &str) -> Result<(), LoadError> {
+        let source = self.tensor(name);
+        let finite = AtomicBool::new(true);
+        self.team.run(|member, members| {
+            let mut row = vec![0.0; source.columns];
+            for i in (member..source.rows).step_by(members) {
+                dequantise(source.dtype, source.row(i), &mut row);
+                if !row.iter().all(|x| x.is_finite()) {
+                    finite.store(false, Ordering::Relaxed);
+                }
+            }
+        });
+        if finite.load(Ordering::Relaxed) {
+            Ok(())
+        } else {
+            Err(LoadError::NonFinite {
+                name: name.to_owned(),
+            })
+        }
+    }
+
+    /// The tensor is converted: its memory goes back.
+    pub(super) fn done(&mut self, name: &str) {
+        self.progress.advance(self.tensor(name).bytes.len() as u64);
+        self.container.release(name);
+    }
+}

@@ -1,0 +1,193 @@
+//! From a verified container to weights in the form that kernels read. Every tensor that the
+//! configuration implies must be there in exactly its shape, and none besides; each is converted by
+//! the whole team and its source memory released at once, so that loading never needs two copies of
+//! the model. What the weights compute is [`crate::model`]'s.
+
+mod config;
+mod convert;
+mod tensors;
+
+use std::sync::Arc;
+
+use casemate_container::{DType, Model as Container, ModelConfig, Progress, Stage};
+use casemate_kernels::gemm::F32Matrix;
+use casemate_kernels::mem::Granted;
+use casemate_kernels::q8::Q8Matrix;
+use casemate_kernels::team::Team;
+
+use crate::dequant::dequantise;
+use crate::error::LoadError;
+use crate::linear::LinearLayer;
+pub(crate) use config::check_config;
+use convert::{Loader, Matrix};
+use tensors::{EMBEDDING, OUTPUT, check_tensors};
+
+/// The arithmetic of linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compute {
+    /// Weights, activations and KV cache in f32.
+    F32,
+    /// Weights and activations in int8 with a scale per group of 32 (`Q8_0` weights exactly as they
+    /// are, others rounded from f32), KV cache in f16.
+    Int8,
+}
+
+impl Compute {
+    /// Its name in keysets and receipts.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Compute::F32 => "f32",
+            Compute::Int8 => casemate_kernels::q8::NAME,
+        }
+    }
+}
+
+/// All weights of a model.
+pub(crate) struct Weights {
+    pub(crate) embedding: Embedding,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) output_norm: Vec<f32>,
+    pub(crate) output: Box<dyn LinearLayer>,
+    /// Divisors of the RoPE frequencies.
+    pub(crate) rope_factors: Option<Vec<f32>>,
+    /// What the kernel made of the memory of all matrices, if it says.
+    pub(crate) memory: Option<Granted>,
+}
+
+/// One block.
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Vec<f32>,
+    /// Q, K and V.
+    pub(crate) qkv: Box<dyn LinearLayer>,
+    pub(crate) qkv_bias: Option<Vec<f32>>,
+    pub(crate) attention_output: Box<dyn LinearLayer>,
+    pub(crate) ffn_norm: Vec<f32>,
+    pub(crate) gate_up: Box<dyn LinearLayer>,
+    pub(crate) down: Box<dyn LinearLayer>,
+}
+
+/// Where the rows of the embedding table come from.
+pub(crate) enum Embedding {
+    /// The tied output layer's own weights.
+    F32(Arc<F32Matrix>),
+    /// The tied output layer's own weights.
+    Q8(Arc<Q8Matrix>),
+    /// The tensor as it was sealed, one row converted at a time. The container holds nothing else
+    /// any more.
+    Sealed {
+        container: Box<Container>,
+        dtype: DType,
+        row_bytes: usize,
+    },
+}
+
+impl Embedding {
+    /// Writes a token's row.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub(crate) fn row(&self, token: usize, out: &mut [f32]) {
+        match self {
+            Embedding::F32(matrix) => matrix.row(token, out),
+            Embedding::Q8(matrix) => matrix.row(token, out),
+            Embedding::Sealed {
+                container,
+                dtype,
+                row_bytes,
+            } => {
+                let table = container
+                    .tensor(EMBEDDING)
+                    .expect("it was there at load and is never released")
+                    .bytes;
+                dequantise(
+                    *dtype,
+                    &table[token * row_bytes..(token + 1) * row_bytes],
+                    out,
+                );
+            }
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match self {
+            // Counted with the output layer.
+            Embedding::F32(_) | Embedding::Q8(_) => 0,
+            Embedding::Sealed { container, .. } => container
+                .tensor(EMBEDDING)
+                .map_or(0, |t| t.bytes.len() as u64),
+        }
+    }
+}
+
+impl Weights {
+    /// Bytes of all matrices.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.embedding.bytes() + self.bytes_per_pass()
+    }
+
+    /// Bytes of the matrices that every forward pass reads as a whole.
+    pub(crate) fn bytes_per_pass(&self) -> u64 {
+        let layer = |l: &Layer| {
+            l.qkv.bytes() + l.attention_output.bytes() + l.gate_up.bytes() + l.down.bytes()
+        };
+        self.output.bytes() + self.layers.iter().map(layer).sum::<u64>()
+    }
+}
+
+/// Converts all weights. `container` is emptied as far as possible.
+pub(crate) fn load(
+    mut container: Container,
+    config: &ModelConfig,
+    compute: Compute,
+    team: &Team,
+    progress: &dyn Progress,
+) -> Result<Weights, LoadError> {
+    check_tensors(&container, config)?;
+    progress.begin(Stage::Convert, container.manifest().tensor_bytes());
+    let mut loader = Loader::new(&mut container, config, compute, team, progress)?;
+    let extent = loader.extent();
+    let rope_factors = loader.rope_factors()?;
+    let layers = (0..config.layers)
+        .map(|i| loader.layer(i, config.qkv_bias))
+        .collect::<Result<_, _>>()?;
+    let output_norm = loader.vector("output_norm.weight")?;
+    let head = if config.tied_embeddings {
+        loader.matrix(&[EMBEDDING])?
+    } else {
+        let head = loader.matrix(&[OUTPUT])?;
+        loader.done(OUTPUT);
+        head
+    };
+    let sealed = loader.tensor(EMBEDDING);
+    let (dtype, row_bytes) = (sealed.dtype, sealed.bytes.len() / sealed.rows);
+    progress.advance(sealed.bytes.len() as u64);
+    let tied = config.tied_embeddings;
+    let embedding = match &head {
+        Matrix::F32(matrix) if tied => Embedding::F32(Arc::clone(matrix)),
+        // From 4-bit encodings int8 would lose something and save nothing.
+        Matrix::Q8(matrix)
+            if tied && matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::Q8_0) =>
+        {
+            Embedding::Q8(Arc::clone(matrix))
+        }
+        _ => {
+            loader.check_finite(EMBEDDING)?;
+            Embedding::Sealed {
+                container: Box::new(container),
+                dtype,
+                row_bytes,
+            }
+        }
+    };
+    progress.end();
+    Ok(Weights {
+        embedding,
+        layers,
+        output_norm,
+        output: head.into_layer(),
+        rope_factors,
+        // A system without /proc tells nothing, which is no reason not to serve.
+        memory: extent.granted().ok(),
+    })
+}
