@@ -130,7 +130,7 @@ fn peers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peer>, D::Error> {
 pub struct Model {
     /// The sealed container.
     pub path: PathBuf,
-    /// Arithmetic of the linear layers: `"int8"` (default) or `"f32"`.
+    /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"` or `"f32"`.
     #[serde(default = "default_compute")]
     pub compute: ComputeName,
     /// Compute threads; absent or 0 takes one per core.
@@ -152,6 +152,9 @@ pub enum ComputeName {
     F32,
     /// 8-bit integers with a scale per 32 values.
     Int8,
+    /// 8-bit integers with a scale per row, rotated.
+    #[serde(rename = "int8-row")]
+    Int8Row,
 }
 
 impl From<ComputeName> for Compute {
@@ -159,6 +162,7 @@ impl From<ComputeName> for Compute {
         match name {
             ComputeName::F32 => Compute::F32,
             ComputeName::Int8 => Compute::Int8,
+            ComputeName::Int8Row => Compute::Int8Row,
         }
     }
 }

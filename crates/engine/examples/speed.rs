@@ -2,7 +2,7 @@
 //! the same moment.
 //!
 //! ```sh
-//! cargo run --release -p casemate-engine --example speed -- [MODEL.gguf] [--compute f32|int8] [--threads N]
+//! cargo run --release -p casemate-engine --example speed -- [MODEL.gguf] [--compute f32|int8|int8-row] [--threads N]
 //! ```
 //! Without a file: random Q8_0 weights in the shape of TinyLlama-1.1B. The model goes through a
 //! sealed file in the temporary folder, as in production, so a gigabyte of disk is needed.
@@ -35,7 +35,8 @@ fn main() -> anyhow::Result<()> {
             "--compute" => match arguments.next().as_deref() {
                 Some("f32") => options.compute = Compute::F32,
                 Some("int8") => options.compute = Compute::Int8,
-                other => bail!("--compute f32 or int8, not {other:?}"),
+                Some("int8-row") => options.compute = Compute::Int8Row,
+                other => bail!("--compute f32, int8 or int8-row, not {other:?}"),
             },
             "--threads" => options.threads = arguments.next().context("--threads N")?.parse()?,
             _ => file = Some(PathBuf::from(argument)),

@@ -207,7 +207,7 @@ impl Engine {
         self.context
     }
 
-    /// Name of the arithmetic for keysets and receipts: `f32` or `int8-g32`.
+    /// Name of the arithmetic for keysets and receipts: `f32`, `int8-g32` or `int8-row`.
     #[must_use]
     pub fn compute_name(&self) -> &'static str {
         self.compute.name()

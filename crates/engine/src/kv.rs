@@ -38,7 +38,7 @@ impl KvCache {
     ) -> Result<Self, LoadError> {
         let kv_type = match compute {
             Compute::F32 => KvType::F32,
-            Compute::Int8 => KvType::F16,
+            Compute::Int8 | Compute::Int8Row => KvType::F16,
         };
         let shape = KvShape {
             layers: config.layers as usize,

@@ -1,5 +1,6 @@
 //! Linear layers behind one trait, so that what computes a product can be replaced without the
-//! model knowing. Here: products by this machine's kernels, in f32 and in int8.
+//! model knowing. Here: products by this machine's kernels, in f32, in int8 by groups
+//! and in int8 by rows.
 //!
 //! A layer is a *group* of weight matrices that share their input (Q, K and V; gate and up),
 //! stacked by rows. One call quantises the input once; a replacement that hides inputs needs one
@@ -8,7 +9,9 @@
 use std::sync::Arc;
 
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
+use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8};
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
+use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
 
 /// `y = x · Wᵀ` for some weights W. Biases are added by the model.
@@ -33,9 +36,11 @@ pub trait LinearLayer: Send + Sync {
     fn bytes(&self) -> u64;
 }
 
-/// Working memory that all layers of a model share.
+/// Working memory that all layers of a model share: input rows in each form that some layer wants.
+/// A form that none wants takes address space, but no memory.
 pub struct LinearScratch {
-    rows: Q8Rows,
+    groups: Q8Rows,
+    rows: Int8Rows,
 }
 
 impl LinearScratch {
@@ -43,7 +48,8 @@ impl LinearScratch {
     #[must_use]
     pub fn new(rows: usize, inputs: usize) -> Self {
         Self {
-            rows: Q8Rows::with_capacity(rows, inputs),
+            groups: Q8Rows::with_capacity(rows, inputs),
+            rows: Int8Rows::with_capacity(rows, inputs),
         }
     }
 }
@@ -82,11 +88,38 @@ impl LinearLayer for Q8Linear {
     }
 
     fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
-        scratch.rows.quantise(team, x, self.0.columns());
-        matmul_q8(team, &scratch.rows, &self.0, y);
+        scratch.groups.quantise(team, x, self.0.columns());
+        matmul_q8(team, &scratch.groups, &self.0, y);
     }
 
     fn bytes(&self) -> u64 {
         self.0.bytes() as u64
+    }
+}
+
+/// Weights and activations in int8, one scale a row, both rotated.
+pub(crate) struct Int8RowLinear {
+    pub(crate) weights: Int8Matrix,
+    /// What the rows of `weights` were rotated by.
+    pub(crate) rotation: Arc<Rotation>,
+}
+
+impl LinearLayer for Int8RowLinear {
+    fn inputs(&self) -> usize {
+        self.weights.columns()
+    }
+
+    fn outputs(&self) -> usize {
+        self.weights.rows()
+    }
+
+    fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        let rows = &mut scratch.rows;
+        rows.quantise(team, x, self.weights.columns(), Some(&self.rotation));
+        matmul_int8(team, rows, &self.weights, y);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.weights.bytes() as u64
     }
 }

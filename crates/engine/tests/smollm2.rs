@@ -133,6 +133,16 @@ fn int8_stays_close_to_the_reference() {
     assert!(found.widest_disagreement <= 0.6, "{found:?}");
 }
 
+#[test]
+fn int8_by_rows_stays_close_to_the_reference() {
+    let Some(found) = compare(Compute::Int8Row) else {
+        return;
+    };
+    assert!(found.agreement >= 0.96, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.01, "{found:?}");
+    assert!(found.widest_disagreement <= 1.0, "{found:?}");
+}
+
 /// `What is the capital of France?` under the model's own template, and the reference's greedy answer
 /// to it, `The capital of France is Paris.`
 const QUESTION: [u32; 37] = [

@@ -2,7 +2,9 @@
 
 use casemate_container::{ModelConfig, RopeScaling};
 use casemate_kernels::attention::MAX_HEAD_DIM;
+use casemate_kernels::panels::MAX_COLUMNS;
 
+use super::Compute;
 use crate::error::LoadError;
 
 /// Refuses configurations that contradict themselves or exceed what the kernels can do. Every later
@@ -135,6 +137,27 @@ pub(crate) fn check_config(c: &ModelConfig) -> Result<(), LoadError> {
     )
 }
 
+/// Refuses inputs of matrices that are too wide for the arithmetic.
+pub(super) fn check_widths(c: &ModelConfig, compute: Compute) -> Result<(), LoadError> {
+    if compute != Compute::Int8Row {
+        return Ok(());
+    }
+    let attended = u64::from(c.heads) * u64::from(c.head_dim);
+    let widths = [
+        ("hidden", u64::from(c.hidden)),
+        ("heads * head_dim", attended),
+        ("ffn", u64::from(c.ffn)),
+    ];
+    match widths.iter().find(|(_, width)| *width > MAX_COLUMNS as u64) {
+        Some((field, width)) => Err(LoadError::Config {
+            field,
+            value: width.to_string(),
+            rule: "int8-row sums at most 133144 products; use another arithmetic",
+        }),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,5 +244,33 @@ mod tests {
             });
             assert!(matches!(checked, Err(LoadError::Config { field, .. }) if field == expected));
         }
+    }
+
+    #[test]
+    fn refuses_rows_whose_sums_could_overflow() {
+        const { assert!(MAX_COLUMNS == 133_144, "the rule names the limit") };
+        type Change = fn(&mut ModelConfig);
+        let changes: [(&str, Change); 3] = [
+            ("hidden", |c| c.hidden = 133_145),
+            ("ffn", |c| c.ffn = 133_145),
+            ("heads * head_dim", |c| {
+                (c.heads, c.kv_heads, c.head_dim) = (1 << 14, 1 << 14, 256);
+            }),
+        ];
+        for (expected, change) in changes {
+            let mut config = config();
+            change(&mut config);
+            check_widths(&config, Compute::Int8).unwrap();
+            match check_widths(&config, Compute::Int8Row) {
+                Err(LoadError::Config { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+        let config = ModelConfig {
+            hidden: 133_144,
+            ffn: 133_144,
+            ..config()
+        };
+        check_widths(&config, Compute::Int8Row).unwrap();
     }
 }

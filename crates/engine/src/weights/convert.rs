@@ -1,6 +1,7 @@
 //! Tensors as they were sealed to matrices as kernels read them, all in one region, so that small
 //! matrices share huge pages.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,19 +9,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use casemate_container::{DType, Model as Container, ModelConfig, Progress};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::{Extent, Purpose, Region};
+use casemate_kernels::panels::Int8Matrix;
 use casemate_kernels::q8::{PackError, Q8Matrix};
+use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
 
 use super::tensors::{EMBEDDING, OUTPUT, ROPE_FACTORS};
 use super::{Compute, Layer};
 use crate::dequant::dequantise;
 use crate::error::LoadError;
-use crate::linear::{F32Linear, LinearLayer, Q8Linear};
+use crate::linear::{F32Linear, Int8RowLinear, LinearLayer, Q8Linear};
 
 /// A converted matrix.
 pub(super) enum Matrix {
     F32(Arc<F32Matrix>),
     Q8(Arc<Q8Matrix>),
+    Int8Row(Int8RowLinear),
 }
 
 impl Matrix {
@@ -28,6 +32,7 @@ impl Matrix {
         match self {
             Matrix::F32(matrix) => Box::new(F32Linear(matrix)),
             Matrix::Q8(matrix) => Box::new(Q8Linear(matrix)),
+            Matrix::Int8Row(layer) => Box::new(layer),
         }
     }
 }
@@ -37,6 +42,7 @@ fn packed_bytes(compute: Compute, rows: usize, columns: usize) -> Option<usize> 
     match compute {
         Compute::F32 => F32Matrix::packed_bytes(rows, columns),
         Compute::Int8 => Q8Matrix::packed_bytes(rows, columns),
+        Compute::Int8Row => Int8Matrix::packed_bytes(rows, columns),
     }
 }
 
@@ -73,6 +79,8 @@ pub(super) struct Loader<'a> {
     /// What is left of the memory for all matrices. Its pages come into being as they are written,
     /// so that reserving it costs nothing while the sources are still there.
     arena: Region,
+    /// By width.
+    rotations: HashMap<usize, Arc<Rotation>>,
 }
 
 /// A tensor of the container.
@@ -106,6 +114,7 @@ impl<'a> Loader<'a> {
             team,
             progress,
             arena: Region::default(),
+            rotations: HashMap::new(),
         };
         let bytes = stacks(config)
             .try_fold(0usize, |sum, names| {
@@ -172,12 +181,20 @@ impl<'a> Loader<'a> {
     /// Stacks matrices of one width by rows and packs them. Their sources stay.
     pub(super) fn matrix(&mut self, names: &[&str]) -> Result<Matrix, LoadError> {
         let mut arena = std::mem::take(&mut self.arena);
-        let matrix = self.matrix_in(&mut arena, names);
+        let width = self.tensor(names[0]).columns;
+        let rotation = self.rotations.entry(width);
+        let rotation = Arc::clone(rotation.or_insert_with(|| Arc::new(Rotation::new(width))));
+        let matrix = self.matrix_in(&mut arena, rotation, names);
         self.arena = arena;
         matrix
     }
 
-    fn matrix_in(&self, arena: &mut Region, names: &[&str]) -> Result<Matrix, LoadError> {
+    fn matrix_in(
+        &self,
+        arena: &mut Region,
+        rotation: Arc<Rotation>,
+        names: &[&str],
+    ) -> Result<Matrix, LoadError> {
         let parts: Vec<Source<'_>> = names.iter().map(|name| self.tensor(name)).collect();
         let columns = parts[0].columns;
         let rows = parts.iter().map(|p| p.rows).sum();
@@ -234,6 +251,15 @@ impl<'a> Loader<'a> {
             Compute::Int8 => Ok(Matrix::Q8(Arc::new(
                 Q8Matrix::from_rows_in(arena, self.team, rows, columns, fill).map_err(refused)?,
             ))),
+            Compute::Int8Row => {
+                let rotated = |row: usize, out: &mut [f32]| {
+                    fill(row, out);
+                    rotation.apply(self.team.isa(), out);
+                };
+                let weights = Int8Matrix::from_rows_in(arena, self.team, rows, columns, rotated)
+                    .map_err(refused)?;
+                Ok(Matrix::Int8Row(Int8RowLinear { weights, rotation }))
+            }
         }
     }
 

@@ -19,6 +19,7 @@ use crate::dequant::dequantise;
 use crate::error::LoadError;
 use crate::linear::LinearLayer;
 pub(crate) use config::check_config;
+use config::check_widths;
 use convert::{Loader, Matrix};
 use tensors::{EMBEDDING, OUTPUT, check_tensors};
 
@@ -30,6 +31,9 @@ pub enum Compute {
     /// Weights and activations in int8 with a scale per group of 32 (`Q8_0` weights exactly as they
     /// are, others rounded from f32), KV cache in f16.
     Int8,
+    /// Weights and activations in int8 with a scale per row, both rotated, rounded from f32
+    /// whatever they were; KV cache in f16.
+    Int8Row,
 }
 
 impl Compute {
@@ -39,6 +43,7 @@ impl Compute {
         match self {
             Compute::F32 => "f32",
             Compute::Int8 => casemate_kernels::q8::NAME,
+            Compute::Int8Row => casemate_kernels::panels::NAME,
         }
     }
 }
@@ -143,6 +148,7 @@ pub(crate) fn load(
     team: &Team,
     progress: &dyn Progress,
 ) -> Result<Weights, LoadError> {
+    check_widths(config, compute)?;
     check_tensors(&container, config)?;
     progress.begin(Stage::Convert, container.manifest().tensor_bytes());
     let mut loader = Loader::new(&mut container, config, compute, team, progress)?;
