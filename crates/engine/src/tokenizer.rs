@@ -87,6 +87,11 @@ impl Tokenizer {
         // padded silently.
         encoder.with_truncation(None).map_err(|e| malformed(&e))?;
         encoder.with_padding(None);
+        // The library remembers words, and how it took them apart, for as long as it lives: of every user's prompt, and so
+        // that the next one could tell by the time whether somebody wrote a word before.
+        let mut forgetful = encoder.get_model().clone();
+        forgetful.resize_cache(0);
+        encoder.with_model(forgetful);
         let pieces = Pieces::new(&encoder, &decoder, &control, vocab)?;
         if let Some(bos) = bos.filter(|&b| b >= vocab) {
             return Err(TokenizerError::IdOutsideVocabulary { id: bos, vocab });
