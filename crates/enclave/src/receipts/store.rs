@@ -12,7 +12,8 @@ use crate::access::Caller;
 pub struct Limits {
     /// Receipts.
     pub receipts: usize,
-    /// Bytes of all of them together.
+    /// Bytes of all of them together, with what their allocations take; without the tables that find them, whose size
+    /// follows from the number of receipts.
     pub bytes: usize,
     /// Seconds each.
     pub seconds: u64,
@@ -34,9 +35,9 @@ pub struct Store {
     kept: Mutex<Kept>,
 }
 
-#[derive(Default)]
 struct Kept {
-    entries: HashMap<RequestId, Entry>,
+    /// Boxed, so that an entry stays where it is: a table that moved salts about would leave copies behind.
+    entries: HashMap<RequestId, Box<Entry>>,
     /// Oldest first.
     order: VecDeque<RequestId>,
     bytes: usize,
@@ -53,27 +54,37 @@ impl Store {
     pub fn new(limits: Limits) -> Store {
         Store {
             limits,
-            kept: Mutex::default(),
+            kept: Mutex::new(Kept {
+                // Twice, because a table of the standard library that is more than half full grows when enough of its
+                // entries have been replaced. So neither ever grows, and what they take is known.
+                entries: HashMap::with_capacity(2 * limits.receipts),
+                order: VecDeque::with_capacity(limits.receipts),
+                bytes: 0,
+            }),
         }
     }
 
     /// Keeps a receipt for its owner; the oldest ones give way.
     pub(super) fn keep(&self, id: RequestId, owner: Caller, fetched: FetchedReceipt, now: u64) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.forget(now);
-        kept.bytes += size(&id, &fetched);
-        let entry = Entry {
+        let entry = Box::new(Entry {
             owner,
             fetched,
             forgotten_at: now.saturating_add(self.limits.seconds),
-        };
-        kept.order.push_back(id.clone());
-        kept.entries.insert(id, entry);
-        while kept.order.len() > self.limits.receipts || kept.bytes > self.limits.bytes {
+        });
+        let more = size(&id, &entry);
+        if more > self.limits.bytes {
+            return;
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.forget(now);
+        while kept.order.len() >= self.limits.receipts || kept.bytes + more > self.limits.bytes {
             if !kept.forget_oldest() {
                 break;
             }
         }
+        kept.bytes += more;
+        kept.order.push_back(id.clone());
+        kept.entries.insert(id, entry);
     }
 
     /// The JSON of a receipt, for its owner. Callers without a key are one owner.
@@ -108,15 +119,22 @@ impl Kept {
             return false;
         };
         if let Some(entry) = self.entries.remove(&id) {
-            self.bytes -= size(&id, &entry.fetched);
+            self.bytes -= size(&id, &entry);
         }
         true
     }
 }
 
-/// What an entry takes, about.
-fn size(id: &RequestId, fetched: &FetchedReceipt) -> usize {
-    2 * id.as_str().len() + fetched.receipt.len() + size_of::<Entry>()
+/// The most that an allocator adds to an allocation: its own record, and rounding up.
+const ALLOCATION: usize = 32;
+
+/// What an entry takes at the most: the id twice, itself, its receipt, and its owner's name as if nobody else held it.
+fn size(id: &RequestId, entry: &Entry) -> usize {
+    let id = id.as_str().len();
+    let name = entry.owner.name().map_or(0, str::len) + 2 * size_of::<usize>();
+    let receipt = entry.fetched.receipt.capacity();
+    let parts = [id, id, size_of::<Entry>(), receipt, name];
+    parts.iter().map(|part| part + ALLOCATION).sum()
 }
 
 #[cfg(test)]
@@ -199,5 +217,60 @@ mod tests {
         }
         assert!(has(&store, 99, "", 0));
         assert!(!has(&store, 90, "", 0));
+        // What can never fit is not kept, and costs nobody else's.
+        let fetched = FetchedReceipt {
+            receipt: vec![0; 3000],
+            request_salt: Salt::random(),
+            answer_salt: Salt::random(),
+        };
+        store.keep(id(200), owner(""), fetched, 0);
+        assert!(!has(&store, 200, "", 0) && has(&store, 99, "", 0));
+    }
+
+    #[test]
+    fn tables_are_never_larger_than_at_first() {
+        let store = store(100, 1 << 20);
+        let capacities = |store: &Store| {
+            let kept = store.kept.lock().unwrap();
+            (kept.entries.capacity(), kept.order.capacity())
+        };
+        let at_first = capacities(&store);
+        for n in 0..10_000_u128 {
+            let fetched = FetchedReceipt {
+                receipt: vec![0; 400],
+                request_salt: Salt::random(),
+                answer_salt: Salt::random(),
+            };
+            let id = RequestId::new("chatcmpl", n.to_be_bytes());
+            store.keep(id, owner("a"), fetched, 0);
+            // What was removed counts as taken until the table is put in order, so there may seem to be less room.
+            let (entries, order) = capacities(&store);
+            assert!(entries <= at_first.0 && order == at_first.1, "{n}");
+        }
+        assert_eq!(store.forget(0), 100);
+    }
+
+    #[test]
+    fn the_documented_bound_is_that_of_the_limits() {
+        // docs/enclave.md, "What grows, and until when": buckets of the table (a power of two, at most 7/8 full) with a
+        // byte each, and places of the queue.
+        let receipts = Limits::default().receipts;
+        let buckets = (2 * receipts * 8 / 7).next_power_of_two();
+        let tables = buckets * (size_of::<(RequestId, Box<Entry>)>() + 1)
+            + receipts * size_of::<RequestId>();
+        assert_eq!(tables, 2_555_904);
+        let entry = |bytes| {
+            let fetched = FetchedReceipt {
+                receipt: vec![0; bytes],
+                request_salt: Salt::random(),
+                answer_salt: Salt::random(),
+            };
+            Entry {
+                owner: owner("key"),
+                fetched,
+                forgotten_at: 0,
+            }
+        };
+        assert_eq!(size(&id(0), &entry(400)), 806);
     }
 }
