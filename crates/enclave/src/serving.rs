@@ -21,6 +21,9 @@ use crate::renewal::{Life, Renewable};
 const KEYSET_SECONDS: u64 = 3600;
 /// How long after its credential's end a keyset still serves requests: clocks of users and enclaves differ that much.
 const GRACE_SECONDS: u64 = 60;
+/// HPKE keys that are held at the same time, at the most: each remembers every request that it opened. Renewals in time
+/// make no more than three whose credentials still hold; a key that is used up before its time has a successor sooner.
+const KEYS: usize = 16;
 
 /// Facts about the loaded model that the keyset states.
 pub struct Served {
@@ -89,9 +92,20 @@ struct Identity {
     credential_expires: u64,
 }
 
+/// A keyset whose key may still be held.
+struct Published {
+    digest: KeysetDigest,
+    key_id: u8,
+    ends_at: u64,
+}
+
 impl Identity {
-    fn published(&self) -> (KeysetDigest, u64) {
-        (KeysetDigest::of(&self.shown.keyset), self.keyset_expires)
+    fn published(&self) -> Published {
+        Published {
+            digest: KeysetDigest::of(&self.shown.keyset),
+            key_id: self.shown.key_id,
+            ends_at: self.keyset_expires,
+        }
     }
 
     fn tls_key(&self) -> MutexGuard<'_, Option<ServerKey>> {
@@ -107,8 +121,8 @@ pub struct Serving {
     served: Served,
     access: Arc<Access>,
     current: RwLock<Arc<Identity>>,
-    /// The keysets whose keys may still be held, with their ends, in the order of publication.
-    published: RwLock<Vec<(KeysetDigest, u64)>>,
+    /// In the order of publication.
+    published: RwLock<Vec<Published>>,
     /// By the id of the HPKE key in the same keyset: a receipt is signed under the keyset that opened its request.
     signers: Mutex<Vec<(u8, Arc<Signer>)>>,
     quotes: Quotes,
@@ -181,8 +195,8 @@ impl Serving {
             .published
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        let held = published.iter().filter(|(_, expires)| now < *expires);
-        held.map(|(digest, _)| *digest).collect()
+        let held = published.iter().filter(|keyset| now < keyset.ends_at);
+        held.map(|keyset| keyset.digest).collect()
     }
 
     /// Whether requests under `keyset` can be opened at `now`.
@@ -193,7 +207,7 @@ impl Serving {
             .unwrap_or_else(PoisonError::into_inner);
         published
             .iter()
-            .any(|(digest, expires)| digest == keyset && now < *expires)
+            .any(|known| known.digest == *keyset && now < known.ends_at)
     }
 
     /// Whether keyset and credential hold at `now`.
@@ -227,22 +241,32 @@ impl Serving {
             now,
         )
         .await?;
+        self.publish(renewed, signer, now);
+        Ok(())
+    }
+
+    /// Puts a new identity in the place of the current one, and gives up the oldest keys if there are too many.
+    fn publish(&self, identity: Identity, signer: (u8, Arc<Signer>), now: u64) {
+        // First, so that there is none of whose requests the signer is unknown.
+        self.signers().push(signer);
+        let mut ids = self.keyring.ids();
+        let held = ids.split_off(ids.len().saturating_sub(KEYS));
+        for id in ids {
+            self.keyring.erase(id);
+        }
         {
             // Before anybody can learn of the new keyset.
             let mut published = self
                 .published
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            published.retain(|(_, expires)| now < *expires);
-            published.push(renewed.published());
+            published.retain(|known| now < known.ends_at && held.contains(&known.key_id));
+            published.push(identity.published());
         }
-        // First, so that there is none of whose requests the signer is unknown.
-        self.signers().push(signer);
         *self
             .current
             .write()
-            .unwrap_or_else(|poison| poison.into_inner()) = Arc::new(renewed);
-        Ok(())
+            .unwrap_or_else(|poison| poison.into_inner()) = Arc::new(identity);
     }
 
     /// Signs receipts for requests that were opened with this HPKE key.

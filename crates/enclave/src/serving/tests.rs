@@ -34,15 +34,13 @@ fn provisioner() -> Provisioner {
     Provisioner::new(&measured.config, [0; 48], Arc::new(NoTee)).unwrap()
 }
 
-/// An enclave whose only identity, with a TLS key, is served until `ends_at`, and that no broker answers.
-pub(crate) fn until(ends_at: u64) -> Serving {
-    let keyring = Keyring::default();
-    // Held beyond the credential, as in life.
+/// An identity until `ends_at` that shows this keyset, with a key in the keyring, held beyond the credential as in life.
+fn identity(keyring: &Keyring, keyset: &[u8], ends_at: u64) -> (Identity, (u8, Arc<Signer>)) {
     let key_id = keyring.generate(ends_at + 1000).unwrap().id;
     let signer = Arc::new(signer_until(ends_at));
     let identity = Identity {
         shown: Arc::new(Shown {
-            keyset: b"keyset".to_vec(),
+            keyset: keyset.to_vec(),
             credential: b"credential".to_vec(),
             key_id,
             ends_at,
@@ -53,6 +51,13 @@ pub(crate) fn until(ends_at: u64) -> Serving {
         keyset_expires: ends_at,
         credential_expires: ends_at,
     };
+    (identity, (key_id, signer))
+}
+
+/// An enclave whose only identity, with a TLS key, is served until `ends_at`, and that no broker answers.
+pub(crate) fn until(ends_at: u64) -> Serving {
+    let keyring = Keyring::default();
+    let (identity, signer) = identity(&keyring, b"keyset", ends_at);
     let keys = ApiKeys::new(Vec::new()).unwrap();
     Serving {
         published: RwLock::new(vec![identity.published()]),
@@ -71,7 +76,7 @@ pub(crate) fn until(ends_at: u64) -> Serving {
             Arc::new(Metrics::default()),
         )),
         current: RwLock::new(Arc::new(identity)),
-        signers: Mutex::new(vec![(key_id, signer)]),
+        signers: Mutex::new(vec![signer]),
         quotes: Quotes::default(),
     }
 }
@@ -95,4 +100,21 @@ fn an_identity_that_has_ended_makes_no_handshakes_and_its_keys_are_gone() {
     assert!(serving.keyring.ids().is_empty());
     // And stays so, whatever the host does to the clock.
     assert!(serving.tls(99).is_none());
+}
+
+#[test]
+fn only_so_many_keys_are_held_however_often_they_are_used_up() {
+    let serving = until(100);
+    for n in 0..600_u32 {
+        let (identity, signer) = identity(&serving.keyring, &n.to_be_bytes(), 100);
+        serving.publish(identity, signer, 0);
+        assert!(serving.keyring.ids().len() <= KEYS);
+    }
+    let digest = |n: u32| KeysetDigest::of(&n.to_be_bytes());
+    let held: Vec<_> = (600 - KEYS as u32..600).map(digest).collect();
+    assert_eq!(serving.keysets(0), held);
+    assert!(serving.holds(&digest(599), 0) && serving.holds(&held[0], 0));
+    // Whoever used an older one is told to verify again.
+    assert!(!serving.holds(&digest(599 - KEYS as u32), 0));
+    assert!(serving.keysets(100).is_empty());
 }
