@@ -12,12 +12,13 @@
 //! says what runs, a credential says whose it is: a user's policy pins the issuer.
 
 use casemate_container::ModelDigest;
-use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use casemate_container::signing::{SigningKey, VerifyingKey};
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 
 use crate::encoding::{check_name, decode, encode};
 use crate::error::{Malformed, Refused, ReleaseError, Unverified};
+use crate::signed::{FORMAT, Kind};
 
 /// Domain of the issuer's signature.
 pub const DOMAIN: &str = "casemate deployment credential v1";
@@ -30,7 +31,14 @@ pub const CLOCK_SKEW_SECONDS: u64 = 60;
 /// Most adapters in one credential.
 pub const MAX_ADAPTERS: usize = 64;
 
-const FORMAT: u32 = 1;
+const KIND: Kind = Kind {
+    envelope: "credential",
+    body: "credential.body",
+    format: "credential.format",
+    domain: DOMAIN,
+    limit: MAX_CREDENTIAL_BYTES,
+    unverified: Unverified::Credential,
+};
 
 /// What an issuer states.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,8 +96,7 @@ impl Credential {
             issued_at: self.issued_at,
             expires_at: self.expires_at,
         };
-        let body = encode(&body, MAX_CREDENTIAL_BYTES);
-        let signature = issuer.sign(DOMAIN, &body).0;
+        let (body, signature) = KIND.sign_body(&body, issuer);
         let envelope = Envelope {
             body: body.to_vec(),
             signature,
@@ -163,12 +170,8 @@ impl VerifiedCredential {
 /// [`ReleaseError::Malformed`] for anything but the one encoding of a credential, [`Unverified::Credential`] for another
 /// signer or changed bytes.
 pub fn past_claims(envelope: &[u8], issuer: &VerifyingKey) -> Result<Credential, ReleaseError> {
-    let envelope: Envelope = decode("credential", envelope, MAX_CREDENTIAL_BYTES)?;
-    let signature = Signature(envelope.signature);
-    issuer
-        .verify(DOMAIN, &envelope.body, &signature)
-        .map_err(|_| Unverified::Credential)?;
-    let body = Body::parse(&envelope.body)?;
+    let envelope: Envelope = decode(KIND.envelope, envelope, KIND.limit)?;
+    let body: Body = KIND.verify_body(&envelope.body, envelope.signature, issuer)?;
     if body.issuer != *issuer.as_bytes() {
         return Err(Unverified::Credential.into());
     }
@@ -194,8 +197,9 @@ pub fn past_claims(envelope: &[u8], issuer: &VerifyingKey) -> Result<Credential,
 /// # Errors
 /// [`ReleaseError::Malformed`].
 pub fn claimed_issuer(envelope: &[u8]) -> Result<[u8; 32], ReleaseError> {
-    let envelope: Envelope = decode("credential", envelope, MAX_CREDENTIAL_BYTES)?;
-    Ok(Body::parse(&envelope.body)?.issuer)
+    let envelope: Envelope = decode(KIND.envelope, envelope, KIND.limit)?;
+    let body: Body = KIND.parse_body(&envelope.body)?;
+    Ok(body.issuer)
 }
 
 #[derive(Encode, Decode)]
@@ -236,21 +240,6 @@ struct Body {
     issued_at: u64,
     #[n(12)]
     expires_at: u64,
-}
-
-impl Body {
-    fn parse(bytes: &[u8]) -> Result<Self, ReleaseError> {
-        let body: Body = decode("credential.body", bytes, MAX_CREDENTIAL_BYTES)?;
-        if body.format != FORMAT {
-            return Err(Malformed::Unsupported {
-                what: "credential.format",
-                found: body.format.to_string(),
-                expected: "1",
-            }
-            .into());
-        }
-        Ok(body)
-    }
 }
 
 #[cfg(test)]

@@ -2,30 +2,36 @@
 //! provider.
 //!
 //! ```text
-//! envelope = { 0: body bstr, 1: provider's Ed25519 key bstr32, 2: signature bstr64 }
 //! body     = { 0: 1, 1: model digest bstr32, 2: model name tstr, 3: minimum version uint,
 //!              4: data key bstr32, ? 5: [+ api key] }
 //! ```
-//! Both are deterministic CBOR; the signature covers the domain [`DOMAIN`] and the body's bytes. An
-//! envelope is secret: it travels inside a JWE and rests in files of mode 0600. Anyone can encrypt to a
-//! TEE's public key, so an enclave accepts a grant only under the provider key of its own measured
-//! configuration.
+//! A signed envelope (`signed`) of the domain [`DOMAIN`] carries it, and is secret: it travels inside a JWE and rests
+//! in files of mode 0600. Anyone can encrypt to a TEE's public key, so an enclave accepts a grant only under the provider
+//! key of its own measured configuration.
 
-use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_container::{DataKey, ModelDigest};
 use minicbor::{Decode, Encode};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::api_key::{self, ApiKeys, MAX_API_KEYS, MAX_ENTRY_BYTES};
-use crate::encoding::{check_model_name, decode, encode};
-use crate::error::{Malformed, Refused, ReleaseError, Unverified};
+use crate::encoding::check_model_name;
+use crate::error::{Refused, ReleaseError, Unverified};
+use crate::signed::{FORMAT, Kind};
 
 /// Domain of the provider's signature.
 pub const DOMAIN: &str = "casemate key grant v1";
 /// Most bytes of an envelope.
 pub const MAX_GRANT_BYTES: usize = 1024 + MAX_API_KEYS * MAX_ENTRY_BYTES;
 
-const FORMAT: u32 = 1;
+const KIND: Kind = Kind {
+    envelope: "grant",
+    body: "grant.body",
+    format: "grant.format",
+    domain: DOMAIN,
+    limit: MAX_GRANT_BYTES,
+    unverified: Unverified::Grant,
+};
 
 /// What a provider grants.
 pub struct KeyGrant {
@@ -77,14 +83,7 @@ impl KeyGrant {
             data_key: *self.data_key.expose(),
             api_keys: api_key::to_entries(&self.api_keys),
         };
-        let body = encode(&body, MAX_GRANT_BYTES);
-        let signature = provider.sign(DOMAIN, &body);
-        let envelope = Envelope {
-            body: body.to_vec(),
-            provider: *provider.verifying_key().as_bytes(),
-            signature: signature.0,
-        };
-        Ok(encode(&envelope, MAX_GRANT_BYTES))
+        Ok(KIND.sign(&body, provider))
     }
 }
 
@@ -95,23 +94,7 @@ impl VerifiedGrant {
     /// [`ReleaseError::Malformed`] for anything but the one encoding of a grant,
     /// [`Unverified::Grant`] for another signer or changed bytes.
     pub fn verify(envelope: &[u8], provider: &VerifyingKey) -> Result<Self, ReleaseError> {
-        let envelope: Envelope = decode("grant", envelope, MAX_GRANT_BYTES)?;
-        if envelope.provider != *provider.as_bytes() {
-            return Err(Unverified::Grant.into());
-        }
-        let signature = Signature(envelope.signature);
-        provider
-            .verify(DOMAIN, &envelope.body, &signature)
-            .map_err(|_| Unverified::Grant)?;
-        let body: Body = decode("grant.body", &envelope.body, MAX_GRANT_BYTES)?;
-        if body.format != FORMAT {
-            return Err(Malformed::Unsupported {
-                what: "grant.format",
-                found: body.format.to_string(),
-                expected: "1",
-            }
-            .into());
-        }
+        let body: Body = KIND.verify(envelope, provider)?;
         check_model_name("grant.model_name", &body.model_name)?;
         let grant = KeyGrant {
             model_digest: ModelDigest(body.model_digest),
@@ -187,8 +170,7 @@ impl VerifiedGrant {
 /// # Errors
 /// As [`VerifiedGrant::verify`].
 pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
-    let named: Envelope = decode("grant", envelope, MAX_GRANT_BYTES)?;
-    let provider = VerifyingKey::from_bytes(named.provider);
+    let provider = KIND.claimed_signer(envelope)?;
     let verified = VerifiedGrant::verify(envelope, &provider)?;
     Ok(GrantSummary {
         provider,
@@ -197,23 +179,6 @@ pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
         minimum_version: verified.minimum_version(),
         api_keys: verified.api_keys().as_slice().len(),
     })
-}
-
-#[derive(Encode, Decode)]
-#[cbor(map)]
-struct Envelope {
-    #[cbor(n(0), with = "minicbor::bytes")]
-    body: Vec<u8>,
-    #[cbor(n(1), with = "minicbor::bytes")]
-    provider: [u8; 32],
-    #[cbor(n(2), with = "minicbor::bytes")]
-    signature: [u8; 64],
-}
-
-impl Drop for Envelope {
-    fn drop(&mut self) {
-        self.body.zeroize();
-    }
 }
 
 #[derive(Encode, Decode)]
@@ -248,6 +213,9 @@ mod tests {
 
     use super::*;
     use crate::api_key::{ApiKey, Limits, MAX_NAME_BYTES};
+    use crate::encoding::encode;
+    use crate::error::Malformed;
+    use crate::signed::Envelope;
 
     const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
 
@@ -376,7 +344,7 @@ mod tests {
         assert_eq!(error, Some(Unverified::Grant.into()));
         // Signed by somebody else who claims to be the provider.
         let mut forged: Envelope = minicbor::decode(&grant().sign(&other).unwrap()).unwrap();
-        forged.provider = *provider().verifying_key().as_bytes();
+        forged.signer = *provider().verifying_key().as_bytes();
         assert_eq!(
             refusal(&encode(&forged, MAX_GRANT_BYTES)),
             Unverified::Grant.into()
@@ -447,16 +415,12 @@ mod tests {
     #[test]
     fn refuses_signed_bodies_of_another_format() {
         let sign = |body: Vec<u8>| {
-            let signature = provider().sign(DOMAIN, &body).0;
-            let provider = *provider().verifying_key().as_bytes();
-            encode(
-                &Envelope {
-                    body,
-                    provider,
-                    signature,
-                },
-                MAX_GRANT_BYTES,
-            )
+            let envelope = Envelope {
+                signature: provider().sign(DOMAIN, &body).0,
+                signer: *provider().verifying_key().as_bytes(),
+                body,
+            };
+            encode(&envelope, MAX_GRANT_BYTES)
         };
         let body = |format| Body {
             format,

@@ -8,6 +8,7 @@
 //! | [`api_key`] | who may use a model, as grants list it |
 //! | [`rollback`] | the provider's permission to go back to an older policy or model, once |
 //! | [`credential`] | the short-lived statement that a keyset belongs to an issuer's deployment |
+//! | `signed` | the envelope that grants, rollbacks and credentials are signed in |
 //! | [`encoding`] | deterministic CBOR |
 //! | [`issuance`] | messages by which an enclave obtains a credential |
 //! | [`client`] | the enclave's half of the exchange, without input or output |
@@ -28,5 +29,6 @@ pub mod jwe;
 pub mod random;
 pub mod rcar;
 pub mod rollback;
+pub(crate) mod signed;
 
 pub use error::{Malformed, Refused, ReleaseError, Unverified};

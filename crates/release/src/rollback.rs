@@ -1,23 +1,23 @@
 //! Rollbacks: the provider's signed permission to go back to an older policy or model, once.
 //!
 //! ```text
-//! envelope = { 0: body bstr, 1: provider's Ed25519 key bstr32, 2: signature bstr64 }
 //! body     = { 0: 1, 1: issuer bstr32, 2: kind uint, 3: from version uint, 4: to version uint,
 //!              5: SHA-256 of the policy or key grant bstr32, 6: expires at uint,
 //!              7: resource path tstr, 8: model name tstr }
 //! ```
-//! Kind 0 is a policy and has no keys 7 and 8, kind 1 is a model and has both. Both maps are deterministic CBOR;
-//! the signature covers the domain [`DOMAIN`] and the body's bytes. A rollback names the one broker (by its issuer key),
+//! Kind 0 is a policy and has no keys 7 and 8, kind 1 is a model and has both. A signed envelope (`signed`) of the
+//! domain [`DOMAIN`] carries it. A rollback names the one broker (by its issuer key),
 //! the versions and the bytes that it permits, and lives for [`MAX_LIFETIME_SECONDS`] at most. That it is used once
 //! is the broker's business, which remembers [`VerifiedRollback::digest`].
 
 use aws_lc_rs::digest::{SHA256, digest};
-use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use casemate_container::signing::{SigningKey, VerifyingKey};
 use minicbor::{Decode, Encode};
 
-use crate::encoding::{check_model_name, decode, encode};
+use crate::encoding::check_model_name;
 use crate::error::{Malformed, Refused, ReleaseError, Unverified};
 use crate::rcar::ResourcePath;
+use crate::signed::{FORMAT, Kind};
 
 /// Domain of the provider's signature.
 pub const DOMAIN: &str = "casemate rollback v1";
@@ -26,7 +26,14 @@ pub const MAX_ROLLBACK_BYTES: usize = 1024;
 /// Longest life of a rollback in seconds: a week.
 pub const MAX_LIFETIME_SECONDS: u64 = 7 * 86_400;
 
-const FORMAT: u32 = 1;
+const KIND: Kind = Kind {
+    envelope: "rollback",
+    body: "rollback.body",
+    format: "rollback.format",
+    domain: DOMAIN,
+    limit: MAX_ROLLBACK_BYTES,
+    unverified: Unverified::Rollback,
+};
 const POLICY: u32 = 0;
 const MODEL: u32 = 1;
 
@@ -92,13 +99,7 @@ impl Rollback {
             path,
             name,
         };
-        let body = encode(&body, MAX_ROLLBACK_BYTES).to_vec();
-        let envelope = Envelope {
-            signature: provider.sign(DOMAIN, &body).0,
-            provider: *provider.verifying_key().as_bytes(),
-            body,
-        };
-        Ok(encode(&envelope, MAX_ROLLBACK_BYTES).to_vec())
+        Ok(KIND.sign(&body, provider).to_vec())
     }
 
     fn check(&self) -> Result<(), Malformed> {
@@ -129,16 +130,8 @@ impl VerifiedRollback {
         issuer: &VerifyingKey,
         now: u64,
     ) -> Result<Self, ReleaseError> {
-        let envelope_digest = sha256(envelope);
-        let envelope: Envelope = decode("rollback", envelope, MAX_ROLLBACK_BYTES)?;
-        if envelope.provider != *provider.as_bytes() {
-            return Err(Unverified::Rollback.into());
-        }
-        let signature = Signature(envelope.signature);
-        provider
-            .verify(DOMAIN, &envelope.body, &signature)
-            .map_err(|_| Unverified::Rollback)?;
-        let rollback = Body::parse(&envelope.body)?;
+        let body: Body = KIND.verify(envelope, provider)?;
+        let rollback = body.read()?;
         rollback.check()?;
         if rollback.issuer != *issuer {
             return Err(refused(
@@ -156,7 +149,7 @@ impl VerifiedRollback {
         }
         Ok(Self {
             rollback,
-            digest: envelope_digest,
+            digest: sha256(envelope),
         })
     }
 
@@ -233,17 +226,6 @@ fn refused(what: &'static str, permitted: &str, actual: &str) -> ReleaseError {
 
 #[derive(Encode, Decode)]
 #[cbor(map)]
-struct Envelope {
-    #[cbor(n(0), with = "minicbor::bytes")]
-    body: Vec<u8>,
-    #[cbor(n(1), with = "minicbor::bytes")]
-    provider: [u8; 32],
-    #[cbor(n(2), with = "minicbor::bytes")]
-    signature: [u8; 64],
-}
-
-#[derive(Encode, Decode)]
-#[cbor(map)]
 struct Body {
     #[n(0)]
     format: u32,
@@ -266,34 +248,29 @@ struct Body {
 }
 
 impl Body {
-    fn parse(bytes: &[u8]) -> Result<Rollback, ReleaseError> {
-        let body: Body = decode("rollback.body", bytes, MAX_ROLLBACK_BYTES)?;
-        let unsupported = |what, found: u32, expected| Malformed::Unsupported {
-            what,
-            found: found.to_string(),
-            expected,
-        };
-        if body.format != FORMAT {
-            return Err(unsupported("rollback.format", body.format, "1").into());
-        }
-        let target = match (body.kind, body.path, body.name) {
+    fn read(self) -> Result<Rollback, ReleaseError> {
+        let target = match (self.kind, self.path, self.name) {
             (POLICY, None, None) => Target::Policy,
             (MODEL, Some(path), Some(name)) => Target::Model {
                 path: path.parse()?,
                 name,
             },
             (kind, ..) => {
-                let expected = "0 without path and name, or 1 with both";
-                return Err(unsupported("rollback.kind", kind, expected).into());
+                return Err(Malformed::Unsupported {
+                    what: "rollback.kind",
+                    found: kind.to_string(),
+                    expected: "0 without path and name, or 1 with both",
+                }
+                .into());
             }
         };
         Ok(Rollback {
-            issuer: VerifyingKey::from_bytes(body.issuer),
+            issuer: VerifyingKey::from_bytes(self.issuer),
             target,
-            from_version: body.from_version,
-            to_version: body.to_version,
-            permitted: body.permitted,
-            expires_at: body.expires_at,
+            from_version: self.from_version,
+            to_version: self.to_version,
+            permitted: self.permitted,
+            expires_at: self.expires_at,
         })
     }
 }
@@ -304,6 +281,8 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::encoding::encode;
+    use crate::signed::Envelope;
 
     const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
     const NOW: u64 = 1_780_000_000;
@@ -395,7 +374,7 @@ mod tests {
         assert_eq!(error, Unverified::Rollback.into());
         // Signed by somebody else who claims to be the provider.
         let mut forged: Envelope = minicbor::decode(&rollback().sign(&other).unwrap()).unwrap();
-        forged.provider = *provider().verifying_key().as_bytes();
+        forged.signer = *provider().verifying_key().as_bytes();
         let forged = encode(&forged, MAX_ROLLBACK_BYTES);
         assert_eq!(verify(&forged).unwrap_err(), Unverified::Rollback.into());
         // A signature of the provider's over the same bytes for another purpose.
@@ -494,7 +473,7 @@ mod tests {
             let body = encode(body, MAX_ROLLBACK_BYTES).to_vec();
             let envelope = Envelope {
                 signature: provider().sign(DOMAIN, &body).0,
-                provider: *provider().verifying_key().as_bytes(),
+                signer: *provider().verifying_key().as_bytes(),
                 body,
             };
             verify(&encode(&envelope, MAX_ROLLBACK_BYTES)).map(|_| ())
