@@ -37,12 +37,13 @@ def main() -> int:
     envelope = decode(bytes.fromhex(grant["envelope"]))
     assert envelope[1].hex() == grant["provider"]
     key.verify(envelope[2], b"casemate key grant v1\0" + envelope[0])
-    body = {0: 1, 1: b"\x22" * 32, 2: "smollm2", 3: 3, 4: b"\x33" * 32}
+    body = {0: 1, 1: b"\x22" * 32, 2: "smollm2", 3: 3, 4: b"\x33" * 32, 5: 0}
     assert decode(envelope[0]) == body
     envelope = decode(bytes.fromhex(grant["envelope_with_api_keys"]))
     key.verify(envelope[2], b"casemate key grant v1\0" + envelope[0])
     alice, bob = (hashlib.sha256(b"cm-" + digits * 32).digest() for digits in (b"65", b"66"))
-    body[5] = [{0: "alice", 1: alice, 2: 60, 3: 100000, 4: 4}, {0: "bob", 1: bob}]
+    body[5] = 1
+    body[6] = [{0: "alice", 1: alice, 2: 60, 3: 100000, 4: 4}, {0: "bob", 1: bob}]
     assert decode(envelope[0]) == body
 
     credential = vectors["credential"]

@@ -23,8 +23,8 @@ use tokio::net::{UnixListener, UnixStream};
 use zeroize::Zeroizing;
 
 use crate::broker::{Broker, Rejection};
-use crate::log::{Anchor, Head};
-use crate::store::StoreError;
+use crate::log::{Access, Anchor, Head};
+use crate::store::{NewResource, StoreError};
 
 const MAX_BODY_BYTES: usize = 512 * 1024;
 const MAX_REPLY_BYTES: usize = 64 * 1024 * 1024;
@@ -43,15 +43,31 @@ struct SetPolicy {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PutResource {
-    bytes: String,
-    is_grant: bool,
+    resource: Sent,
     service: Option<String>,
-    rollback: Option<String>,
 }
 
-impl Drop for PutResource {
+/// A [`NewResource`], in base64.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Sent {
+    Grant {
+        envelope: String,
+        rollback: Option<String>,
+        open: bool,
+    },
+    Opaque {
+        bytes: String,
+    },
+}
+
+impl Drop for Sent {
     fn drop(&mut self) {
-        zeroize::Zeroize::zeroize(&mut self.bytes);
+        let (Sent::Grant {
+            envelope: secret, ..
+        }
+        | Sent::Opaque { bytes: secret }) = self;
+        zeroize::Zeroize::zeroize(secret);
     }
 }
 
@@ -129,6 +145,9 @@ fn broken(rejection: Rejection) -> Broken {
             (StatusCode::BAD_REQUEST, "not_authentic")
         }
         Rejection::OtherProvider { .. } => (StatusCode::CONFLICT, "provider"),
+        Rejection::Store(StoreError::OpensAccess(_) | StoreError::GrantNotOpen) => {
+            (StatusCode::CONFLICT, "access")
+        }
         Rejection::NoPolicy => (StatusCode::NOT_FOUND, "no_policy"),
         Rejection::Store(
             StoreError::Grant(_) | StoreError::GrantAsOpaque | StoreError::Limit(_),
@@ -230,16 +249,37 @@ async fn put_resource(
     Json(body): Json<PutResource>,
 ) -> Result<Response, Broken> {
     let path = resource_path(parts)?;
-    let bytes = STANDARD
-        .decode(&body.bytes)
+    let (secret, rollback, open) = match &body.resource {
+        Sent::Grant {
+            envelope,
+            rollback,
+            open,
+        } => (envelope, rollback.as_deref(), Some(*open)),
+        Sent::Opaque { bytes } => (bytes, None, None),
+    };
+    let secret = STANDARD
+        .decode(secret)
         .map(Zeroizing::new)
         .map_err(|_| malformed("the resource's bytes are not base64"))?;
-    let rollback = rollback(body.rollback.as_deref())?;
+    let rollback = self::rollback(rollback)?;
     let summary = work(broker, move |broker| {
-        let service = body.service.as_deref();
-        broker.put_resource(&path, &bytes, body.is_grant, service, rollback.as_deref())
+        let resource = match open {
+            Some(open) => NewResource::Grant {
+                envelope: &secret,
+                rollback: rollback.as_deref(),
+                open,
+            },
+            None => NewResource::Opaque(&secret),
+        };
+        broker.put_resource(&path, body.service.as_deref(), resource)
     })
     .await?;
+    if summary.access == Some(Access::Open) {
+        tracing::warn!(
+            path = summary.path,
+            "the grant is open: whoever reaches the enclave may use this model, without an API key"
+        );
+    }
     Ok(Json(summary).into_response())
 }
 
@@ -378,17 +418,24 @@ impl AdminClient {
     pub async fn put_resource(
         &self,
         path: &ResourcePath,
-        bytes: &[u8],
-        is_grant: bool,
         service: Option<String>,
-        rollback: Option<&[u8]>,
+        resource: NewResource<'_>,
     ) -> Result<Value, AdminError> {
-        let body = PutResource {
-            bytes: STANDARD.encode(bytes),
-            is_grant,
-            service,
-            rollback: rollback.map(|envelope| STANDARD.encode(envelope)),
+        let resource = match resource {
+            NewResource::Grant {
+                envelope,
+                rollback,
+                open,
+            } => Sent::Grant {
+                envelope: STANDARD.encode(envelope),
+                rollback: rollback.map(|envelope| STANDARD.encode(envelope)),
+                open,
+            },
+            NewResource::Opaque(bytes) => Sent::Opaque {
+                bytes: STANDARD.encode(bytes),
+            },
         };
+        let body = PutResource { resource, service };
         let body = serialise(&body)?;
         self.send(Method::PUT, &format!("/resource/{path}"), Some(body))
             .await

@@ -11,7 +11,7 @@ use casemate_attest::MAX_POLICY;
 use casemate_broker::admin::{self, AdminClient};
 use casemate_broker::log::Anchor;
 use casemate_broker::state::{database, issuer_public_key};
-use casemate_broker::store::{self, MAX_RESOURCE_BYTES};
+use casemate_broker::store::{self, MAX_RESOURCE_BYTES, NewResource};
 use casemate_container::signing::VerifyingKey;
 use casemate_release::credential::past_claims;
 use casemate_release::grant::MAX_GRANT_BYTES;
@@ -75,7 +75,8 @@ enum PolicyCommand {
 
 #[derive(Subcommand)]
 enum ResourceCommand {
-    /// Stores a resource, replacing one of the same path. A model's minimum version may not go down.
+    /// Stores a resource, replacing one of the same path. A model's minimum version may not go down,
+    /// and what asked for API keys stays closed.
     Put {
         /// repository/type/tag, for example default/model/smollm2.
         path: ResourcePath,
@@ -96,6 +97,10 @@ enum ResourceCommand {
         /// The provider's permission to go back to exactly this grant, made by `casemate rollback model`.
         #[arg(long, value_name = "FILE", conflicts_with = "opaque")]
         rollback: Option<PathBuf>,
+        /// The grant is open, made by `casemate grant --open`, and shall be, although the last one at this path asked for
+        /// API keys: anybody who reaches the enclave may use the model then.
+        #[arg(long, conflicts_with = "opaque")]
+        open: bool,
     },
     /// Lists resources.
     List,
@@ -175,23 +180,29 @@ pub(crate) async fn administer(options: Admin) -> Result<()> {
             opaque,
             service,
             rollback,
+            open,
         }) => {
-            let is_grant = grant.is_some();
-            let bytes = match (grant, opaque) {
-                (Some(file), _) => read(
-                    &file,
-                    MAX_GRANT_BYTES,
-                    "a key grant, as `casemate grant --out` writes it,",
-                )?,
-                (None, Some(file)) => read(&file, MAX_RESOURCE_BYTES, "a resource")?,
+            let rollback = read_rollback(rollback.as_deref())?;
+            let bytes;
+            let resource = match (grant, opaque) {
+                (Some(file), _) => {
+                    let what = "a key grant, as `casemate grant --out` writes it,";
+                    bytes = read(&file, MAX_GRANT_BYTES, what)?;
+                    NewResource::Grant {
+                        envelope: &bytes,
+                        rollback: rollback.as_deref(),
+                        open,
+                    }
+                }
+                (None, Some(file)) => {
+                    bytes = read(&file, MAX_RESOURCE_BYTES, "a resource")?;
+                    NewResource::Opaque(&bytes)
+                }
                 (None, None) => {
                     return Err(Fault::Usage("--grant or --opaque is needed".into()).into());
                 }
             };
-            let rollback = read_rollback(rollback.as_deref())?;
-            let reply = client
-                .put_resource(&path, &bytes, is_grant, service, rollback.as_deref())
-                .await?;
+            let reply = client.put_resource(&path, service, resource).await?;
             print(&reply, json);
         }
         AdminCommand::Resource(ResourceCommand::List) => {
@@ -201,12 +212,8 @@ pub(crate) async fn administer(options: Admin) -> Result<()> {
             } else {
                 for resource in reply["resources"].as_array().into_iter().flatten() {
                     let text = |key: &str| resource[key].as_str().unwrap_or("-").to_owned();
-                    println!(
-                        "{}\t{}\t{}",
-                        text("path"),
-                        text("service"),
-                        text("model_digest")
-                    );
+                    let fields = ["path", "service", "model_digest", "access"].map(text);
+                    println!("{}", fields.join("\t"));
                 }
             }
         }

@@ -14,7 +14,7 @@ Exit codes:
    2  wrong usage
   10  malformed: a file is not what it should be
   20  not authentic: signature, chain or anchor do not hold
-  30  refused: versions only go up, the rollback is for something else, no such resource
+  30  refused: versions only go up, the rollback is for something else, what is closed stays closed, no such resource
   40  input or output failed: missing file, no permission, nobody serving, address taken";
 
 /// What is wrong with arguments and files, found by this program.

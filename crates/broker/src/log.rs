@@ -14,6 +14,7 @@
 use aws_lc_rs::digest::{Context, SHA256};
 use casemate_attest::{Class, Denial};
 use casemate_container::signing::{Signature, SigningKey, VerifyingKey};
+use casemate_release::api_key;
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 use serde::{Serialize, Serializer};
@@ -110,6 +111,28 @@ pub enum Verdict {
     Denied,
 }
 
+/// Who may use a model, as its grant says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cbor(index_only)]
+pub enum Access {
+    /// Whoever reaches the enclave.
+    #[n(0)]
+    Open,
+    /// Who has one of the API keys that the grant lists.
+    #[n(1)]
+    ApiKeys,
+}
+
+impl From<&api_key::Access> for Access {
+    fn from(access: &api_key::Access) -> Self {
+        match access {
+            api_key::Access::Open => Self::Open,
+            api_key::Access::Keyed(_) => Self::ApiKeys,
+        }
+    }
+}
+
 /// A denial as it is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
 #[cbor(map)]
@@ -198,6 +221,10 @@ pub struct Decision {
     #[n(11)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u64>,
+    /// Who may use the model of the key grant that was stored, or refused.
+    #[n(12)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access: Option<Access>,
 }
 
 impl Decision {
@@ -216,6 +243,7 @@ impl Decision {
             expires_at: None,
             denial: None,
             count: None,
+            access: None,
         }
     }
 }

@@ -37,6 +37,9 @@ pub(crate) fn line(entry: &Value) -> String {
             add(format!("{name}={digest}"));
         }
     }
+    if entry["access"].is_string() {
+        add(format!("access={}", clean(&entry["access"])));
+    }
     if let Some(end) = entry["expires_at"].as_u64() {
         add(format!("until={}", UnixTime::from_secs(end)));
     }

@@ -6,6 +6,7 @@
 //!
 //! What is decided, and when, is [`crate::broker`]'s business.
 
+mod access;
 mod schema;
 mod versions;
 
@@ -101,6 +102,17 @@ pub enum StoreError {
     /// A key grant that would be stored as other bytes.
     #[error("this is a key grant: store it with --grant, so that the policy's models apply to it")]
     GrantAsOpaque,
+    /// An open grant where the last one listed API keys.
+    #[error(
+        "this grant lets anybody use the model, and the last one at {0} asked for API keys; make it with `casemate grant \
+         --api-keys`, or put it with --open if anybody who reaches the enclave shall use the model"
+    )]
+    OpensAccess(ResourcePath),
+    /// Told to open what the grant keeps closed.
+    #[error(
+        "this grant lists API keys, so it opens nothing: leave --open out, or make a grant with `casemate grant --open`"
+    )]
+    GrantNotOpen,
     /// A version SQLite cannot hold.
     #[error("policy version {0} is too large")]
     PolicyVersion(u64),
@@ -113,6 +125,41 @@ pub enum StoreError {
     /// The cryptographic library failed.
     #[error("cryptographic library: {0}")]
     Crypto(&'static str),
+}
+
+/// A secret that is to be stored.
+#[derive(Clone, Copy)]
+pub enum NewResource<'a, R = &'a [u8]> {
+    /// A key grant.
+    Grant {
+        /// As the provider signed it.
+        envelope: &'a [u8],
+        /// The provider's permission to go back to exactly this grant: as it came, or verified.
+        rollback: Option<R>,
+        /// Whether it may let anybody in where the last grant asked for API keys.
+        open: bool,
+    },
+    /// Any other secret; it is released under the policy's measurements alone.
+    Opaque(&'a [u8]),
+}
+
+impl<'a, R> NewResource<'a, R> {
+    /// A grant that neither goes back nor opens what was closed.
+    pub fn grant(envelope: &'a [u8]) -> Self {
+        Self::Grant {
+            envelope,
+            rollback: None,
+            open: false,
+        }
+    }
+
+    /// What is stored.
+    pub fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::Grant { envelope, .. } => envelope,
+            Self::Opaque(bytes) => bytes,
+        }
+    }
 }
 
 /// A secret that can be released.
@@ -199,12 +246,12 @@ impl Store {
             random,
         };
         if version < schema::VERSION {
-            store.upgrade()?;
+            store.upgrade(version)?;
         }
         Ok(store)
     }
 
-    fn upgrade(&mut self) -> Result<(), StoreError> {
+    fn upgrade(&mut self, version: i64) -> Result<(), StoreError> {
         let mut grants = Vec::new();
         for path in self.resource_paths()? {
             let grant = self.resource(&path)?.and_then(|resource| resource.grant);
@@ -213,9 +260,10 @@ impl Store {
         let tx = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        schema::upgrade(&tx)?;
+        schema::upgrade(&tx, version)?;
         for (path, grant) in grants {
             versions::set_floor(&tx, &path, &grant)?;
+            access::set(&tx, &path, &grant.access)?;
         }
         tx.commit()?;
         Ok(())
@@ -244,28 +292,28 @@ impl Store {
     /// Stores a resource, replacing one of the same path.
     ///
     /// # Errors
-    /// [`StoreError`]; [`StoreError::Grant`] when `is_grant` and the bytes are not a whole key grant,
-    /// [`StoreError::ModelGoesBack`] without a rollback when its minimum version is below one that was stored.
+    /// [`StoreError`]; [`StoreError::Grant`] when the bytes are not a whole key grant, [`StoreError::ModelGoesBack`]
+    /// without a rollback when its minimum version is below one that was stored, [`StoreError::OpensAccess`] when it
+    /// opens unasked what was closed.
     pub fn put_resource(
         &mut self,
         now: UnixTime,
         path: &ResourcePath,
-        bytes: &[u8],
-        is_grant: bool,
         service: &str,
-        rollback: Option<&VerifiedRollback>,
+        resource: NewResource<'_, &VerifiedRollback>,
     ) -> Result<Option<GrantSummary>, StoreError> {
+        let bytes = resource.bytes();
         if bytes.len() > MAX_RESOURCE_BYTES {
             return Err(StoreError::Limit("resource size"));
         }
-        let summary = match (is_grant, grant::inspect(bytes)) {
-            (true, inspected) => Some(inspected?),
-            (false, Ok(_)) => return Err(StoreError::GrantAsOpaque),
-            (false, Err(_)) => None,
+        let summary = match (&resource, grant::inspect(bytes)) {
+            (NewResource::Grant { .. }, inspected) => Some(inspected?),
+            (NewResource::Opaque(_), Ok(_)) => return Err(StoreError::GrantAsOpaque),
+            (NewResource::Opaque(_), Err(_)) => None,
         };
         let record = Record {
             bytes: bytes.to_vec(),
-            is_grant,
+            is_grant: summary.is_some(),
             service: service.into(),
         };
         let sealed = self.seal(path, &record)?;
@@ -292,16 +340,15 @@ impl Store {
         decision.model = summary
             .as_ref()
             .map(|grant| (*grant.model_digest.as_bytes()).into());
-        match &summary {
-            Some(grant) => {
-                let back = versions::check_floor(&tx, path, grant, bytes, rollback)?;
-                if let Some(rollback) = back {
-                    versions::use_up(&tx, now, rollback, &decision, &self.issuer)?;
-                }
-                versions::set_floor(&tx, path, grant)?;
+        if let (Some(grant), NewResource::Grant { rollback, open, .. }) = (&summary, resource) {
+            decision.access = Some((&grant.access).into());
+            let back = versions::check_floor(&tx, path, grant, bytes, rollback)?;
+            if let Some(rollback) = back {
+                versions::use_up(&tx, now, rollback, &decision, &self.issuer)?;
             }
-            None if rollback.is_some() => return Err(StoreError::RollbackNotNeeded),
-            None => {}
+            versions::set_floor(&tx, path, grant)?;
+            access::check(&tx, path, &grant.access, open)?;
+            access::set(&tx, path, &grant.access)?;
         }
         let head = read_head(&tx)?.0;
         append(&tx, &head, now, decision, &self.issuer)?;

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, ModelDigest, SealOptions, Silent, seal};
+use casemate_release::api_key::{Access, Limits};
 use casemate_release::grant::VerifiedGrant;
 use casemate_testkit::models::Tiny;
 use serde_json::Value;
@@ -69,6 +70,10 @@ impl Files {
         self.grant(&self.at("data.pem"), &self.at("sign.pem"), more)
     }
 
+    fn open(&self, more: &[&str]) -> Output {
+        self.honest(&[&["--open"], more].concat())
+    }
+
     fn verified(&self) -> VerifiedGrant {
         let bytes = std::fs::read(self.at("tiny.grant")).unwrap();
         VerifiedGrant::verify(&bytes, &self.signing_key.verifying_key()).unwrap()
@@ -78,13 +83,18 @@ impl Files {
 #[test]
 fn a_grant_opens_the_model_it_names_and_is_its_owners() {
     let files = Files::new();
-    let output = files.honest(&["--json"]);
+    let output = files.open(&["--json"]);
     assert!(
         output.status.success(),
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&json["open"], &json["api_keys"]),
+        (&true.into(), &Value::Null)
+    );
+    assert_eq!(files.verified().access(), &Access::Open);
     assert_eq!(json["model_digest"], files.digest.to_string());
     assert_eq!(json["minimum_version"], 4);
     let grant = files.verified();
@@ -100,7 +110,7 @@ fn a_grant_opens_the_model_it_names_and_is_its_owners() {
     );
     assert!(
         files
-            .honest(&["--minimum-version", "2", "--force"])
+            .open(&["--minimum-version", "2", "--force"])
             .status
             .success()
     );
@@ -113,7 +123,7 @@ fn a_grant_opens_the_model_it_names_and_is_its_owners() {
 fn an_existing_grant_is_replaced_only_by_force() {
     let files = Files::new();
     std::fs::write(files.at("tiny.grant"), b"precious").unwrap();
-    assert_eq!(files.honest(&[]).status.code(), Some(40));
+    assert_eq!(files.open(&[]).status.code(), Some(40));
     assert_eq!(std::fs::read(files.at("tiny.grant")).unwrap(), b"precious");
 }
 
@@ -133,7 +143,7 @@ fn keys_that_do_not_belong_to_the_model_grant_nothing() {
         (files.at("missing.pem"), files.at("sign.pem"), 40),
     ];
     for (data_key, signing_key, code) in wrong {
-        let output = files.grant(&data_key, &signing_key, &[]);
+        let output = files.grant(&data_key, &signing_key, &["--open"]);
         assert_eq!(
             output.status.code(),
             Some(code),
@@ -148,10 +158,39 @@ fn keys_that_do_not_belong_to_the_model_grant_nothing() {
 fn a_minimum_above_the_models_own_version_is_wrong_usage() {
     let files = Files::new();
     assert_eq!(
-        files.honest(&["--minimum-version", "5"]).status.code(),
+        files.open(&["--minimum-version", "5"]).status.code(),
         Some(2)
     );
     assert!(!files.at("tiny.grant").exists());
+}
+
+#[test]
+fn who_may_use_the_model_must_be_said() {
+    let files = Files::new();
+    let list = files.at("api-keys.toml");
+    casemate(files.directory.path(), &["apikey", "new", "alice"]);
+    let list = list.to_str().unwrap();
+    let both = files.open(&["--api-keys", list]);
+    assert_eq!(both.status.code(), Some(2));
+    let neither = files.honest(&["--json"]);
+    assert_eq!(neither.status.code(), Some(2));
+    let json: Value = serde_json::from_slice(&neither.stdout).unwrap();
+    assert_eq!(json["error"]["code"], "access");
+    let message = json["error"]["message"].as_str().unwrap();
+    for part in ["--api-keys FILE for those", "--open for anybody"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!files.at("tiny.grant").exists());
+
+    let keyed = files.honest(&["--api-keys", list]);
+    let shown = String::from_utf8(keyed.stdout).unwrap();
+    assert!(shown.contains("access           1 API key\n"), "{shown}");
+    let open = files.open(&["--force"]);
+    let shown = String::from_utf8(open.stdout).unwrap();
+    assert!(
+        shown.contains("access           open to anybody\n"),
+        "{shown}"
+    );
 }
 
 fn casemate(directory: &Path, arguments: &[&str]) -> Output {
@@ -199,7 +238,7 @@ fn new_api_keys_are_printed_once_and_granted_by_their_hash() {
             .success()
     );
     let grant = files.verified();
-    let keys = grant.api_keys().as_slice();
+    let keys = grant.access().api_keys().unwrap().as_slice();
     let hash = |key: &str| casemate_release::api_key::hash(key.as_bytes());
     assert_eq!((&*keys[0].name, keys[0].hash), ("alice", hash(&alice)));
     assert_eq!((&*keys[1].name, keys[1].hash), ("bob", hash(&bob)));
@@ -210,7 +249,7 @@ fn new_api_keys_are_printed_once_and_granted_by_their_hash() {
         limits.concurrency,
     ];
     assert_eq!(numbers.map(|n| n.unwrap().get()), [60, 9000, 2]);
-    assert_eq!(keys[1].limits, casemate_release::api_key::Limits::default());
+    assert_eq!(keys[1].limits, Limits::default());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_container::{DataKey, ModelDigest};
-use casemate_release::api_key::ApiKeys;
+use casemate_release::api_key::Access;
 use casemate_release::grant::KeyGrant;
 use casemate_release::rollback::{Target, VerifiedRollback, sha256};
 use casemate_testkit::policies::PolicyFile;
@@ -109,7 +109,7 @@ fn a_model_is_named_by_its_grant_and_path() {
             model_name: "tiny".into(),
             minimum_version: 2,
             data_key: DataKey::from_bytes(&[1; 32]),
-            api_keys: ApiKeys::default(),
+            access: Access::Open,
         }
         .sign(signer)
         .unwrap()

@@ -19,9 +19,10 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header};
 use axum::response::IntoResponse;
-use casemate_release::api_key::ApiKeys;
+use casemate_release::api_key;
 use futures::StreamExt;
 use tower::ServiceExt;
+use tracing::{info, warn};
 
 use crate::api::ApiError;
 use crate::metrics::{Denied, Metrics};
@@ -39,7 +40,7 @@ pub fn monotonic() -> Clock {
 }
 
 /// Who made an inner request, as a request extension: the holder of an API key of the grant, or anybody, where the grant
-/// lists none. Callers are equal who have the same key: its name may pass to another.
+/// is open. Callers are equal who have the same key: its name may pass to another.
 #[derive(Debug, Clone)]
 pub struct Caller(Option<Holder>);
 
@@ -134,7 +135,17 @@ fn seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis().div_ceil(1000)).unwrap_or(u32::MAX)
 }
 
-/// The API keys in force.
+/// Logs who may ask: once at the start, and whenever a newer grant says something else.
+pub fn announce(access: &api_key::Access) {
+    match access {
+        api_key::Access::Open => {
+            warn!("access: {access}, no API key is asked for; so the provider's grant says");
+        }
+        api_key::Access::Keyed(_) => info!("access: {access}"),
+    }
+}
+
+/// The access that the grant in force allows.
 pub struct Access {
     table: RwLock<Arc<Table>>,
     clock: Clock,
@@ -142,10 +153,10 @@ pub struct Access {
 }
 
 impl Access {
-    /// Asks for one of these keys, or for none if there are none.
+    /// Asks for what a grant says: one of its keys, or nothing.
     #[must_use]
-    pub fn new(keys: &ApiKeys, clock: Clock, metrics: Arc<Metrics>) -> Self {
-        let table = Table::new(keys, None, clock());
+    pub fn new(access: &api_key::Access, clock: Clock, metrics: Arc<Metrics>) -> Self {
+        let table = Table::new(access, None, clock());
         Self {
             table: RwLock::new(Arc::new(table)),
             clock,
@@ -153,17 +164,15 @@ impl Access {
         }
     }
 
-    /// Takes the keys of a newer grant. Keys that stay, with the limits that they had, keep what they have used.
+    /// Takes what a newer grant says. Keys that stay, with the limits that they had, keep what they have used.
     /// Requests that are being answered are not interrupted.
-    pub fn replace(&self, keys: &ApiKeys) {
+    pub fn replace(&self, access: &api_key::Access) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        *table = Arc::new(Table::new(keys, Some(&table), (self.clock)()));
-    }
-
-    /// How many keys there are; with none, everybody may ask.
-    #[must_use]
-    pub fn keys(&self) -> usize {
-        self.table().len()
+        let newer = Table::new(access, Some(&table), (self.clock)());
+        if newer.keys() != table.keys() {
+            announce(access);
+        }
+        *table = Arc::new(newer);
     }
 
     fn table(&self) -> Arc<Table> {
@@ -230,15 +239,16 @@ impl Access {
 
     fn authenticate(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, ApiError> {
         let table = self.table();
-        if table.len() == 0 {
-            return Ok(None);
-        }
+        let keys = match &*table {
+            Table::Open => return Ok(None),
+            Table::Keyed(keys) => keys,
+        };
         let presented = bearer(headers).ok_or_else(|| {
             ApiError::invalid_api_key(
                 "You didn't provide an API key. This service asks for one: Authorization: Bearer cm-…",
             )
         })?;
-        match table.find(presented) {
+        match keys::find(keys, presented) {
             Some(key) => Ok(Some(key)),
             None => Err(ApiError::invalid_api_key(
                 "Incorrect API key provided. Ask the provider of this service for one",

@@ -222,8 +222,8 @@ impl Serving {
     }
 
     /// Renews keyset and credential. Attests anew for it, so the broker's current policy decides, and a withdrawn
-    /// permission ends the service when the last credential expires. The grant is received anew, and its API keys are the
-    /// ones in force from then on.
+    /// permission ends the service when the last credential expires. The grant is received anew, and whom it lets in is
+    /// let in from then on.
     async fn renew_all(&self, now: u64) -> Result<(), ServingError> {
         let session = self.provisioner.obtain_key().await?;
         session
@@ -231,7 +231,7 @@ impl Serving {
             .check_model(&self.served.digest, self.served.version)
             .map_err(|_| ServingError::ModelChanged)?;
         // Whom the provider lets in now, even if the credential cannot be had.
-        self.access.replace(session.grant.api_keys());
+        self.access.replace(session.grant.access());
         // A fresh credential needs a keyset that outlives it, so both are renewed together.
         let (renewed, signer) = new_identity(
             &self.keyring,

@@ -222,7 +222,7 @@ async fn prepare(
 
     let digest = served.digest.to_string();
     let access = Arc::new(Access::new(
-        session.grant.api_keys(),
+        session.grant.access(),
         access::monotonic(),
         Arc::clone(&metrics),
     ));
@@ -245,12 +245,7 @@ async fn prepare(
         .context("cannot prepare to relay requests")?;
 
     let fingerprint = format!("fp_{}", &digest[..12]);
-    match access.keys() {
-        0 => warn!(
-            "access is open: the grant lists no API keys, so whoever reaches this address may use the model"
-        ),
-        keys => info!(keys, "access is by API key"),
-    }
+    access::announce(session.grant.access());
     let api = Api::new(engine, config.service.name, fingerprint, system_clock)
         .with_extraction(config.extraction);
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));

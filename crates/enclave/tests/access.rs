@@ -17,7 +17,7 @@ use casemate_enclave::access::{Access, Caller};
 use casemate_enclave::api::{self, Api};
 use casemate_enclave::metrics::Metrics;
 use casemate_engine::{Compute, Engine, EngineOptions};
-use casemate_release::api_key::{ApiKey, ApiKeys, Limits, hash};
+use casemate_release::api_key::{self, ApiKey, ApiKeys, Limits, hash};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 
@@ -34,6 +34,10 @@ fn key(name: &str, number: u32, limits: Limits) -> ApiKey {
         hash: hash(text(number).as_bytes()),
         limits,
     }
+}
+
+fn keyed(keys: Vec<ApiKey>) -> api_key::Access {
+    api_key::Access::Keyed(ApiKeys::new(keys).unwrap())
 }
 
 fn at_most(number: u32) -> Option<NonZeroU32> {
@@ -65,13 +69,16 @@ fn mirror() -> Router {
 
 impl Door {
     fn new(keys: Vec<ApiKey>, inside: Router) -> Self {
+        Self::granted(&keyed(keys), inside)
+    }
+
+    fn granted(access: &api_key::Access, inside: Router) -> Self {
         let milliseconds = Arc::new(AtomicU64::new(5_000_000));
         let clock = Arc::clone(&milliseconds);
         let clock = Arc::new(move || Duration::from_millis(clock.load(Ordering::Relaxed)));
         let metrics = Arc::new(Metrics::default());
-        let keys = ApiKeys::new(keys).unwrap();
         Self {
-            access: Access::new(&keys, clock, Arc::clone(&metrics)),
+            access: Access::new(access, clock, Arc::clone(&metrics)),
             metrics,
             milliseconds,
             inside,
@@ -164,12 +171,18 @@ async fn each_of_many_keys_is_its_holders() {
 }
 
 #[tokio::test]
-async fn where_the_grant_lists_no_keys_everybody_is_anonymous() {
-    let door = Door::new(Vec::new(), mirror());
-    assert_eq!(door.access.keys(), 0);
+async fn where_the_grant_is_open_everybody_is_anonymous() {
+    let door = Door::granted(&api_key::Access::Open, mirror());
     let (status, _, body) = door.ask(1, "").await;
     let anonymous = json!({"caller": null, "authorization": false});
     assert_eq!((status, body), (StatusCode::OK, anonymous));
+    // Until a newer grant closes it, and again from one that opens it.
+    door.access
+        .replace(&keyed(vec![key("a", 2, Limits::default())]));
+    assert_eq!(door.ask(1, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(door.ask(2, "").await.2["caller"], "a");
+    door.access.replace(&api_key::Access::Open);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
 }
 
 fn field<'a>(headers: &'a HeaderMap, name: &str) -> &'a str {
@@ -266,7 +279,7 @@ async fn a_newer_grant_decides_and_forgets_nothing() {
         key("grows", 3, limits(2)),
         key("comes", 4, limits(1)),
     ];
-    door.access.replace(&ApiKeys::new(new).unwrap());
+    door.access.replace(&keyed(new));
     assert_eq!(door.ask(1, "").await.0, StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(door.ask(2, "").await.0, StatusCode::UNAUTHORIZED);
     assert_eq!(door.ask(3, "").await.0, StatusCode::OK);
@@ -406,7 +419,7 @@ async fn a_name_given_to_another_key_is_another_caller() {
     let inside = Router::new().route(CHAT, any(show));
     let door = Door::new(vec![key("alice", 1, Limits::default())], inside);
     assert_eq!(door.ask(1, "").await.2, json!(true));
-    let keys = ApiKeys::new(vec![key("alice", 2, Limits::default())]).unwrap();
-    door.access.replace(&keys);
+    door.access
+        .replace(&keyed(vec![key("alice", 2, Limits::default())]));
     assert_eq!(door.ask(2, "").await.2, json!(false));
 }

@@ -212,7 +212,8 @@ pub(crate) fn requests_seeds() -> Vec<Vec<u8>> {
     let json = |value: serde_json::Value| value.to_string().into_bytes();
     let auth = serde_json::to_vec(&rcar::Request::new(casemate_attest::TeeKind::Tdx));
     let policy = serde_json::json!({ "toml": honest().policy_text.replace("version = 1\n", "version = 9\n") });
-    let resource = serde_json::json!({ "bytes": "AQID", "is_grant": false, "service": null });
+    let resource =
+        serde_json::json!({ "resource": { "opaque": { "bytes": "AQID" } }, "service": null });
     let mut seeds = vec![
         [&[0, 0], &auth.expect("a request has a JSON form")[..]].concat(),
         [&[5, 0], &json(policy)[..]].concat(),

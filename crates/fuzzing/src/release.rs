@@ -7,7 +7,7 @@ use aws_lc_rs::digest;
 use casemate_attest::TeeKind;
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, ModelDigest};
-use casemate_release::api_key::{ApiKey, ApiKeys, Limits};
+use casemate_release::api_key::{Access, ApiKey, ApiKeys, Limits};
 use casemate_release::credential::{Credential, VerifiedCredential, claimed_issuer};
 use casemate_release::grant::{self, KeyGrant, VerifiedGrant};
 use casemate_release::issuance::{CredentialRequest, CredentialResponse, IssuanceChallenge};
@@ -213,27 +213,28 @@ fn provider() -> SigningKey {
 }
 
 fn honest_grant() -> KeyGrant {
+    let keys = ApiKeys::new(vec![
+        ApiKey {
+            name: "alice".into(),
+            hash: [0x44; 32],
+            limits: Limits {
+                requests_per_minute: NonZeroU32::new(60),
+                ..Limits::default()
+            },
+        },
+        ApiKey {
+            name: "bob".into(),
+            hash: [0x55; 32],
+            limits: Limits::default(),
+        },
+    ])
+    .expect("two keys");
     KeyGrant {
         model_digest: ModelDigest([0x22; 32]),
         model_name: "smollm2".into(),
         minimum_version: 3,
         data_key: DataKey::from_bytes(&[0x33; 32]),
-        api_keys: ApiKeys::new(vec![
-            ApiKey {
-                name: "alice".into(),
-                hash: [0x44; 32],
-                limits: Limits {
-                    requests_per_minute: NonZeroU32::new(60),
-                    ..Limits::default()
-                },
-            },
-            ApiKey {
-                name: "bob".into(),
-                hash: [0x55; 32],
-                limits: Limits::default(),
-            },
-        ])
-        .expect("two keys"),
+        access: Access::Keyed(keys),
     }
 }
 
@@ -265,7 +266,7 @@ pub(crate) fn grant(data: &[u8]) {
             model_name: verified.model_name().to_owned(),
             minimum_version: verified.minimum_version(),
             data_key: DataKey::from_bytes(verified.data_key().expose()),
-            api_keys: verified.api_keys().clone(),
+            access: verified.access().clone(),
         };
         let again = grant.sign(&provider()).expect("an accepted grant");
         assert_eq!(*again, envelope, "a second encoding was accepted");

@@ -1,6 +1,7 @@
 //! API keys in a key grant: who may use a model, and how much.
 //!
 //! ```text
+//! access  = 0 (open, no list) / 1 (by API key, and the list)
 //! api key = { 0: name tstr, 1: SHA-256 of the key's text bstr32, ? 2: requests per minute uint32,
 //!             ? 3: tokens per minute uint32, ? 4: answers at the same time uint32 }
 //! ```
@@ -47,16 +48,51 @@ pub struct ApiKey {
     pub limits: Limits,
 }
 
-/// The API keys of a grant: at most [`MAX_API_KEYS`], ordered by name, no name and no hash twice. Empty means that
-/// whoever reaches the enclave may use the model.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// Who may use a model, as its grant says. There is no default: a provider says which.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// Whoever reaches the enclave.
+    Open,
+    /// Who has one of these keys.
+    Keyed(ApiKeys),
+}
+
+impl Access {
+    /// Whether anybody may use the model.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(self, Access::Open)
+    }
+
+    /// The keys, of which open access has none.
+    #[must_use]
+    pub fn api_keys(&self) -> Option<&ApiKeys> {
+        match self {
+            Access::Open => None,
+            Access::Keyed(keys) => Some(keys),
+        }
+    }
+}
+
+impl std::fmt::Display for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.api_keys().map(|keys| keys.as_slice().len()) {
+            None => f.write_str("open to anybody"),
+            Some(1) => f.write_str("1 API key"),
+            Some(count) => write!(f, "{count} API keys"),
+        }
+    }
+}
+
+/// The API keys of a grant: 1 to [`MAX_API_KEYS`], ordered by name, no name and no hash twice.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiKeys(Vec<ApiKey>);
 
 impl ApiKeys {
     /// Checks a list and brings it into order.
     ///
     /// # Errors
-    /// [`Malformed`] for too many, for a name that is not allowed, and for one that occurs twice.
+    /// [`Malformed`] for none or too many, for a name that is not allowed, and for one that occurs twice.
     pub fn new(mut keys: Vec<ApiKey>) -> Result<Self, ReleaseError> {
         keys.sort_by(|a, b| a.name.cmp(&b.name));
         check(&keys)?;
@@ -76,9 +112,9 @@ fn check(keys: &[ApiKey]) -> Result<(), Malformed> {
         found: shown(found),
         expected,
     };
-    if keys.len() > MAX_API_KEYS {
+    if !(1..=MAX_API_KEYS).contains(&keys.len()) {
         let what = "number of API keys";
-        return Err(unsupported(what, &keys.len().to_string(), "at most 256"));
+        return Err(unsupported(what, &keys.len().to_string(), "1 to 256"));
     }
     for key in keys {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
@@ -142,8 +178,13 @@ pub(crate) struct Entry {
     concurrency: Option<NonZeroU32>,
 }
 
-/// The list as it is encoded: none at all where there are no keys.
-pub(crate) fn to_entries(keys: &ApiKeys) -> Option<Vec<Entry>> {
+/// Access for whoever reaches the enclave, as it is encoded.
+const OPEN: u32 = 0;
+/// Access by API key, as it is encoded; the list follows.
+const KEYED: u32 = 1;
+
+/// Access as it is encoded: which it is, and the list where it is by key.
+pub(crate) fn to_wire(access: &Access) -> (u32, Option<Vec<Entry>>) {
     let entry = |key: &ApiKey| Entry {
         name: key.name.clone(),
         hash: key.hash,
@@ -151,20 +192,26 @@ pub(crate) fn to_entries(keys: &ApiKeys) -> Option<Vec<Entry>> {
         tokens_per_minute: key.limits.tokens_per_minute,
         concurrency: key.limits.concurrency,
     };
-    (!keys.0.is_empty()).then(|| keys.0.iter().map(entry).collect())
+    match access {
+        Access::Open => (OPEN, None),
+        Access::Keyed(keys) => (KEYED, Some(keys.0.iter().map(entry).collect())),
+    }
 }
 
-/// The opposite of [`to_entries`]; an empty list and another order are refused.
-pub(crate) fn from_entries(entries: Option<&[Entry]>) -> Result<ApiKeys, ReleaseError> {
-    let Some(entries) = entries else {
-        return Ok(ApiKeys::default());
-    };
-    if entries.is_empty() {
-        return Err(Malformed::NotDeterministic {
-            what: "grant.api_keys",
+/// The opposite of [`to_wire`]. The two must agree: an absent list opens nothing.
+pub(crate) fn from_wire(access: u32, entries: Option<&[Entry]>) -> Result<Access, ReleaseError> {
+    let entries = match (access, entries) {
+        (OPEN, None) => return Ok(Access::Open),
+        (KEYED, Some(entries)) => entries,
+        _ => {
+            return Err(Malformed::Unsupported {
+                what: "grant.access",
+                found: access.to_string(),
+                expected: "0 without a list of API keys, or 1 with one",
+            }
+            .into());
         }
-        .into());
-    }
+    };
     let key = |entry: &Entry| ApiKey {
         name: entry.name.clone(),
         hash: entry.hash,
@@ -176,7 +223,7 @@ pub(crate) fn from_entries(entries: Option<&[Entry]>) -> Result<ApiKeys, Release
     };
     let keys: Vec<_> = entries.iter().map(key).collect();
     check(&keys)?;
-    Ok(ApiKeys(keys))
+    Ok(Access::Keyed(ApiKeys(keys)))
 }
 
 #[cfg(test)]
@@ -242,19 +289,37 @@ mod tests {
             };
             ApiKeys::new((0..count).map(number).collect())
         };
+        assert!(many(0).is_err(), "a list of nobody");
         assert!(many(MAX_API_KEYS).is_ok());
         assert!(many(MAX_API_KEYS + 1).is_err());
     }
 
     #[test]
     fn another_order_is_not_the_encoding_of_a_list() {
-        let list = ApiKeys::new(vec![key("a", 1), key("b", 2)]).unwrap();
-        let mut entries = to_entries(&list).unwrap();
-        assert_eq!(from_entries(Some(&entries)).unwrap(), list);
+        let access = Access::Keyed(ApiKeys::new(vec![key("a", 1), key("b", 2)]).unwrap());
+        let (tag, entries) = to_wire(&access);
+        let mut entries = entries.unwrap();
+        assert_eq!(from_wire(tag, Some(&entries)).unwrap(), access);
         entries.reverse();
-        assert!(from_entries(Some(&entries)).is_err());
-        assert!(from_entries(Some(&[])).is_err());
-        assert_eq!(from_entries(None).unwrap(), ApiKeys::default());
-        assert!(to_entries(&ApiKeys::default()).is_none());
+        assert!(from_wire(tag, Some(&entries)).is_err());
+    }
+
+    #[test]
+    fn access_is_said_and_never_assumed() {
+        let keys = ApiKeys::new(vec![key("a", 1)]).unwrap();
+        let (_, list) = to_wire(&Access::Keyed(keys.clone()));
+        let list = list.as_deref();
+        assert_eq!(from_wire(0, None).unwrap(), Access::Open);
+        assert_eq!(from_wire(1, list).unwrap(), Access::Keyed(keys));
+        for (tag, list) in [
+            (0, list),
+            (1, None),
+            (1, Some(&[][..])),
+            (2, None),
+            (2, list),
+        ] {
+            let count = list.map(<[_]>::len);
+            assert!(from_wire(tag, list).is_err(), "{tag} {count:?}");
+        }
     }
 }

@@ -185,7 +185,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::api_key::ApiKeys;
+    use crate::api_key::Access;
     use crate::error::Unverified;
     use crate::grant::KeyGrant;
     use crate::jwe::PublicKey;
@@ -230,7 +230,7 @@ mod tests {
             model_name: "m".into(),
             minimum_version: 1,
             data_key: DataKey::from_bytes(&[2; 32]),
-            api_keys: ApiKeys::default(),
+            access: Access::Open,
         }
         .sign(&provider)
         .unwrap();

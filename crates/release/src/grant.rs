@@ -3,18 +3,18 @@
 //!
 //! ```text
 //! body     = { 0: 1, 1: model digest bstr32, 2: model name tstr, 3: minimum version uint,
-//!              4: data key bstr32, ? 5: [+ api key] }
+//!              4: data key bstr32, 5: access uint, ? 6: [+ api key] }
 //! ```
 //! A signed envelope (`signed`) of the domain [`DOMAIN`] carries it, and is secret: it travels inside a JWE and rests
 //! in files of mode 0600. Anyone can encrypt to a TEE's public key, so an enclave accepts a grant only under the provider
-//! key of its own measured configuration.
+//! key of its own measured configuration. Access says who may use the model ([`crate::api_key`]); it is never left out.
 
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_container::{DataKey, ModelDigest};
 use minicbor::{Decode, Encode};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::api_key::{self, ApiKeys, MAX_API_KEYS, MAX_ENTRY_BYTES};
+use crate::api_key::{self, Access, MAX_API_KEYS, MAX_ENTRY_BYTES};
 use crate::encoding::check_model_name;
 use crate::error::{Refused, ReleaseError, Unverified};
 use crate::signed::{FORMAT, Kind};
@@ -44,7 +44,7 @@ pub struct KeyGrant {
     /// The key of the sealed file.
     pub data_key: DataKey,
     /// Who may use the model.
-    pub api_keys: ApiKeys,
+    pub access: Access,
 }
 
 /// What a grant says apart from the key itself; for listings and policy.
@@ -58,8 +58,8 @@ pub struct GrantSummary {
     pub model_name: String,
     /// The lowest version that may be served.
     pub minimum_version: u64,
-    /// How many API keys it lists; none means open access.
-    pub api_keys: usize,
+    /// Who may use the model.
+    pub access: Access,
 }
 
 /// A grant whose signature by the expected provider verified.
@@ -75,13 +75,15 @@ impl KeyGrant {
     /// [`Malformed::Text`] when the model's name is not one that a manifest may have.
     pub fn sign(&self, provider: &SigningKey) -> Result<Zeroizing<Vec<u8>>, ReleaseError> {
         check_model_name("grant.model_name", &self.model_name)?;
+        let (access, api_keys) = api_key::to_wire(&self.access);
         let body = Body {
             format: FORMAT,
             model_digest: *self.model_digest.as_bytes(),
             model_name: self.model_name.clone(),
             minimum_version: self.minimum_version,
             data_key: *self.data_key.expose(),
-            api_keys: api_key::to_entries(&self.api_keys),
+            access,
+            api_keys,
         };
         Ok(KIND.sign(&body, provider))
     }
@@ -101,7 +103,7 @@ impl VerifiedGrant {
             model_name: body.model_name.clone(),
             minimum_version: body.minimum_version,
             data_key: DataKey::from_bytes(&body.data_key),
-            api_keys: api_key::from_entries(body.api_keys.as_deref())?,
+            access: api_key::from_wire(body.access, body.api_keys.as_deref())?,
         };
         Ok(Self {
             grant,
@@ -129,9 +131,9 @@ impl VerifiedGrant {
         self.grant.minimum_version
     }
 
-    /// Who may use the model; nobody in particular if it is empty.
-    pub fn api_keys(&self) -> &ApiKeys {
-        &self.grant.api_keys
+    /// Who may use the model.
+    pub fn access(&self) -> &Access {
+        &self.grant.access
     }
 
     /// The provider that signed.
@@ -177,7 +179,7 @@ pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
         model_digest: *verified.model_digest(),
         model_name: verified.model_name().to_owned(),
         minimum_version: verified.minimum_version(),
-        api_keys: verified.api_keys().as_slice().len(),
+        access: verified.grant.access,
     })
 }
 
@@ -195,6 +197,8 @@ struct Body {
     #[cbor(n(4), with = "minicbor::bytes")]
     data_key: [u8; 32],
     #[n(5)]
+    access: u32,
+    #[n(6)]
     api_keys: Option<Vec<api_key::Entry>>,
 }
 
@@ -212,7 +216,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::api_key::{ApiKey, Limits, MAX_NAME_BYTES};
+    use crate::api_key::{ApiKey, ApiKeys, Limits, MAX_NAME_BYTES};
     use crate::encoding::encode;
     use crate::error::Malformed;
     use crate::signed::Envelope;
@@ -229,7 +233,7 @@ mod tests {
             model_name: "smollm2".into(),
             minimum_version: 3,
             data_key: DataKey::from_bytes(&[0x33; 32]),
-            api_keys: ApiKeys::default(),
+            access: Access::Open,
         }
     }
 
@@ -250,7 +254,7 @@ mod tests {
             key("alice", text(0x65).as_bytes(), limits),
         ];
         KeyGrant {
-            api_keys: ApiKeys::new(keys).unwrap(),
+            access: Access::Keyed(ApiKeys::new(keys).unwrap()),
             ..grant()
         }
     }
@@ -282,19 +286,18 @@ mod tests {
     fn api_keys_are_signed_with_the_grant() {
         let envelope = with_keys().sign(&provider()).unwrap();
         let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
-        assert_eq!(verified.api_keys(), &with_keys().api_keys);
-        assert_eq!(inspect(&envelope).unwrap().api_keys, 2);
+        assert_eq!(verified.access(), &with_keys().access);
+        assert_eq!(inspect(&envelope).unwrap().access, with_keys().access);
 
-        // Whoever carries it can neither drop nor add one.
+        // Whoever carries it can neither drop nor add one, nor open it to anybody.
         let mut other: Envelope = minicbor::decode(&envelope).unwrap();
         let mut body: Body = minicbor::decode(&other.body).unwrap();
-        for keys in [
-            None,
-            body.api_keys.take().map(|mut keys| {
-                keys.truncate(1);
-                keys
-            }),
-        ] {
+        let one = body.api_keys.take().map(|mut keys| {
+            keys.truncate(1);
+            keys
+        });
+        for (access, keys) in [(1, one), (1, None), (0, None)] {
+            body.access = access;
             body.api_keys = keys;
             other.body = encode(&body, MAX_GRANT_BYTES).to_vec();
             assert_eq!(
@@ -319,13 +322,13 @@ mod tests {
         let grant = KeyGrant {
             model_name: "x".repeat(128),
             minimum_version: u64::MAX,
-            api_keys: ApiKeys::new((0..MAX_API_KEYS).map(key).collect()).unwrap(),
+            access: Access::Keyed(ApiKeys::new((0..MAX_API_KEYS).map(key).collect()).unwrap()),
             ..grant()
         };
         let envelope = grant.sign(&provider()).unwrap();
         assert!(envelope.len() <= MAX_GRANT_BYTES);
         let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
-        assert_eq!(verified.api_keys(), &grant.api_keys);
+        assert_eq!(verified.access(), &grant.access);
     }
 
     #[test]
@@ -428,6 +431,7 @@ mod tests {
             model_name: "m".into(),
             minimum_version: 0,
             data_key: [2; 32],
+            access: 0,
             api_keys: None,
         };
         let future = encode(&body(2), MAX_GRANT_BYTES).to_vec();
@@ -444,15 +448,45 @@ mod tests {
             refusal(&sign(trailing)),
             Malformed::NotDeterministic { what: "grant.body" }.into()
         );
-        // An empty list would be a second way to write that there are no keys.
-        let mut empty = body(1);
-        empty.api_keys = Some(Vec::new());
+        // Who may ask is said, never concluded from what is absent.
+        let unsupported = |what, found: &str, expected| {
+            let found = found.to_owned();
+            ReleaseError::from(Malformed::Unsupported {
+                what,
+                found,
+                expected,
+            })
+        };
+        let disagree = "0 without a list of API keys, or 1 with one";
+        for (access, api_keys, refused) in [
+            (1, None, unsupported("grant.access", "1", disagree)),
+            (
+                0,
+                Some(Vec::new()),
+                unsupported("grant.access", "0", disagree),
+            ),
+            (2, None, unsupported("grant.access", "2", disagree)),
+            (
+                1,
+                Some(Vec::new()),
+                unsupported("number of API keys", "0", "1 to 256"),
+            ),
+        ] {
+            let mut body = body(1);
+            body.access = access;
+            body.api_keys = api_keys;
+            assert_eq!(
+                refusal(&sign(encode(&body, MAX_GRANT_BYTES).to_vec())),
+                refused
+            );
+        }
+        // The format before this field existed.
+        let mut silent = vec![0xa5];
+        silent.extend(&encode(&body(1), MAX_GRANT_BYTES)[1..]);
+        silent.truncate(silent.len() - 2);
         assert_eq!(
-            refusal(&sign(encode(&empty, MAX_GRANT_BYTES).to_vec())),
-            Malformed::NotDeterministic {
-                what: "grant.api_keys"
-            }
-            .into()
+            refusal(&sign(silent)),
+            Malformed::Cbor { what: "grant.body" }.into()
         );
     }
 
@@ -517,7 +551,7 @@ mod tests {
                 model_name: name.clone(),
                 minimum_version: version,
                 data_key: DataKey::from_bytes(&key),
-                api_keys: ApiKeys::default(),
+                access: Access::Open,
             };
             let envelope = grant.sign(&provider()).unwrap();
             let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();

@@ -545,7 +545,7 @@ impl Deployment {
             .option("--out", &grant);
         let launch = match self.api_keys().is_file() {
             true => launch.option("--api-keys", self.api_keys()),
-            false => launch,
+            false => launch.arg("--open"),
         };
         self.run(launch.arg("--force"))?;
         let policies = self

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use casemate_attest::{Policy, UnixTime};
+use casemate_attest::{Denial, Policy, UnixTime};
 use casemate_container::signing::VerifyingKey;
 use casemate_release::grant;
 use casemate_release::rcar::ResourcePath;
-use casemate_release::rollback::VerifiedRollback;
+use casemate_release::rollback::{VerifiedRollback, sha256};
 
 use super::{Broker, Rejection};
-use crate::log::{Anchor, Entry, Head};
-use crate::store::{Store, StoreError, verify_offline};
+use crate::log::{Access, Action, Anchor, Decision, Entry, Head, LoggedDenial, Verdict};
+use crate::store::{NewResource, Store, StoreError, verify_offline};
 
 /// What is listed of a resource; never its bytes.
 #[derive(Debug, serde::Serialize)]
@@ -31,6 +31,12 @@ pub struct ResourceSummary {
     /// The provider that signed the grant, in hex.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub provider: Option<String>,
+    /// Who may use the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access: Option<Access>,
+    /// How many API keys the grant lists, where it lists any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_keys: Option<usize>,
 }
 
 impl Broker {
@@ -71,37 +77,61 @@ impl Broker {
     /// Stores a resource. The service's name defaults to the path's tag.
     ///
     /// # Errors
-    /// [`Rejection::Store`], [`Rejection::OtherProvider`], with a rollback also [`Rejection::Rollback`].
+    /// [`Rejection::Store`], [`Rejection::OtherProvider`], with a rollback also [`Rejection::Rollback`]. That a grant
+    /// would open what was closed ([`StoreError::OpensAccess`]) is logged.
     pub fn put_resource(
         &self,
         path: &ResourcePath,
-        bytes: &[u8],
-        is_grant: bool,
         service: Option<&str>,
-        rollback: Option<&[u8]>,
+        resource: NewResource<'_>,
     ) -> Result<ResourceSummary, Rejection> {
         let service = service.unwrap_or(path.tag());
-        let signer = match is_grant {
-            true => Some(grant::inspect(bytes).map_err(StoreError::Grant)?.provider),
-            false => None,
+        let (envelope, rollback, open) = match resource {
+            NewResource::Opaque(bytes) => {
+                let mut inner = self.inner();
+                let now = self.clock.now();
+                let resource = NewResource::Opaque(bytes);
+                inner.store.put_resource(now, path, service, resource)?;
+                return summarise(&inner.store, path);
+            }
+            NewResource::Grant {
+                envelope,
+                rollback,
+                open,
+            } => (envelope, rollback, open),
         };
-        if let (Some(found), Some(expected)) = (signer, self.provider)
-            && found != expected
-        {
+        let grant = grant::inspect(envelope).map_err(StoreError::Grant)?;
+        let found = grant.provider;
+        if let Some(expected) = self.provider.filter(|expected| *expected != found) {
             return Err(Rejection::OtherProvider { found, expected });
         }
         let mut inner = self.inner();
         let now = self.clock.now();
         let rollback = rollback
-            .map(|envelope| {
-                let provider = signer.ok_or(StoreError::RollbackNotNeeded)?;
-                self.verify_rollback(envelope, &provider, now)
-            })
+            .map(|rollback| self.verify_rollback(rollback, &found, now))
             .transpose()?;
-        inner
-            .store
-            .put_resource(now, path, bytes, is_grant, service, rollback.as_ref())?;
-        summarise(&inner.store, path)
+        let resource = NewResource::Grant {
+            envelope,
+            rollback: rollback.as_ref(),
+            open,
+        };
+        match inner.store.put_resource(now, path, service, resource) {
+            Ok(_) => summarise(&inner.store, path),
+            Err(StoreError::OpensAccess(path)) => {
+                let denial = opens_access();
+                let decision = Decision {
+                    subject: Some(path.as_str().into()),
+                    model: Some((*grant.model_digest.as_bytes()).into()),
+                    content: Some(sha256(envelope).into()),
+                    access: Some((&grant.access).into()),
+                    denial: Some(LoggedDenial::from(&denial)),
+                    ..Decision::new(Action::PutResource, Verdict::Denied)
+                };
+                self.record(&mut inner, now, decision)?;
+                Err(StoreError::OpensAccess(path).into())
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// All resources.
@@ -165,6 +195,16 @@ impl Broker {
     }
 }
 
+/// The denial that is logged for a grant that would open what was closed.
+fn opens_access() -> Denial {
+    Denial::refused(
+        "grant.access",
+        "open to anybody",
+        "API keys, as the last grant at this path lists them",
+        "make the grant with `casemate grant --api-keys`; if anybody shall use the model, put it with --open",
+    )
+}
+
 fn summarise(store: &Store, path: &ResourcePath) -> Result<ResourceSummary, Rejection> {
     let resource = store
         .resource(path)?
@@ -177,5 +217,7 @@ fn summarise(store: &Store, path: &ResourcePath) -> Result<ResourceSummary, Reje
         model_name: grant.map(|grant| grant.model_name.clone()),
         minimum_version: grant.map(|grant| grant.minimum_version),
         provider: grant.map(|grant| grant.provider.to_string()),
+        access: grant.map(|grant| (&grant.access).into()),
+        api_keys: grant.and_then(|grant| Some(grant.access.api_keys()?.as_slice().len())),
     })
 }

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags, Transaction, params};
 use super::StoreError;
 
 /// The version that this program writes.
-pub(super) const VERSION: i64 = 2;
+pub(super) const VERSION: i64 = 3;
 /// Versions whose log this program can check without changing the file.
 const CHECKABLE: std::ops::RangeInclusive<i64> = 1..=VERSION;
 
@@ -19,6 +19,8 @@ const VERSIONS: &str = "
     CREATE TABLE model_floor (scope BLOB PRIMARY KEY, version INTEGER NOT NULL) STRICT;
     CREATE TABLE used_rollback (digest BLOB PRIMARY KEY, used_at INTEGER NOT NULL) STRICT;
 ";
+/// The paths whose last grant asked for API keys.
+const ACCESS: &str = "CREATE TABLE keyed_path (path TEXT PRIMARY KEY) STRICT;";
 const RESOURCES_AND_LOG: &str = "
     CREATE TABLE resource (path TEXT PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
     CREATE TABLE log (position INTEGER PRIMARY KEY, entry BLOB NOT NULL, hash BLOB NOT NULL) STRICT;
@@ -43,20 +45,24 @@ pub(super) fn connect(path: &Path, extra: OpenFlags) -> Result<Connection, Store
 /// Makes the tables of an empty file.
 pub(super) fn create(tx: &Transaction<'_>) -> Result<(), StoreError> {
     tx.execute_batch(VERSIONS)?;
+    tx.execute_batch(ACCESS)?;
     tx.execute_batch(RESOURCES_AND_LOG)?;
     Ok(tx.pragma_update(None, "user_version", VERSION)?)
 }
 
-/// Version 1 had one row for each policy version, the highest in force, and knew no rollbacks. The floors of its models
-/// are for the caller to set.
-pub(super) fn upgrade(tx: &Transaction<'_>) -> Result<(), StoreError> {
-    tx.execute("ALTER TABLE policy RENAME TO policy_1", [])?;
-    tx.execute_batch(VERSIONS)?;
-    tx.execute(
-        "INSERT INTO policy (version, toml, set_at) SELECT version, toml, set_at FROM policy_1 ORDER BY version",
-        params![],
-    )?;
-    tx.execute("DROP TABLE policy_1", [])?;
+/// Version 1 had one row for each policy version, the highest in force, and knew no rollbacks; version 2 did not remember
+/// who was let in. What the stored grants say of both is for the caller to enter.
+pub(super) fn upgrade(tx: &Transaction<'_>, from: i64) -> Result<(), StoreError> {
+    if from < 2 {
+        tx.execute("ALTER TABLE policy RENAME TO policy_1", [])?;
+        tx.execute_batch(VERSIONS)?;
+        tx.execute(
+            "INSERT INTO policy (version, toml, set_at) SELECT version, toml, set_at FROM policy_1 ORDER BY version",
+            params![],
+        )?;
+        tx.execute("DROP TABLE policy_1", [])?;
+    }
+    tx.execute_batch(ACCESS)?;
     Ok(tx.pragma_update(None, "user_version", VERSION)?)
 }
 

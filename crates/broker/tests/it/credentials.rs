@@ -3,6 +3,7 @@
 use casemate_broker::broker::{Broker, Rejection};
 use casemate_broker::log::{Action, Anchor, Verdict};
 use casemate_broker::sessions::SessionFault;
+use casemate_broker::store::NewResource;
 use casemate_channel::keyset::{Keyset, KeysetDigest, Purpose};
 use casemate_container::ModelDigest;
 use casemate_release::credential::VerifiedCredential;
@@ -290,7 +291,7 @@ fn the_service_name_is_the_resources() {
     let rig = Rig::new();
     let grant = crate::support::grant(&rig.provider, 3);
     rig.broker
-        .put_resource(&path(), &grant, true, Some("bank-assistant"), None)
+        .put_resource(&path(), Some("bank-assistant"), NewResource::grant(&grant))
         .unwrap();
     let guest = rig.release();
     let request = rig.credential_request(&guest.session, &rig.keyset());

@@ -8,7 +8,7 @@ use casemate_broker::broker::{Rejection, Settings};
 use casemate_broker::log::{Action, Decision, Verdict};
 use casemate_broker::sessions::{SessionFault, SessionLimits};
 use casemate_broker::state::{State, StateError, database};
-use casemate_broker::store::{MAX_RESOURCES, StoreError};
+use casemate_broker::store::{MAX_RESOURCES, NewResource, StoreError};
 use casemate_container::ModelDigest;
 use casemate_release::random::SystemRandom;
 use casemate_testkit::fake_tee::{Forgery, Sample};
@@ -294,7 +294,7 @@ fn an_opaque_resource_is_released_under_the_measurements_alone() {
     let rig = Rig::new();
     let other = "default/secret/token".parse().unwrap();
     rig.broker
-        .put_resource(&other, b"any bytes", false, None, None)
+        .put_resource(&other, None, NewResource::Opaque(b"any bytes"))
         .unwrap();
     let guest = rig.attest(1).unwrap();
     let jwe = rig.broker.resource(&guest.session, &other).unwrap();
@@ -315,7 +315,8 @@ fn a_damaged_grant_is_not_stored() {
     damaged[last] ^= 1;
     let before = rig.broker.head().unwrap();
     assert!(matches!(
-        rig.broker.put_resource(&path(), &damaged, true, None, None),
+        rig.broker
+            .put_resource(&path(), None, NewResource::grant(&damaged)),
         Err(Rejection::Store(StoreError::Grant(_)))
     ));
     assert_eq!(rig.broker.head().unwrap(), before);
@@ -335,7 +336,7 @@ fn a_full_store_takes_a_grant_that_replaces_one() {
     let other = "default/model/other".parse().unwrap();
     assert!(matches!(
         rig.broker
-            .put_resource(&other, b"any bytes", false, None, None),
+            .put_resource(&other, None, NewResource::Opaque(b"any bytes")),
         Err(Rejection::Store(StoreError::Limit("number of resources")))
     ));
     rig.put_grant(4);
@@ -461,7 +462,7 @@ fn a_resource_moved_to_another_path_does_not_decrypt() {
     let rig = Rig::new();
     let other = "default/model/other".parse().unwrap();
     rig.broker
-        .put_resource(&other, b"low value", false, None, None)
+        .put_resource(&other, None, NewResource::Opaque(b"low value"))
         .unwrap();
     let connection = rusqlite::Connection::open(database(&rig.state())).unwrap();
     connection

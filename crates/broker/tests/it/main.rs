@@ -2,6 +2,7 @@
 //!
 //! Evidence comes from the fake TEE, in Intel's format and through the real appraisal.
 
+mod access;
 mod crash;
 mod credentials;
 mod decisions;

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::serving::{
     IO, MALFORMED, NOT_AUTHENTIC, REFUSED, Serving, USAGE, failed, program, run, stderr, stdout,
 };
-use crate::support::{MODEL, NOW, grant, measurement, policy};
+use crate::support::{MODEL, NOW, grant, keyed_grant, measurement, policy};
 
 struct Files {
     directory: TempDir,
@@ -427,6 +427,48 @@ fn an_administrator_goes_back_with_the_providers_file_only() {
         "does not go back",
     );
     serving.json(&["log", "verify"]);
+}
+
+#[test]
+fn a_closed_service_is_opened_by_a_word_and_the_log_tells() {
+    let files = Files::new();
+    let serving = Serving::start(&files.state());
+    let put = |grant: &str, more: &[&str]| {
+        let put = ["resource", "put", "default/model/m", "--grant", grant];
+        serving.admin(&[&put, more].concat())
+    };
+    let keyed = files.write("keyed.grant", &keyed_grant(&files.provider, 2));
+    let open = files.grant();
+    failed(&put(&keyed, &["--open"]), REFUSED, "leave --open out");
+    let stored: Value = serde_json::from_str(&stdout(&put(&keyed, &["--json"]))).unwrap();
+    assert_eq!(
+        (&stored["access"], &stored["api_keys"]),
+        (&"api_keys".into(), &1.into())
+    );
+    failed(
+        &put(&open, &[]),
+        REFUSED,
+        "the last one at default/model/m asked for API keys",
+    );
+    let listed = stdout(&serving.admin(&["resource", "list"]));
+    assert!(listed.ends_with("\tapi_keys\n"), "{listed}");
+    assert!(stdout(&put(&open, &["--open"])).contains("access: open"));
+    let log = stdout(&serving.admin(&["log", "show"]));
+    let ends = [
+        "access=api_keys",
+        "access=open grant.access is open to anybody, expected API keys, as the last grant at this path lists them",
+        "access=open",
+    ];
+    let lines: Vec<_> = log.lines().skip(1).collect();
+    assert_eq!(lines.len(), ends.len(), "{log}");
+    for (line, end) in lines.iter().zip(ends) {
+        assert!(
+            line.contains("put_resource") && line.ends_with(end),
+            "{line}"
+        );
+    }
+    let opaque = ["resource", "put", "a/b/c", "--opaque", &open, "--open"];
+    failed(&serving.admin(&opaque), USAGE, "cannot be used with");
 }
 
 #[test]

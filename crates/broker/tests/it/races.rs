@@ -9,6 +9,7 @@ use casemate_broker::clock::Clock;
 use casemate_broker::log::{Action, Verdict};
 use casemate_broker::sessions::SessionLimits;
 use casemate_broker::state::State;
+use casemate_broker::store::NewResource;
 use casemate_release::ReleaseError;
 use casemate_release::random::{Random, SystemRandom};
 
@@ -187,11 +188,11 @@ fn a_grant_replaced_after_attestation_is_judged_as_it_is_now() {
         model_name: "smollm2".into(),
         minimum_version: 4,
         data_key: casemate_container::DataKey::from_bytes(&[1; 32]),
-        api_keys: casemate_release::api_key::ApiKeys::default(),
+        access: casemate_release::api_key::Access::Open,
     };
     let envelope = grant.sign(&rig.provider).unwrap();
     rig.broker
-        .put_resource(&path(), &envelope, true, None, None)
+        .put_resource(&path(), None, NewResource::grant(&envelope))
         .unwrap();
     match rig.broker.resource(&guest.session, &path()) {
         Err(Rejection::NotAllowed(denial)) => assert_eq!(denial.claim, "model.digest"),
@@ -225,7 +226,7 @@ fn a_grant_replaced_or_deleted_after_its_release_earns_no_credential() {
         refused(&|rig| {
             let same = grant(&rig.provider, 3);
             rig.broker
-                .put_resource(&path(), &same, true, Some("other"), None)
+                .put_resource(&path(), Some("other"), NewResource::grant(&same))
                 .unwrap();
         }),
         "another service"

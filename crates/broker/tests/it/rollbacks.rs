@@ -3,7 +3,7 @@
 use casemate_broker::broker::Rejection;
 use casemate_broker::log::{Action, Verdict};
 use casemate_broker::state::{database, provider_public_key};
-use casemate_broker::store::StoreError;
+use casemate_broker::store::{NewResource, StoreError};
 use casemate_container::signing::SigningKey;
 use casemate_release::ReleaseError;
 use casemate_release::rollback::{Rollback, Target, sha256};
@@ -41,9 +41,12 @@ fn set(rig: &Rig, text: &str, rollback: &Rollback) -> Result<(), Rejection> {
 
 fn put(rig: &Rig, envelope: &[u8], rollback: Option<&Rollback>) -> Result<(), Rejection> {
     let rollback = rollback.map(|rollback| rollback.sign(&rig.provider).unwrap());
-    let put = rig
-        .broker
-        .put_resource(&path(), envelope, true, None, rollback.as_deref());
+    let resource = NewResource::Grant {
+        envelope,
+        rollback: rollback.as_deref(),
+        open: false,
+    };
+    let put = rig.broker.put_resource(&path(), None, resource);
     put.map(|_| ())
 }
 
@@ -225,7 +228,7 @@ fn model_versions_only_go_up() {
     goes_back(&rig);
     let opaque = rig
         .broker
-        .put_resource(&path(), &older, false, None, None)
+        .put_resource(&path(), None, NewResource::Opaque(&older))
         .map(|_| ());
     assert!(matches!(
         opaque,
@@ -262,9 +265,12 @@ fn a_model_goes_back_with_the_providers_rollback_once() {
         );
     }
     let forged = rollback.sign(&SigningKey::generate()).unwrap();
-    let outcome = rig
-        .broker
-        .put_resource(&path(), &older, true, None, Some(&forged));
+    let resource = NewResource::Grant {
+        envelope: &older,
+        rollback: Some(&forged[..]),
+        open: false,
+    };
+    let outcome = rig.broker.put_resource(&path(), None, resource);
     assert!(matches!(
         outcome.map(|_| ()),
         Err(Rejection::Rollback(ReleaseError::Unverified(_)))
@@ -300,7 +306,7 @@ fn a_database_of_the_first_version_is_brought_up_to_date() {
         .execute_batch(
             "CREATE TABLE old (version INTEGER PRIMARY KEY, toml TEXT NOT NULL, set_at INTEGER NOT NULL) STRICT;
              INSERT INTO old SELECT version, toml, set_at FROM policy;
-             DROP TABLE policy; DROP TABLE model_floor; DROP TABLE used_rollback;
+             DROP TABLE policy; DROP TABLE model_floor; DROP TABLE used_rollback; DROP TABLE keyed_path;
              ALTER TABLE old RENAME TO policy;
              PRAGMA user_version = 1;",
         )

@@ -10,10 +10,11 @@ use casemate_broker::broker::{Broker, Rejection, Settings};
 use casemate_broker::clock::Clock;
 use casemate_broker::log::{Head, hash};
 use casemate_broker::state::State;
+use casemate_broker::store::NewResource;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, ModelDigest};
-use casemate_release::api_key::ApiKeys;
+use casemate_release::api_key::{Access, ApiKey, ApiKeys, Limits};
 use casemate_release::client::{Attested, Challenged, Exchange};
 use casemate_release::grant::KeyGrant;
 use casemate_release::issuance::CredentialRequest;
@@ -168,7 +169,7 @@ impl Rig {
     pub(crate) fn put_grant(&self, minimum_version: u64) {
         let envelope = grant(&self.provider, minimum_version);
         self.broker
-            .put_resource(&path(), &envelope, true, None, None)
+            .put_resource(&path(), None, NewResource::grant(&envelope))
             .unwrap();
     }
 
@@ -279,12 +280,27 @@ pub(crate) fn policy(
 }
 
 pub(crate) fn grant(provider: &SigningKey, minimum_version: u64) -> Vec<u8> {
+    grant_to(Access::Open, provider, minimum_version)
+}
+
+/// A grant that lists one API key.
+pub(crate) fn keyed_grant(provider: &SigningKey, minimum_version: u64) -> Vec<u8> {
+    let key = ApiKey {
+        name: "alice".into(),
+        hash: [9; 32],
+        limits: Limits::default(),
+    };
+    let keys = ApiKeys::new(vec![key]).unwrap();
+    grant_to(Access::Keyed(keys), provider, minimum_version)
+}
+
+fn grant_to(access: Access, provider: &SigningKey, minimum_version: u64) -> Vec<u8> {
     let grant = KeyGrant {
         model_digest: MODEL,
         model_name: "smollm2".into(),
         minimum_version,
         data_key: DataKey::from_bytes(&DATA_KEY),
-        api_keys: ApiKeys::default(),
+        access,
     };
     grant.sign(provider).unwrap().to_vec()
 }

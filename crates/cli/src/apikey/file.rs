@@ -40,8 +40,8 @@ struct Entry {
     concurrency: Option<NonZeroU32>,
 }
 
-/// Reads and checks a list.
-pub(crate) fn read(path: &Path) -> Result<ApiKeys, Failure> {
+/// Reads and checks a list, which may be empty; in order of names.
+pub(crate) fn read(path: &Path) -> Result<Vec<ApiKey>, Failure> {
     let text = text(path).map_err(|error| io_failure(path, error))?;
     parse(path, &text)
 }
@@ -53,7 +53,7 @@ pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => INTRODUCTION.to_owned(),
         Err(error) => return Err(io_failure(path, error)),
     };
-    let mut keys = parse(path, &text)?.as_slice().to_vec();
+    let mut keys = parse(path, &text)?;
     let added = List {
         key: vec![Entry {
             name: key.name.clone(),
@@ -70,7 +70,11 @@ pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
     }
     text.push('\n');
     text.push_str(&toml::to_string(&added).map_err(Failure::io)?);
-    // As one file: a list that is cut in the middle would lock out everybody after the cut.
+    write(path, &text)
+}
+
+/// As one file: a list that is cut in the middle would lock out everybody after the cut.
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
     secret_file::write(path, text.as_bytes(), true)
 }
 
@@ -85,7 +89,7 @@ fn text(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn parse(path: &Path, text: &str) -> Result<ApiKeys, Failure> {
+fn parse(path: &Path, text: &str) -> Result<Vec<ApiKey>, Failure> {
     let list: List = toml::from_str(text).map_err(|error| malformed(path, error))?;
     let mut keys = Vec::with_capacity(list.key.len());
     for entry in list.key {
@@ -107,11 +111,17 @@ fn parse(path: &Path, text: &str) -> Result<ApiKeys, Failure> {
     checked(path, keys)
 }
 
-fn checked(path: &Path, keys: Vec<ApiKey>) -> Result<ApiKeys, Failure> {
-    ApiKeys::new(keys).map_err(|error| malformed(path, error))
+/// A list without keys is one that is being written; a grant takes none.
+fn checked(path: &Path, keys: Vec<ApiKey>) -> Result<Vec<ApiKey>, Failure> {
+    if keys.is_empty() {
+        return Ok(keys);
+    }
+    let keys = ApiKeys::new(keys).map_err(|error| malformed(path, error))?;
+    Ok(keys.as_slice().to_vec())
 }
 
-fn malformed(path: &Path, error: impl Into<anyhow::Error>) -> Failure {
+/// The failure of a command whose list cannot be used.
+pub(crate) fn malformed(path: &Path, error: impl Into<anyhow::Error>) -> Failure {
     let error = error.into().context(path.display().to_string());
     Failure::new(Class::Malformed, "api-keys", error)
 }

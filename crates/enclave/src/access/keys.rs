@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use casemate_release::api_key::{self, ApiKeys, Limits};
+use casemate_release::api_key::{self, Access, Limits};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use super::bucket::{Bucket, Shortage};
@@ -108,18 +108,27 @@ impl Drop for Permit {
     }
 }
 
-/// All keys.
-pub(super) struct Table(Vec<Arc<Key>>);
+/// Who may ask.
+pub(super) enum Table {
+    /// Anybody.
+    Open,
+    /// Who has one of these keys.
+    Keyed(Vec<Arc<Key>>),
+}
 
 impl Table {
-    /// The keys of a grant; those that `former` had with the same limits keep what they have used.
-    pub(super) fn new(keys: &ApiKeys, former: Option<&Table>, now: Duration) -> Self {
+    /// What a grant says; keys that `former` had with the same limits keep what they have used.
+    pub(super) fn new(access: &Access, former: Option<&Table>, now: Duration) -> Self {
+        let Some(keys) = access.api_keys() else {
+            return Self::Open;
+        };
+        let former = match former {
+            Some(Self::Keyed(keys)) => keys.as_slice(),
+            Some(Self::Open) | None => &[],
+        };
         let key = |key: &api_key::ApiKey| {
-            let kept = former.and_then(|former| {
-                let same = |had: &&Arc<Key>| had.hash == key.hash && had.limits == key.limits;
-                former.0.iter().find(same)
-            });
-            let usage = match kept {
+            let same = |had: &&Arc<Key>| had.hash == key.hash && had.limits == key.limits;
+            let usage = match former.iter().find(same) {
                 Some(kept) => Arc::clone(&kept.usage),
                 None => Arc::new(Usage::new(&key.limits, now)),
             };
@@ -130,21 +139,25 @@ impl Table {
                 usage,
             })
         };
-        Self(keys.as_slice().iter().map(key).collect())
+        Self::Keyed(keys.as_slice().iter().map(key).collect())
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// The entry of a key. Every entry is compared in full whatever the others said, so the time it takes depends on
-    /// how many there are and not on which of them fits, or how nearly.
-    pub(super) fn find(&self, presented: &[u8]) -> Option<Arc<Key>> {
-        let hash = api_key::hash(presented);
-        let mut found = u32::MAX;
-        for (index, key) in (0u32..).zip(&self.0) {
-            found.conditional_assign(&index, hash.ct_eq(&key.hash));
+    /// How many keys there are; none of access that is open.
+    pub(super) fn keys(&self) -> Option<usize> {
+        match self {
+            Self::Open => None,
+            Self::Keyed(keys) => Some(keys.len()),
         }
-        self.0.get(found as usize).cloned()
     }
+}
+
+/// The entry of a key. Every entry is compared in full whatever the others said, so the time it takes depends on how many
+/// there are and not on which of them fits, or how nearly.
+pub(super) fn find(keys: &[Arc<Key>], presented: &[u8]) -> Option<Arc<Key>> {
+    let hash = api_key::hash(presented);
+    let mut found = u32::MAX;
+    for (index, key) in (0u32..).zip(keys) {
+        found.conditional_assign(&index, hash.ct_eq(&key.hash));
+    }
+    keys.get(found as usize).cloned()
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use casemate_attest::TeeKind;
 use casemate_broker::admin::{AdminClient, AdminError};
 use casemate_broker::sessions::session_digest;
+use casemate_broker::store::NewResource;
 use casemate_channel::keyset::{ChannelBinding, Keyset, KeysetDigest, Purpose, Role, report_data};
 use casemate_container::signing::SigningKey;
 use casemate_release::client::Exchange;
@@ -97,7 +98,8 @@ impl Load {
         }
         self.set_policy(&admin, 1).await?;
         let envelope = grant(&self.provider, 3);
-        self.put(&admin, &path(), &envelope, true).await
+        self.put(&admin, &path(), NewResource::grant(&envelope))
+            .await
     }
 
     async fn policies(self: Arc<Self>, admin: AdminClient, stop: Arc<AtomicBool>) {
@@ -122,8 +124,8 @@ impl Load {
             let opaque = format!("opaque {version}").into_bytes();
             let done = match version % 4 {
                 0 => self.delete(&admin, &at).await,
-                1 => self.put(&admin, &at, &opaque, false).await,
-                _ => self.put(&admin, &at, &envelope, true).await,
+                1 => self.put(&admin, &at, NewResource::Opaque(&opaque)).await,
+                _ => self.put(&admin, &at, NewResource::grant(&envelope)).await,
             };
             if done.is_err() {
                 return;
@@ -154,12 +156,11 @@ impl Load {
         &self,
         admin: &AdminClient,
         path: &ResourcePath,
-        bytes: &[u8],
-        is_grant: bool,
+        resource: NewResource<'_>,
     ) -> Result<(), Gone> {
-        let content = sha256(bytes);
+        let content = sha256(resource.bytes());
         self.ledger().asked(Some(path.as_str()), Some(content));
-        answered(admin.put_resource(path, bytes, is_grant, None, None).await)?;
+        answered(admin.put_resource(path, None, resource).await)?;
         let path = path.to_string();
         self.ledger().acknowledged(Fact::Put { path, content });
         Ok(())

@@ -181,8 +181,16 @@ pub(super) const TABLE: &[Explanation] = &[
     about(
         &["api-keys", "no-api-keys"],
         "The file lists API keys.",
-        "It has a mistake in form, or lists none, which would let everybody in.",
-        "Make entries with `casemate apikey new`; leave --api-keys away if the service shall be open.",
+        "It has a mistake in form, or lists none.",
+        "Make entries with `casemate apikey new`. A service without API keys is granted with `casemate grant --open`.",
+    ),
+    about(
+        &["access", "grant.access"],
+        "Whether anybody may use the model is said, by the provider and by the broker's administrator.",
+        "The grant was made with --open, or renewed without thinking of --api-keys, for a service that asked for API keys \
+         until now; or neither was given; or the broker was told --open for a grant that lists API keys.",
+        "Make the grant with `casemate grant --api-keys` and put it again. Only if anybody who reaches the enclave shall use \
+         the model: `casemate grant --open`, then `casemate-broker admin resource put --grant FILE --open`.",
     ),
     about(
         &["bundle", "bundle.structure"],
