@@ -17,7 +17,7 @@ const MAX_BYTES: u64 = 256 << 10;
 
 const INTRODUCTION: &str = "\
 # API keys of users, known by their SHA-256. `casemate apikey new` appends to this list and `casemate grant --api-keys`
-# signs it; take an entry out to revoke a key. What is not named is not limited.
+# signs it; `casemate apikey remove` takes one out. What is not named is not limited.
 ";
 
 #[derive(Serialize, Deserialize)]
@@ -71,6 +71,56 @@ pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
     text.push('\n');
     text.push_str(&toml::to_string(&added).map_err(Failure::io)?);
     write(path, &text)
+}
+
+/// Takes a key out of the list, with the remarks right above its entry; the rest stays as it was written. How many are
+/// left, or none if there is no such key.
+pub(crate) fn remove(path: &Path, name: &str) -> Result<Option<usize>, Failure> {
+    let text = text(path).map_err(|error| io_failure(path, error))?;
+    let mut keys = parse(path, &text)?;
+    let Some(at) = keys.iter().position(|key| key.name == name) else {
+        return Ok(None);
+    };
+    keys.remove(at);
+    // What is written must list exactly the others, however the file is laid out.
+    let rest = without(&text, name).filter(|rest| parse(path, rest).is_ok_and(|left| left == keys));
+    let Some(rest) = rest else {
+        let error = anyhow!(
+            "the entries are not laid out as `[[key]]`, one after another; take {name:?} out by hand"
+        );
+        return Err(malformed(path, error));
+    };
+    write(path, &rest)?;
+    Ok(Some(keys.len()))
+}
+
+/// The text without the entry of this name, if each begins with a line `[[key]]`.
+fn without(text: &str, name: &str) -> Option<String> {
+    let list: List = toml::from_str(text).ok()?;
+    let at = list.key.iter().position(|entry| entry.name == name)?;
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    let is_remark = |line: &str| line.trim_start().starts_with('#');
+    let is_blank = |line: &str| line.trim().is_empty();
+    let mut headers = lines
+        .iter()
+        .enumerate()
+        .filter(|(_, line)| line.trim_start().starts_with("[[key]]"))
+        .map(|(index, _)| index);
+    let header = headers.nth(at)?;
+    let next = headers.next().unwrap_or(lines.len());
+    // With the remarks right above, and one of the blank lines around.
+    let above = lines[..header].iter().rev();
+    let mut from = header - above.take_while(|line| is_remark(line)).count();
+    if from > 0 && is_blank(lines[from - 1]) {
+        from -= 1;
+    }
+    // What stands between this entry and the next belongs to the next.
+    let below = lines[header..next].iter().rev();
+    let to = next
+        - below
+            .take_while(|line| is_remark(line) || is_blank(line))
+            .count();
+    Some([&lines[..from], &lines[to..]].concat().concat())
 }
 
 /// As one file: a list that is cut in the middle would lock out everybody after the cut.

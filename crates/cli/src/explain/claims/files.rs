@@ -179,10 +179,11 @@ pub(super) const TABLE: &[Explanation] = &[
         "The message says which; --help describes it.",
     ),
     about(
-        &["api-keys", "no-api-keys"],
-        "The file lists API keys.",
-        "It has a mistake in form, or lists none.",
-        "Make entries with `casemate apikey new`. A service without API keys is granted with `casemate grant --open`.",
+        &["api-keys", "no-api-keys", "no-such-key"],
+        "The file lists the API keys that are asked for.",
+        "It has a mistake in form, lists none, or none of the name that was given.",
+        "`casemate apikey list` shows what is listed, `casemate apikey new` makes an entry. A service without API keys is \
+         granted with `casemate grant --open`.",
     ),
     about(
         &["access", "grant.access"],

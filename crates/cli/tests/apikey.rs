@@ -1,0 +1,152 @@
+//! `casemate apikey` as a provider runs it: the list, and who is taken out of it.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn apikey(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_casemate"))
+        .current_dir(folder)
+        .arg("apikey")
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+/// Three keys; the second has limits.
+fn list() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let limits = ["--requests-per-minute", "60", "--concurrency", "2"];
+    for (name, limits) in [("carol", &[][..]), ("bob", &limits), ("alice", &[])] {
+        let output = apikey(folder.path(), &[&["new", name], limits].concat());
+        assert!(output.status.success(), "{output:?}");
+    }
+    folder
+}
+
+fn read(folder: &TempDir) -> String {
+    std::fs::read_to_string(folder.path().join("api-keys.toml")).unwrap()
+}
+
+fn names(folder: &TempDir) -> Vec<String> {
+    let output = apikey(folder.path(), &["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let keys = listed["keys"].as_array().unwrap();
+    let name = |key: &Value| key["name"].as_str().unwrap().to_owned();
+    keys.iter().map(name).collect()
+}
+
+#[test]
+fn a_list_shows_names_and_limits_and_nothing_secret() {
+    let folder = list();
+    let output = apikey(folder.path(), &["list"]);
+    assert!(output.status.success());
+    assert_eq!(
+        text(&output),
+        "alice  not limited\nbob    60 requests per minute, 2 at the same time\ncarol  not limited\n"
+    );
+    let output = apikey(folder.path(), &["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(listed["file"], "api-keys.toml");
+    let none = Value::Null;
+    assert_eq!(
+        listed["keys"][1],
+        json!({ "name": "bob", "requests_per_minute": 60, "tokens_per_minute": none, "concurrency": 2 })
+    );
+    let file = read(&folder);
+    let hashes = file
+        .lines()
+        .filter_map(|line| line.strip_prefix("sha256 = "));
+    assert_eq!(hashes.clone().count(), 3);
+    for hash in hashes {
+        assert!(!text(&output).contains(hash.trim_matches('"')));
+    }
+    let missing = apikey(folder.path(), &["list", "--file", "missing.toml"]);
+    assert_eq!(missing.status.code(), Some(40));
+}
+
+#[test]
+fn a_removed_key_is_out_and_everything_else_is_as_it_was_written() {
+    let folder = list();
+    let path = folder.path().join("api-keys.toml");
+    let before = read(&folder);
+    // With remarks: of the list, of each entry, and at the end.
+    let entries: Vec<_> = before.split("[[key]]").collect();
+    let [introduction, carol, bob, alice] = entries[..] else {
+        panic!("{before}");
+    };
+    let written = format!(
+        "{introduction}# Carol\n[[key]]{carol}# Bob,\n# of accounting\n[[key]]{bob}# Alice\n[[key]]{alice}\n# end\n"
+    );
+    std::fs::write(&path, &written).unwrap();
+    let output = apikey(folder.path(), &["remove", "bob"]);
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("until a grant of this list was put"),
+        "{said}"
+    );
+    let without_bob =
+        format!("{introduction}# Carol\n[[key]]{carol}# Alice\n[[key]]{alice}\n# end\n");
+    assert_eq!(read(&folder), without_bob);
+    assert_eq!(names(&folder), ["alice", "carol"]);
+    // The last entry, then the first: the remark at the end stays.
+    let json = apikey(folder.path(), &["remove", "alice", "--json"]);
+    let removed: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(
+        (&removed["name"], &removed["keys_left"]),
+        (&json!("alice"), &json!(1))
+    );
+    let said = apikey(folder.path(), &["remove", "carol"]);
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(said.contains("no key is left"), "{said}");
+    assert_eq!(
+        read(&folder).trim_end(),
+        format!("{}\n\n# end", introduction.trim_end())
+    );
+    assert_eq!(names(&folder), [""; 0]);
+    // And the name can be given again.
+    assert!(apikey(folder.path(), &["new", "bob"]).status.success());
+    assert_eq!(names(&folder), ["bob"]);
+    let left = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(left, 1, "nothing is left behind");
+}
+
+#[test]
+fn what_cannot_be_removed_changes_nothing() {
+    let folder = list();
+    let before = read(&folder);
+    let output = apikey(folder.path(), &["remove", "dave", "--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let error: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(error["error"]["code"], "no-such-key");
+    let message = error["error"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("api-keys.toml lists no API key of the name \"dave\""),
+        "{message}"
+    );
+    assert_eq!(read(&folder), before);
+    let output = apikey(folder.path(), &["remove", "bob", "--file", "missing.toml"]);
+    assert_eq!(output.status.code(), Some(40));
+
+    // Another way to write the same, and headers that are none.
+    let hash = |digit: &str| digit.repeat(64);
+    let inline = format!(
+        "key = [{{ name = \"a\", sha256 = \"{}\" }}, {{ name = \"b\", sha256 = \"{}\" }}]\n",
+        hash("1"),
+        hash("2")
+    );
+    let path = folder.path().join("api-keys.toml");
+    std::fs::write(&path, &inline).unwrap();
+    let output = apikey(folder.path(), &["remove", "a"]);
+    assert_eq!(output.status.code(), Some(10));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("take \"a\" out by hand"), "{said}");
+    assert_eq!(read(&folder), inline);
+}
