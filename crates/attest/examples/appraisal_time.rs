@@ -8,7 +8,8 @@
 
 use std::time::Instant;
 
-use casemate_attest::{Collateral, Evidence, Policy, Quote, Report, UnixTime, appraise};
+use casemate_attest::{Collateral, Evidence, Policy, Quote, UnixTime, appraise};
+use casemate_testkit::policies::entry_for;
 
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
@@ -25,25 +26,10 @@ fn main() {
 
     let parsed = Quote::parse(&quote).expect("the quote parses");
     let expected = *parsed.report().report_data();
-    let Report::Td(report) = parsed.report() else {
-        panic!("give the quote of a TD");
-    };
     let policy = format!(
-        "version = 1\ntee = [\"tdx\"]\n[tcb]\nminimum_evaluation_data_number = 1\n\
-         [[measurement]]\nname = \"this quote\"\nmr_td = \"{}\"\nmr_config_id = \"{}\"\nrtmr0 = \"{}\"\nrtmr1 = \"{}\"\n\
-         rtmr2 = \"{}\"\nrtmr3 = \"{}\"\nmr_seam = \"{}\"\nmr_owner = \"{}\"\nmr_owner_config = \"{}\"\n\
-         td_attributes = \"{}\"\nxfam = \"{}\"\n",
-        hex::encode(report.mr_td),
-        hex::encode(report.mr_config_id),
-        hex::encode(report.rtmr[0]),
-        hex::encode(report.rtmr[1]),
-        hex::encode(report.rtmr[2]),
-        hex::encode(report.rtmr[3]),
-        hex::encode(report.mr_seam),
-        hex::encode(report.mr_owner),
-        hex::encode(report.mr_owner_config),
-        hex::encode(report.td_attributes),
-        hex::encode(report.xfam),
+        "version = 1\ntee = [\"{}\"]\n[tcb]\nminimum_evaluation_data_number = 1\n{}",
+        parsed.tee().name(),
+        entry_for(parsed.report())
     );
     let policy = Policy::from_toml(&policy).expect("the policy is valid");
 

@@ -13,6 +13,7 @@ use casemate_channel::verify::{
 };
 use casemate_container::signing::SigningKey;
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::policies::PolicyFile;
 use casemate_testkit::statements;
 
 const NOW: u64 = 1_795_000_000;
@@ -66,17 +67,13 @@ impl Enclave {
     }
 
     fn policy(&self) -> Policy {
-        Policy::from_toml(&format!(
-            "version = 3\ntee = [\"tdx\"]\ndangerous_development_root = \"{}\"\n\
-             [tcb]\nminimum_evaluation_data_number = 17\n{}\
-             [model]\ndigests = [\"{}\"]\nminimum_version = 7\n\
-             [service]\nissuer = \"{}\"\nname = \"demo\"\nmaximum_evidence_age_seconds = 300\n",
-            hex::encode(self.tee.root_spki_sha256()),
-            MEASUREMENT.to_policy_entry("enclave").unwrap(),
-            "05".repeat(32),
-            self.issuer.verifying_key(),
-        ))
-        .unwrap()
+        let file = PolicyFile {
+            version: 3,
+            ..PolicyFile::new(self.tee.root_spki_sha256(), MEASUREMENT)
+        };
+        let issuer = self.issuer.verifying_key().to_string();
+        let file = file.for_users((&hex::encode(statements::MODEL), 7), &issuer, "demo");
+        Policy::from_toml(&file.to_toml()).unwrap()
     }
 
     /// Genuine evidence over a keyset with the TLS key of this digest, the nonce and the binding.

@@ -66,7 +66,10 @@ fn accepts_an_honest_service_and_says_that_it_is_no_tee() {
     );
     assert!(verified.appraised().is_development());
     assert!(!verified.appraised().claims().root_of_trust.is_tee());
-    assert_eq!(verified.appraised().claims().measurement_name, "enclave");
+    assert_eq!(
+        verified.appraised().claims().measurement_name,
+        "casemate-enclave"
+    );
     assert_eq!(verified.keyset(), &service.keyset);
     assert_eq!(verified.receipt_key().as_bytes(), &[4; 32]);
     assert_eq!(verified.credential().service, "demo");

@@ -12,7 +12,7 @@ use casemate_attest::{Evidence, ReportData, UnixTime};
 use casemate_testkit::data;
 use casemate_testkit::fake_tee::FakeTee;
 use casemate_testkit::fake_tee::peer::measure_peer;
-use casemate_testkit::policies::PolicyFile;
+use casemate_testkit::policies::{PolicyFile, entry_for};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -259,15 +259,10 @@ fn a_capture_is_judged_as_of_a_time_given_by_hand_and_says_so() {
     let quote = evidence.unverified_quote().unwrap();
     let report = quote.report().td().unwrap();
     scene.write("evidence.json", evidence.to_json());
-    let mut text = format!(
-        "version = 1\ntee = [\"tdx\"]\n[tcb]\nminimum_evaluation_data_number = 17\n[[measurement]]\nname = \"capture\"\n\
-         mr_td = \"{}\"\nmr_config_id = \"{}\"\n",
-        hex::encode(report.mr_td),
-        hex::encode(report.mr_config_id)
+    let text = format!(
+        "version = 1\ntee = [\"tdx\"]\n[tcb]\nminimum_evaluation_data_number = 17\n{}",
+        entry_for(quote.report())
     );
-    for (index, register) in report.rtmr.iter().enumerate() {
-        text += &format!("rtmr{index} = \"{}\"\n", hex::encode(register));
-    }
     scene.write("policy.toml", text);
     let judge = |more: &[&str]| {
         verify(

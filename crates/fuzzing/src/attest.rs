@@ -34,9 +34,8 @@ pub(crate) fn honest() -> &'static Honest {
             rtmr: [[3; 48]; 4],
         };
         let evidence = tee.quote(&measurement, &REPORT_DATA, NOW).expect("a quote");
-        let mut file = PolicyFile::new(tee.root_spki_sha256(), measurement);
-        file.models = Some((vec!["05".repeat(32)], 7));
-        file.service = Some(("0a".repeat(32), "demo".into()));
+        let file = PolicyFile::new(tee.root_spki_sha256(), measurement);
+        let file = file.for_users((&"05".repeat(32), 7), &"0a".repeat(32), "demo");
         let policy_text = file.to_toml();
         let policy = Policy::from_toml(&policy_text).expect("a policy");
         let now = UnixTime::from_secs(NOW);

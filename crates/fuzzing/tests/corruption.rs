@@ -110,9 +110,8 @@ fn a_corrupted_policy_is_refused_or_says_something_else() {
         mr_config_id: [0x12; 48],
         rtmr: [[0; 48]; 4],
     };
-    let mut file = PolicyFile::new([0xcd; 32], measurement);
-    file.models = Some((vec!["0e".repeat(32)], 7));
-    file.service = Some(("f1".repeat(32), "demo".into()));
+    let file = PolicyFile::new([0xcd; 32], measurement);
+    let file = file.for_users((&"0e".repeat(32), 7), &"f1".repeat(32), "demo");
     let text = format!("# comment\n{}", file.to_toml());
     let honest = Policy::from_toml(&text).unwrap();
     let comment = 1.."# comment".len();

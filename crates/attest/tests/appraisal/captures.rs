@@ -3,10 +3,9 @@
 use casemate_attest::{
     Appraisal, Appraised, Claims, Class, Collateral, Status, TcbStatus, appraise,
 };
+use casemate_testkit::policies::entry_for;
 
-use crate::data::{
-    Data, Parts, base64url, denied, entry_for, evidence, judge, policy_for, time, yaml_field,
-};
+use crate::data::{Data, Parts, base64url, denied, evidence, judge, policy_for, time, yaml_field};
 
 const PHALA_TDX: &str = "intel/phala/tdx_v4_quote_collateral.json";
 const PHALA_SGX: &str = "intel/phala/sgx_v3_quote_collateral.json";

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
 use casemate_attest::{
-    Appraisal, Class, Collateral, Denial, Evidence, Policy, Quote, Report, ReportData, TeeKind,
-    UnixTime, appraise,
+    Appraisal, Class, Collateral, Denial, Evidence, Policy, Quote, ReportData, TeeKind, UnixTime,
+    appraise,
 };
+use casemate_testkit::policies::entry_for;
 
 /// The folder with the captures.
 pub struct Data {
@@ -177,33 +178,6 @@ pub fn policy_for(evidence: &Evidence, more: &str) -> Policy {
         "version = 1\ntee = [\"{tee}\"]\n[tcb]\nminimum_evaluation_data_number = 13\n{more}\n{entry}"
     );
     Policy::from_toml(&text).unwrap_or_else(|error| panic!("{error}\n{text}"))
-}
-
-pub fn entry_for(report: &Report) -> String {
-    match report {
-        Report::Td(report) => format!(
-            "[[measurement]]\nname = \"capture\"\nmr_td = \"{}\"\nmr_config_id = \"{}\"\nrtmr0 = \"{}\"\n\
-             rtmr1 = \"{}\"\nrtmr2 = \"{}\"\nrtmr3 = \"{}\"\nmr_seam = \"{}\"\nmr_owner = \"{}\"\n\
-             mr_owner_config = \"{}\"\ntd_attributes = \"{}\"\nxfam = \"{}\"\n",
-            hex::encode(report.mr_td),
-            hex::encode(report.mr_config_id),
-            hex::encode(report.rtmr[0]),
-            hex::encode(report.rtmr[1]),
-            hex::encode(report.rtmr[2]),
-            hex::encode(report.rtmr[3]),
-            hex::encode(report.mr_seam),
-            hex::encode(report.mr_owner),
-            hex::encode(report.mr_owner_config),
-            hex::encode(report.td_attributes),
-            hex::encode(report.xfam),
-        ),
-        Report::Sgx(report) => format!(
-            "[[measurement]]\nname = \"capture\"\nmr_enclave = \"{}\"\nconfig_id = \"{}\"\nattributes = \"{}\"\n",
-            hex::encode(report.mr_enclave),
-            hex::encode(report.config_id),
-            hex::encode(report.attributes),
-        ),
-    }
 }
 
 /// Appraises a capture over its own report data, under a policy made for it.

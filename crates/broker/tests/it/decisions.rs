@@ -50,7 +50,7 @@ fn a_key_is_released_to_an_attested_guest_and_logged_as_development() {
     assert_eq!(decision.policy_version, Some(1));
     assert_eq!(decision.subject.as_deref(), Some("default/model/smollm2"));
     assert_eq!(decision.model.unwrap().bytes(), MODEL.0);
-    assert_eq!(decision.measurement.as_deref(), Some("enclave"));
+    assert_eq!(decision.measurement.as_deref(), Some("casemate-enclave"));
     assert_eq!(
         rig.broker
             .metrics()

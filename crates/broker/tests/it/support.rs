@@ -21,6 +21,7 @@ use casemate_release::issuance::CredentialRequest;
 use casemate_release::random::SystemRandom;
 use casemate_release::rcar::{ResourcePath, SESSION_COOKIE};
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::policies::PolicyFile;
 use tempfile::TempDir;
 
 /// 2026-11-21T00:00:00Z.
@@ -268,15 +269,12 @@ pub(crate) fn policy(
     measurement: &Measurement,
     models: &[ModelDigest],
 ) -> String {
-    let models: Vec<String> = models.iter().map(|model| format!("\"{model}\"")).collect();
-    format!(
-        "version = {version}\ntee = [\"tdx\"]\ndangerous_development_root = \"{}\"\n\
-         [tcb]\nminimum_evaluation_data_number = 17\n{}\n\
-         [model]\ndigests = [{}]\nminimum_version = 1\n",
-        hex::encode(tee.root_spki_sha256()),
-        measurement.to_policy_entry("enclave").unwrap(),
-        models.join(", "),
-    )
+    let file = PolicyFile {
+        version,
+        models: Some((models.iter().map(ModelDigest::to_string).collect(), 1)),
+        ..PolicyFile::new(tee.root_spki_sha256(), *measurement)
+    };
+    file.to_toml()
 }
 
 pub(crate) fn grant(provider: &SigningKey, minimum_version: u64) -> Vec<u8> {

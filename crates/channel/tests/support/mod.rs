@@ -10,6 +10,7 @@ use casemate_channel::verify::{AttestationResponse, Challenge, VerifiedService, 
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::credential::Credential;
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::policies::PolicyFile;
 use casemate_testkit::statements;
 
 pub(crate) const NOW: u64 = 1_795_000_000;
@@ -57,25 +58,14 @@ impl Service {
     }
 
     pub(crate) fn policy_text(&self) -> String {
-        format!(
-            "version = 3\n\
-             tee = [\"tdx\"]\n\
-             dangerous_development_root = \"{}\"\n\
-             [tcb]\n\
-             minimum_evaluation_data_number = 17\n\
-             {}\
-             [model]\n\
-             digests = [\"{}\"]\n\
-             minimum_version = 7\n\
-             [service]\n\
-             issuer = \"{}\"\n\
-             name = \"demo\"\n\
-             maximum_evidence_age_seconds = {MAXIMUM_AGE}\n",
-            hex::encode(self.tee.root_spki_sha256()),
-            self.measurement.to_policy_entry("enclave").unwrap(),
-            "05".repeat(32),
-            self.pinned,
-        )
+        let file = PolicyFile {
+            version: 3,
+            maximum_evidence_age: MAXIMUM_AGE,
+            ..PolicyFile::new(self.tee.root_spki_sha256(), self.measurement)
+        };
+        let issuer = self.pinned.to_string();
+        file.for_users((&hex::encode(statements::MODEL), 7), &issuer, "demo")
+            .to_toml()
     }
 
     pub(crate) fn policy(&self) -> Policy {

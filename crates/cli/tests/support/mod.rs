@@ -31,6 +31,7 @@ use casemate_channel::verify::{ATTESTATION_PATH, AttestationResponse};
 use casemate_container::signing::SigningKey;
 use casemate_listen::{Counters, Establish, Limits, Server};
 use casemate_testkit::fake_tee::FakeTee;
+use casemate_testkit::policies::PolicyFile;
 use casemate_testkit::statements;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -201,25 +202,14 @@ impl Enclave {
 
     /// A policy that accepts this enclave.
     pub(crate) fn policy(&self, maximum_age: u64) -> String {
-        format!(
-            "version = 3\n\
-             tee = [\"tdx\"]\n\
-             dangerous_development_root = \"{}\"\n\
-             [tcb]\n\
-             minimum_evaluation_data_number = 17\n\
-             {}\
-             [model]\n\
-             digests = [\"{}\"]\n\
-             minimum_version = 7\n\
-             [service]\n\
-             issuer = \"{}\"\n\
-             name = \"demo\"\n\
-             maximum_evidence_age_seconds = {maximum_age}\n",
-            hex::encode(self.tee.root_spki_sha256()),
-            self.measurement.to_policy_entry("enclave").unwrap(),
-            "05".repeat(32),
-            self.issuer.verifying_key(),
-        )
+        let file = PolicyFile {
+            version: 3,
+            maximum_evidence_age: maximum_age,
+            ..PolicyFile::new(self.tee.root_spki_sha256(), self.measurement)
+        };
+        let issuer = self.issuer.verifying_key().to_string();
+        file.for_users((&hex::encode(statements::MODEL), 7), &issuer, "demo")
+            .to_toml()
     }
 
     fn attest(&self, nonce: [u8; 32]) -> AttestationResponse {
