@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use casemate_container::{DType, Family};
+use casemate_container::{DType, Family, ModelSource};
 
 use crate::models::{Algorithm, MemoryModel, Vocabulary};
 
@@ -13,25 +13,45 @@ const ALIGNMENT: usize = 32;
 
 /// Writes `model` into a new file.
 pub fn write(model: &MemoryModel, path: &Path) -> std::io::Result<()> {
+    write_source(model, &model.vocabulary, path)
+}
+
+/// Writes any model into a new file, a piece of a tensor at a time. The vocabulary is the one behind its tokenizer.
+pub fn write_source(
+    model: &dyn ModelSource,
+    vocabulary: &Vocabulary,
+    path: &Path,
+) -> std::io::Result<()> {
+    const PIECE: u64 = 1 << 20;
     let mut out = BufWriter::new(File::create(path)?);
-    out.write_all(&header(model))?;
-    for data in &model.data {
-        out.write_all(data)?;
-        out.write_all(&vec![0; padding(data.len())])?;
+    out.write_all(&header(model, vocabulary))?;
+    let mut piece = vec![0; PIECE as usize];
+    for (index, tensor) in model.tensors().iter().enumerate() {
+        let mut offset = 0;
+        while offset < tensor.size {
+            let length = PIECE.min(tensor.size - offset);
+            let piece = &mut piece[..length as usize];
+            model
+                .read_tensor(index, offset, piece)
+                .map_err(std::io::Error::other)?;
+            out.write_all(piece)?;
+            offset += length;
+        }
+        out.write_all(&vec![0; padding(tensor.size as usize)])?;
     }
     out.into_inner()?.sync_all()
 }
 
 /// Everything in front of the tensors' bytes, padded.
-fn header(model: &MemoryModel) -> Vec<u8> {
-    let metadata = metadata(model);
+fn header(model: &dyn ModelSource, vocabulary: &Vocabulary) -> Vec<u8> {
+    let metadata = metadata(model, vocabulary);
     let mut out = b"GGUF".to_vec();
     out.extend_from_slice(&3u32.to_le_bytes());
-    out.extend_from_slice(&(model.tensors.len() as u64).to_le_bytes());
+    out.extend_from_slice(&(model.tensors().len() as u64).to_le_bytes());
     out.extend_from_slice(&metadata.count.to_le_bytes());
     out.extend_from_slice(&metadata.bytes);
     let mut offset = 0u64;
-    for (tensor, data) in model.tensors.iter().zip(&model.data) {
+    for tensor in model.tensors() {
         put_string(&mut out, &tensor.name);
         out.extend_from_slice(&(tensor.shape.len() as u32).to_le_bytes());
         // Innermost first.
@@ -40,21 +60,21 @@ fn header(model: &MemoryModel) -> Vec<u8> {
         }
         out.extend_from_slice(&ggml_type(tensor.dtype).to_le_bytes());
         out.extend_from_slice(&offset.to_le_bytes());
-        offset += (data.len() + padding(data.len())) as u64;
+        offset += tensor.size + padding(tensor.size as usize) as u64;
     }
     out.resize(out.len() + padding(out.len()), 0);
     out
 }
 
-fn metadata(model: &MemoryModel) -> Metadata {
-    let config = &model.config;
+fn metadata(model: &dyn ModelSource, tokens: &Vocabulary) -> Metadata {
+    let config = model.config();
     let architecture = match config.family {
         Family::Llama | Family::Mistral => "llama",
         Family::Qwen2 => "qwen2",
     };
     let mut metadata = Metadata::default();
     metadata.string("general.architecture", architecture);
-    metadata.string("general.name", &model.name);
+    metadata.string("general.name", model.name());
     metadata.u32("general.alignment", ALIGNMENT as u32);
     let mut number = |key: &str, value| metadata.u32(&format!("{architecture}.{key}"), value);
     number("context_length", config.context);
@@ -71,7 +91,7 @@ fn metadata(model: &MemoryModel) -> Metadata {
     let key = |suffix: &str| format!("{architecture}.{suffix}");
     metadata.f32(&key("attention.layer_norm_rms_epsilon"), config.norm_eps);
     metadata.f32(&key("rope.freq_base"), config.rope_theta);
-    vocabulary(&mut metadata, &model.vocabulary);
+    vocabulary(&mut metadata, tokens);
     metadata.bool("tokenizer.ggml.add_bos_token", config.add_bos);
     if let Some(bos) = config.bos {
         metadata.u32("tokenizer.ggml.bos_token_id", bos);
@@ -80,7 +100,7 @@ fn metadata(model: &MemoryModel) -> Metadata {
         metadata.u32("tokenizer.ggml.eos_token_id", eos);
     }
     let template = model
-        .assets
+        .assets()
         .iter()
         .find(|(name, _)| name == "chat_template.jinja");
     if let Some((_, template)) = template {

@@ -118,10 +118,6 @@ impl Tiny {
     /// Makes the model. The same description gives the same bytes everywhere.
     pub fn build(&self) -> MemoryModel {
         let vocabulary = byte_vocabulary();
-        let id = |text: &str| {
-            let at = vocabulary.tokens.iter().position(|token| token == text);
-            at.expect("the vocabulary has its special tokens") as u32
-        };
         let config = ModelConfig {
             family: self.family,
             hidden: self.hidden,
@@ -142,20 +138,14 @@ impl Tiny {
             sliding_window: None,
             tied_embeddings: self.tied,
             qkv_bias: self.family == Family::Qwen2,
-            bos: Some(id(BEGIN)),
+            bos: Some(special_token(BEGIN)),
             // In the order in which a GGUF importer finds them.
-            eos: vec![id(END), id("<|im_end|>")],
+            eos: vec![special_token(END), special_token("<|im_end|>")],
             add_bos: true,
         };
         let mut model = MemoryModel {
             name: "tiny".into(),
-            assets: vec![
-                (
-                    "tokenizer.json".into(),
-                    tokenizer_json(&vocabulary).to_string().into_bytes(),
-                ),
-                ("chat_template.jinja".into(), CHAT_TEMPLATE.into()),
-            ],
+            assets: assets(&vocabulary),
             config,
             tensors: Vec::new(),
             data: Vec::new(),
@@ -297,6 +287,42 @@ fn encode_q8_0(values: &[f32]) -> Vec<u8> {
         }));
     }
     out
+}
+
+/// The vocabulary of [`Tiny`] models, filled up to `count` tokens with words that no merge makes and every decoder can
+/// print: for random models whose vocabulary has a size to keep.
+///
+/// # Panics
+/// When `count` is less than the vocabulary has already, 288.
+pub fn padded_vocabulary(count: usize) -> Vocabulary {
+    let mut vocabulary = byte_vocabulary();
+    let missing = count.checked_sub(vocabulary.tokens.len());
+    for i in 0..missing.expect("room for the bytes and special tokens") {
+        vocabulary.tokens.push(format!("{}w{i}", byte_letter(b' ')));
+        vocabulary.kinds.push(TokenKind::Normal);
+    }
+    vocabulary
+}
+
+/// Id of a special token in every vocabulary of this room.
+///
+/// # Panics
+/// When there is no such token.
+pub fn special_token(text: &str) -> u32 {
+    let vocabulary = byte_vocabulary();
+    let at = vocabulary.tokens.iter().position(|token| token == text);
+    at.expect("the vocabulary has its special tokens") as u32
+}
+
+/// What a model of this room carries besides tensors: `tokenizer.json` and a chat template.
+pub fn assets(vocabulary: &Vocabulary) -> Vec<(String, Vec<u8>)> {
+    vec![
+        (
+            "tokenizer.json".into(),
+            tokenizer_json(vocabulary).to_string().into_bytes(),
+        ),
+        ("chat_template.jinja".into(), CHAT_TEMPLATE.into()),
+    ]
 }
 
 /// 256 bytes, a few merges, and the special tokens of ChatML: 288 in all.
