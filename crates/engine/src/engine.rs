@@ -65,6 +65,7 @@ pub struct Engine {
     context: usize,
     kv_bytes: u64,
     kv_memory: Option<Granted>,
+    kv_bytes_per_position: u64,
     weight_bytes: u64,
     weight_memory: Option<Granted>,
     bytes_per_pass: u64,
@@ -140,6 +141,7 @@ impl Engine {
             options.kv_bytes,
         )?;
         let (kv_bytes, kv_memory) = (kv.bytes(), kv.memory());
+        let kv_bytes_per_position = kv.bytes_per_position();
         let team = Team::new(options.threads)?;
         let weights = weights::load(model, &config, options.compute, &team, progress)?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
@@ -171,6 +173,7 @@ impl Engine {
             context,
             kv_bytes,
             kv_memory,
+            kv_bytes_per_position,
             weight_bytes,
             weight_memory,
             bytes_per_pass,
@@ -238,6 +241,12 @@ impl Engine {
     #[must_use]
     pub fn bytes_per_pass(&self) -> u64 {
         self.bytes_per_pass
+    }
+
+    /// Bytes of keys and values that a request's next token reads for each position before it.
+    #[must_use]
+    pub fn kv_bytes_per_position(&self) -> u64 {
+        self.kv_bytes_per_position
     }
 
     /// Starts a request as soon as there is room. `sink` is called on the engine's thread for every

@@ -111,6 +111,11 @@ impl KvCache {
         self.pool.granted().ok()
     }
 
+    /// Bytes of keys and values of one position.
+    pub(crate) fn bytes_per_position(&self) -> u64 {
+        self.page_bytes / PAGE as u64
+    }
+
     /// Bytes set aside in all.
     pub(crate) fn bytes(&self) -> u64 {
         self.pool.pages() as u64 * self.page_bytes

@@ -37,6 +37,9 @@ pub enum Compute {
 }
 
 impl Compute {
+    /// Every arithmetic there is.
+    pub const ALL: &[Compute] = &[Compute::F32, Compute::Int8, Compute::Int8Row];
+
     /// Its name in keysets and receipts.
     #[must_use]
     pub const fn name(self) -> &'static str {
