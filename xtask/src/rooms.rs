@@ -34,6 +34,11 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
         "a production program knows no fake TEE",
     ),
     (
+        "casemate-cli",
+        &["casemate-engine", "casemate-bench"],
+        "who reviews the proxy reads no engine",
+    ),
+    (
         "casemate-attest",
         &["tokio", "reqwest", "rustix"],
         "appraisal does no I/O",

@@ -1,0 +1,186 @@
+//! The program as people run it, on a model that takes seconds.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_casemate-bench"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs and expects success; returns what was printed.
+fn printed(arguments: &[&str]) -> String {
+    let output = bench(arguments);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+#[test]
+fn a_run_has_every_figure_in_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let [page, kept] = ["report.html", "run.json"].map(|name| folder.path().join(name));
+    let html = page.to_str().unwrap();
+    let run = printed(&[
+        "--synthetic",
+        "smoke",
+        "--quick",
+        "--threads",
+        "1",
+        "--json",
+        "--html",
+        html,
+    ]);
+    std::fs::write(&kept, &run).unwrap();
+    let report: Value = serde_json::from_str(&run).unwrap();
+
+    assert_eq!(report["protocol"]["threads"], 1);
+    assert!(
+        report["program"]["command"]
+            .as_str()
+            .unwrap()
+            .starts_with("casemate bench --synthetic smoke")
+    );
+    assert!(report["limits"]["read"].as_array().unwrap().len() >= 4);
+    let formats = report["formats"].as_array().unwrap();
+    let names: Vec<_> = formats
+        .iter()
+        .map(|f| f["compute"].as_str().unwrap())
+        .collect();
+    assert!(
+        names.contains(&"f32") && names.contains(&"int8-g32"),
+        "{names:?}"
+    );
+    let positive = |value: &Value| value.as_f64().is_some_and(|x| x.is_finite() && x > 0.0);
+    for f in formats {
+        let latency = &f["latency"];
+        let (count, dropped) = (
+            &latency["next_token"]["count"],
+            &latency["next_token"]["dropped"],
+        );
+        let samples = latency["samples"].as_array().unwrap().len() as u64;
+        // At least the tokens asked for, and every one of them accounted for.
+        assert!(samples >= 30);
+        assert_eq!(count.as_u64().unwrap() + dropped.as_u64().unwrap(), samples);
+        for figure in [
+            &latency["next_token"]["median"],
+            &latency["first_token"]["median"],
+            &latency["decode_share"],
+            &f["throughput"]["tokens_per_second"],
+            &f["contexts"][2]["decode"],
+            &f["curve"][2]["roofline"],
+            &f["load"]["convert_seconds"],
+        ] {
+            assert!(positive(figure), "{figure} in {f}");
+        }
+        let memory = |name: &str| f["memory"][name].as_u64().unwrap();
+        assert!(
+            memory("peak") > memory("weights") + memory("kv"),
+            "{}",
+            f["memory"]
+        );
+        assert!(
+            memory("per_pass") < memory("weights"),
+            "the embedding is not read as a whole"
+        );
+        // Where there is no tracer it says so; a number is a number of something.
+        let calls = &f["system_calls"];
+        assert!(
+            calls["measured"]["tokens"]
+                .as_u64()
+                .is_some_and(|n| n >= 32)
+                || calls["not_measured"]["why"].is_string(),
+            "{calls}"
+        );
+    }
+    let page_text = std::fs::read_to_string(&page).unwrap();
+    assert!(page_text.contains("<svg") && page_text.contains("smoke run"));
+
+    // The kept run gives the same forms again.
+    let kept = kept.to_str().unwrap();
+    std::fs::remove_file(&page).unwrap();
+    printed(&["report", kept, "--html", html]);
+    assert_eq!(std::fs::read_to_string(&page).unwrap(), page_text);
+    assert!(printed(&["report", kept]).contains("batch curve"));
+    let csv = printed(&["report", kept, "--csv"]);
+    assert!(
+        csv.lines()
+            .any(|line| line.contains(",int8-g32,1,next_token,1,64,")),
+        "{csv}"
+    );
+}
+
+#[test]
+fn what_is_impossible_is_refused_with_its_numbers_and_code() {
+    let smoke = |rest: &[&str]| {
+        let arguments: Vec<_> = ["--synthetic", "smoke"]
+            .iter()
+            .chain(rest)
+            .copied()
+            .collect();
+        bench(&arguments)
+    };
+    for (output, code, says) in [
+        (smoke(&["--threads", "0"]), 2, "--threads 0"),
+        (
+            smoke(&["--prompt", "4000"]),
+            2,
+            "4128 together, but the model's context holds 4096",
+        ),
+        (smoke(&["--contexts", "4090"]), 2, "context holds 4096"),
+        (smoke(&["--batch", "100", "--beam", "4"]), 2, "--beam 4"),
+        (
+            smoke(&["--scratch", "/nowhere", "--quick"]),
+            2,
+            "/nowhere cannot be used",
+        ),
+        (
+            bench(&[
+                "--synthetic",
+                "llama2-13b",
+                "--batch",
+                "1000",
+                "--compute",
+                "int8-g32",
+            ]),
+            2,
+            "GB are available",
+        ),
+        (bench(&["/nowhere/model.gguf"]), 40, "/nowhere/model.gguf"),
+        (
+            bench(&["report", env!("CARGO_MANIFEST_DIR").to_owned().as_str()]),
+            40,
+            "directory",
+        ),
+    ] {
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(says), "{said}");
+        assert_eq!(
+            text(&output.stdout),
+            "",
+            "nothing that could pass for a figure"
+        );
+    }
+}
+
+#[test]
+fn a_file_that_is_no_report_is_malformed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.json");
+    let refused = |content: &str, path: &Path| {
+        std::fs::write(path, content).unwrap();
+        let output = bench(&["report", path.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(10), "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    assert!(refused("{}", &path).contains("no report"));
+    assert!(refused("not JSON", &path).contains("no report"));
+}
