@@ -236,6 +236,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn who_has_arrived_or_left_is_not_asked_to_give_way() {
+        let arrivals = Arc::new(Arrivals::new(2));
+        drop(arrivals.enter().await.unwrap());
+        let _arrived = arrivals.enter().await.unwrap().arrived();
+        sleep(Duration::from_secs(1)).await;
+        let hostile = arrivals.enter().await.unwrap();
+        tokio::spawn(async move { hostile.overdue().await });
+        sleep(Duration::from_secs(1)).await;
+        let start = Instant::now();
+        assert!(arrivals.enter().await.is_some());
+        assert!(start.elapsed() < UNHURRIED);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_sends_too_slowly_is_given_up() {
         let arrivals = Arrivals::new(1);
         let start = Instant::now();
