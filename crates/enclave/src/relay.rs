@@ -6,6 +6,7 @@
 //! constants, and peers are asked for their keysets at a rate that no number of requests raises.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use crate::arrival::{Arrivals, Arriving};
+use crate::arrival::Arrivals;
 use crate::config::Peer;
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
@@ -178,19 +179,34 @@ impl Peers {
         };
         let place = self.places.enter().await;
         let arriving = place.ok_or(Refusal::TooManyRelayed)?;
-        let (arrived, mut place) = oneshot::channel();
-        let sent = http
-            .post(peers[peer].join(GATEWAY_PATH))
-            .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
-            .header(KEYSET_HINT, keyset.to_string())
-            .header(RELAYED_MARK, "1")
-            .body(reqwest::Body::wrap_stream(
-                self.bounded(transport, arriving, arrived),
-            ))
-            .send()
-            .await;
+        let (finished, mut end) = oneshot::channel();
+        let body = self.bounded(arriving.counted(transport), finished);
+        let mut sent = pin!(
+            http.post(peers[peer].join(GATEWAY_PATH))
+                .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
+                .header(KEYSET_HINT, keyset.to_string())
+                .header(RELAYED_MARK, "1")
+                .body(reqwest::Body::wrap_stream(body))
+                .send()
+        );
+        let deadline = Instant::now() + self.limits.arrival;
+        let mut place = None;
+        // Looked at here and not where pieces are taken: nobody takes any while the peer does not read.
+        let sent = tokio::select! {
+            sent = &mut sent => {
+                if let Ok(()) = end.try_recv() {
+                    place = Some(arriving.arrived());
+                }
+                sent
+            }
+            Ok(()) = &mut end => {
+                place = Some(arriving.arrived());
+                sent.await
+            }
+            _ = timeout_at(deadline, arriving.overdue()) => return Err(Refusal::TooSlow),
+        };
         match sent {
-            Ok(answer) => self.pass(keyset, answer, place.try_recv().ok()).await,
+            Ok(answer) => self.pass(keyset, answer, place).await,
             Err(error) if error.is_connect() => {
                 // Nothing was sent, so nothing was served.
                 self.directory.forget(peer);
@@ -277,35 +293,27 @@ impl Peers {
         known().map_or(Found::Nowhere, Found::At)
     }
 
-    /// The request's bytes, which fail when they are too many or come too slowly; at their end, `arrived` gets the place.
+    /// The request's bytes, which fail when they are too many; `finished` is told of their end.
     fn bounded<S, E>(
         &self,
         transport: S,
-        arriving: Arriving,
-        arrived: oneshot::Sender<OwnedSemaphorePermit>,
+        finished: oneshot::Sender<()>,
     ) -> impl Stream<Item = Result<Bytes, Cut>> + Send + use<S, E>
     where
         S: Stream<Item = Result<Bytes, E>> + Send + 'static,
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
-        let deadline = Instant::now() + self.limits.arrival;
-        let transport = Box::pin(arriving.counted(transport));
-        let state = (transport, self.limits.bytes, arriving, arrived);
-        futures::stream::try_unfold(state, move |state| async move {
-            let (mut transport, left, arriving, arrived) = state;
-            let next = tokio::select! {
-                next = timeout_at(deadline, transport.next()) => next.map_err(|_| Cut::TooSlow)?,
-                () = arriving.overdue() => return Err(Cut::TooSlow),
-            };
-            match next {
+        let state = (Box::pin(transport), self.limits.bytes, finished);
+        futures::stream::try_unfold(state, |(mut transport, left, finished)| async move {
+            match transport.next().await {
                 None => {
-                    let _ = arrived.send(arriving.arrived());
+                    let _ = finished.send(());
                     Ok(None)
                 }
                 Some(Err(error)) => Err(Cut::Transport(error.into())),
                 Some(Ok(piece)) => {
                     let left = left.checked_sub(piece.len() as u64).ok_or(Cut::TooLarge)?;
-                    Ok(Some((piece, (transport, left, arriving, arrived))))
+                    Ok(Some((piece, (transport, left, finished))))
                 }
             }
         })
@@ -360,8 +368,6 @@ enum Cut {
     Transport(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the request is too large")]
     TooLarge,
-    #[error("the request did not arrive in time")]
-    TooSlow,
 }
 
 /// At most `limit` bytes of an answer's body; nothing if there are more, or the connection fails.

@@ -200,14 +200,22 @@ async fn made_up_keysets_cause_no_more_questions() {
 #[tokio::test]
 async fn who_asked_and_left_takes_nobodys_answer_away() {
     let replica = Replica::holding(&[HELD], answer);
+    replica.slow.store(true, Ordering::SeqCst);
     let (peer, _) = replica.serve().await;
     let peers = peers(&[&peer]);
     let mut leaves = Box::pin(relayed(&peers, &HELD, request(&["x"])));
     let mut stays = Box::pin(relayed(&peers, &HELD, request(&["y"])));
     assert!(futures::poll!(leaves.as_mut()).is_pending());
     assert!(futures::poll!(stays.as_mut()).is_pending());
+    while replica.asked.load(Ordering::SeqCst) == 0 {
+        assert!(futures::poll!(leaves.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+    }
     drop(leaves);
+    replica.slow.store(false, Ordering::SeqCst);
+    replica.answer_now.notify_one();
     assert_eq!(stays.await.status(), 200);
+    assert_eq!(replica.asked.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
@@ -350,7 +358,7 @@ async fn a_request_that_is_too_large_or_too_slow_is_cut_off() {
         Some((item, receiver))
     });
     let response = relayed(&peers, &HELD, slow).await;
-    assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
+    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
     drop(sender);
     let relayed = replica.relayed.lock().unwrap();
     let whole: Vec<_> = relayed
@@ -384,7 +392,42 @@ async fn relayed_uploads_that_trickle_give_way() {
     let honest = relayed(&peers, &HELD, request(&["y"]));
     let (response, (given_up, _, _)) = tokio::join!(honest, others);
     assert_eq!(response.status(), 200);
-    assert_eq!(given_up.status(), StatusCode::BAD_GATEWAY);
+    assert_eq!(given_up.status(), StatusCode::REQUEST_TIMEOUT);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_read_is_sent_little_and_not_waited_for() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peer = format!("http://{}", listener.local_addr().unwrap());
+    // Accepts connections, and never looks at them.
+    let accepting = tokio::spawn(async move {
+        let mut held = Vec::new();
+        loop {
+            held.push(listener.accept().await.unwrap());
+        }
+    });
+    let limits = Limits {
+        bytes: 1 << 30,
+        arrival: Duration::from_millis(500),
+    };
+    let peers = Peers::new(vec![peer.parse().unwrap()], limits, Arc::default()).unwrap();
+    peers.directory.known().insert(HELD, 0);
+    let taken = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&taken);
+    let piece = Bytes::from(vec![0; 64 << 10]);
+    let endless = stream::repeat_with(move || {
+        counted.fetch_add(piece.len(), Ordering::SeqCst);
+        Ok(piece.clone())
+    });
+    // The sender hurries, but not even its time is noticed by who waits for the peer.
+    let response = timeout(Duration::from_secs(60), relayed(&peers, &HELD, endless));
+    let response = response.await.expect("it is given up");
+    assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+    // What the system's buffers for two sockets hold, and no part of a gigabyte.
+    let taken = taken.load(Ordering::SeqCst);
+    assert!(taken < 32 << 20, "{taken} bytes");
+    assert_eq!(peers.places.free(), RELAYS);
+    accepting.abort();
 }
 
 #[test]
