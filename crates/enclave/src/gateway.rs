@@ -11,7 +11,7 @@ use axum::body::{Body, Bytes, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use casemate_channel::ohttp::{
-    MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder, TransportError,
+    MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder, TransportError, padded_request_bytes,
 };
 use casemate_channel::receipt::RECEIPT_FIELD;
 use futures::stream::BoxStream;
@@ -20,7 +20,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use crate::access::{self, Access};
 use crate::api::{ApiError, MAX_REQUEST_BYTES};
 use crate::arrival::Arrivals;
-use crate::metrics::Metrics;
+use crate::bodies::{Bodies, Room};
+use crate::metrics::{Denied, Metrics};
 use crate::refusal::Refusal;
 use crate::relay::{self, Hint, Peers};
 use crate::serving::{Serving, Shown};
@@ -45,6 +46,10 @@ pub struct Gateway {
     pub workers: Workers,
     /// Of the requests that are arriving.
     pub arrivals: Arc<Arrivals>,
+    /// Bytes of those.
+    pub arriving: Arc<Bodies>,
+    /// Bytes of those that have arrived and are not parsed yet.
+    pub waiting: Arc<Bodies>,
     /// The other replicas of the service.
     pub peers: Arc<Peers>,
     /// Counts requests by outcome.
@@ -101,7 +106,7 @@ impl Gateway {
         if !serves() {
             return Err(Refusal::Ended);
         }
-        let received = self
+        let (received, room) = self
             .arrive(request.into_body(), async |transport| {
                 let keyring = &self.serving.keyring;
                 let received = keyring.receive(transport, MAX_ENCAPSULATED, (self.clock)());
@@ -118,7 +123,7 @@ impl Gateway {
                 if let Some(signer) = self.serving.signer(received.key_id) {
                     request.extensions_mut().insert(signer);
                 }
-                self.call(request).await
+                self.call(request, room).await
             }
             Err(fault) => bad_message(&fault),
         };
@@ -132,8 +137,8 @@ impl Gateway {
         }
         let (parts, body) = request.into_parts();
         // What has no body takes nobody's place.
-        let body = match body.is_end_stream() {
-            true => Bytes::new(),
+        let (body, room) = match body.is_end_stream() {
+            true => (Bytes::new(), Arc::new(self.arriving.room())),
             false => self.arrive(body, whole).await?,
         };
         if !holds() {
@@ -142,29 +147,50 @@ impl Gateway {
         self.metrics.accepted();
         let mut request = Request::from_parts(parts, body);
         request.extensions_mut().insert(shown.signer());
-        let (mut answer, body) = self.call(request).await.into_parts();
+        let (mut answer, body) = self.call(request, room).await.into_parts();
         answer.headers = answer_headers(&answer.headers);
         Ok(Response::from_parts(answer, body))
     }
 
-    /// Lets a body arrive in one of the places, as `read` reads it.
+    /// Lets a body arrive in one of the places, as `read` reads it, and counts its bytes as they come. What is returned
+    /// with it holds room for as many bytes.
     async fn arrive<T, F: Future<Output = Result<T, Refusal>>>(
         &self,
         body: Body,
         read: impl FnOnce(Transport) -> F,
-    ) -> Result<T, Refusal> {
+    ) -> Result<(T, Arc<Room>), Refusal> {
         let arriving = self.arrivals.enter().await.ok_or(Refusal::NoPlace)?;
+        let room = Arc::new(self.arriving.room());
+        let held = Arc::clone(&room);
         let transport = arriving
             .counted(body.into_data_stream())
-            .map_err(TransportError::from);
+            .map_err(TransportError::from)
+            .map(move |piece| {
+                let piece = piece?;
+                held.grow(piece.len())?;
+                Ok(piece)
+            });
         tokio::select! {
-            read = read(transport.boxed()) => read,
+            read = read(transport.boxed()) => Ok((read?, room)),
             () = arriving.overdue() => Err(Refusal::TooSlow),
         }
     }
 
-    async fn call(&self, request: Request<Bytes>) -> Response<Body> {
-        let request = request.map(Body::from);
+    /// Calls the API with a request that arrived in `room`. Any number of them may wait for the threads on which it is
+    /// parsed, so its body needs room there, too, until nobody has it any more.
+    async fn call(&self, request: Request<Bytes>, arrived: Arc<Room>) -> Response<Body> {
+        let room = self.waiting.room();
+        // By the size it is padded to, so that neither a refusal nor the metrics tell more of its length.
+        let bytes = match request.body().len() {
+            0 => 0,
+            length => padded_request_bytes(length),
+        };
+        if room.grow(bytes).is_err() {
+            self.metrics.denied(Denied::Room);
+            return ApiError::overloaded().into_response();
+        }
+        drop(arrived);
+        let request = request.map(|body| Body::from(room.keep(body)));
         let (access, api) = (Arc::clone(&self.access), self.api.clone());
         let answered = self
             .workers

@@ -13,7 +13,7 @@
 //! | [`server`], [`gateway`] | what anybody may call, and the encrypted door |
 //! | [`access`] | who asks |
 //! | [`attested_tls`] | the other door: TLS that ends here |
-//! | [`arrival`] | places for requests that are arriving |
+//! | [`arrival`], [`bodies`] | places for requests that are arriving, and how many bytes all of them hold |
 //! | [`refusal`] | why one is refused before the API sees it |
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
@@ -31,6 +31,7 @@ pub mod access;
 pub mod api;
 pub mod arrival;
 pub mod attested_tls;
+pub mod bodies;
 pub mod clock;
 pub mod config;
 pub mod denial;

@@ -10,6 +10,8 @@ use std::time::Duration;
 use casemate_engine::Stats;
 use casemate_listen::Counters;
 
+use crate::bodies::Bodies;
+
 /// Why a caller's request was not let through to the API.
 #[derive(Clone, Copy, Debug)]
 pub enum Denied {
@@ -21,14 +23,17 @@ pub enum Denied {
     Tokens,
     /// Too many requests at the same time.
     Concurrency,
+    /// Too many bytes of all callers' requests wait to be parsed.
+    Room,
 }
 
 impl Denied {
-    const ALL: [(Denied, &'static str); 4] = [
+    const ALL: [(Denied, &'static str); 5] = [
         (Denied::Key, "key"),
         (Denied::Requests, "requests"),
         (Denied::Tokens, "tokens"),
         (Denied::Concurrency, "concurrency"),
+        (Denied::Room, "room"),
     ];
 }
 
@@ -48,8 +53,9 @@ pub struct Metrics {
     refused: AtomicU64,
     attestations: AtomicU64,
     open: AtomicU64,
-    denied: [AtomicU64; 4],
+    denied: [AtomicU64; 5],
     connections: OnceLock<Arc<Counters>>,
+    bodies_waiting: OnceLock<Arc<Bodies>>,
     relayed: AtomicU64,
     relays_running: AtomicU64,
     key_release: OnceLock<Duration>,
@@ -57,12 +63,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// An encapsulated request was opened.
+    /// A request was opened, or came whole over attested TLS.
     pub fn accepted(&self) {
         self.accepted.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// An encapsulated request was refused before it was opened.
+    /// A request was refused before it was.
     pub fn refused(&self) {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
@@ -87,6 +93,11 @@ impl Metrics {
     /// The figures of the listener.
     pub fn connections(&self, counters: Arc<Counters>) {
         let _ = self.connections.set(counters);
+    }
+
+    /// The bodies that have arrived and are not parsed yet.
+    pub fn bodies_waiting(&self, bodies: Arc<Bodies>) {
+        let _ = self.bodies_waiting.set(bodies);
     }
 
     /// Another replica answered a request that was relayed to it.
@@ -123,13 +134,13 @@ impl Metrics {
         metric(
             "requests_total",
             "counter",
-            "Encapsulated requests that were opened.",
+            "Requests that were opened, or came over attested TLS.",
             count(&self.accepted),
         );
         metric(
             "requests_refused_total",
             "counter",
-            "Encapsulated requests that were refused unopened.",
+            "Requests that were refused unopened, or while they came over attested TLS.",
             count(&self.refused),
         );
         metric(
@@ -156,6 +167,14 @@ impl Metrics {
             "Decrypted requests whose answer is not complete.",
             count(&self.open),
         );
+        if let Some(bodies) = self.bodies_waiting.get() {
+            metric(
+                "request_bytes_waiting",
+                "gauge",
+                "Bodies that are not parsed yet, each rounded up to a power of two.",
+                bodies.held() as f64,
+            );
+        }
         if let Some(connections) = self.connections.get() {
             metric(
                 "connections_open",

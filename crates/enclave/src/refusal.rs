@@ -7,6 +7,7 @@ use axum::response::IntoResponse;
 use casemate_channel::ohttp::{PROBLEM_MEDIA_TYPE, ReceiveError};
 
 use crate::api::{ApiError, MAX_REQUEST_BYTES};
+use crate::bodies::Full;
 
 /// Whoever gets one counts it and tells the sender: the [gateway](crate::gateway::Gateway).
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub enum Refusal {
     Ended,
     /// All places for requests that arrive are taken by others that hurry.
     NoPlace,
+    /// Bodies hold as many bytes as they may.
+    Full,
     /// It arrives too slowly, or its place is needed.
     TooSlow,
     /// What arrived is no request that can be opened.
@@ -59,6 +62,10 @@ impl Refusal {
                 StatusCode::SERVICE_UNAVAILABLE,
                 "too many requests are arriving\n",
             )),
+            Refusal::Full => retry(plain(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many bytes of requests are arriving\n",
+            )),
             Refusal::TooSlow => plain(
                 StatusCode::REQUEST_TIMEOUT,
                 "the request did not arrive in time\n",
@@ -76,7 +83,7 @@ impl Refusal {
     /// The answer on a connection that ends in here.
     pub fn inside(self) -> Response<Body> {
         let error = match self {
-            Refusal::NoPlace => ApiError::overloaded(),
+            Refusal::NoPlace | Refusal::Full => ApiError::overloaded(),
             Refusal::TooSlow => ApiError::timed_out(),
             Refusal::Unreadable(ReceiveError::TooLarge { .. }) => {
                 ApiError::too_large(MAX_REQUEST_BYTES)
@@ -93,7 +100,10 @@ impl Refusal {
 
 impl From<ReceiveError> for Refusal {
     fn from(error: ReceiveError) -> Refusal {
-        Refusal::Unreadable(error)
+        match error {
+            ReceiveError::Transport(cause) if cause.is::<Full>() => Refusal::Full,
+            error => Refusal::Unreadable(error),
+        }
     }
 }
 

@@ -31,6 +31,7 @@ use crate::access::{self, Access};
 use crate::api::{self, Api};
 use crate::arrival::{self, Arrivals};
 use crate::attested_tls::AttestedTls;
+use crate::bodies::Bodies;
 use crate::clock::SteadyClock;
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
@@ -249,12 +250,16 @@ async fn prepare(
     let api = Api::new(engine, config.service.name, fingerprint, system_clock)
         .with_extraction(config.extraction);
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
+    let waiting = Arc::new(Bodies::default());
+    metrics.bodies_waiting(Arc::clone(&waiting));
     let gateway = Gateway {
         serving: Arc::clone(&serving),
         access,
         api: receipts::wrap(api::router(api.clone()), Arc::clone(&receipts)),
         workers,
         arrivals: Arc::new(Arrivals::new(gateway::ARRIVING)),
+        arriving: Arc::default(),
+        waiting,
         peers: Arc::new(peers),
         metrics,
         clock: system_clock,

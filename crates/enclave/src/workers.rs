@@ -2,7 +2,7 @@
 //!
 //! A prompt of some megabytes takes a thread for a good while. Were it one of those that accept connections, decrypt and
 //! pass tokens on, everybody would wait for it. Here only as many requests as there are threads are being prepared at
-//! once, and others wait behind them while running answers go on.
+//! once, and others wait behind them while running answers go on; how many bytes may wait is told in [`crate::bodies`].
 
 use std::future::Future;
 

@@ -1,5 +1,6 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Extension};
@@ -8,10 +9,11 @@ use casemate_channel::ohttp::{
 };
 use casemate_release::api_key;
 use futures::stream;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::receipts::Signer;
+use crate::receipts::{self, Receipts, Signer};
 use crate::serving::tests::{add_signer_of_the_same_key_id, until};
 
 /// Sends an inner answer through the channel; returns its head's fields and its pieces.
@@ -105,6 +107,8 @@ fn gateway(clock: fn() -> u64) -> Gateway {
         api: Router::new().fallback(signing),
         workers: Workers::new(tokio::runtime::Handle::current()),
         arrivals: Arc::new(Arrivals::new(1)),
+        arriving: Arc::default(),
+        waiting: Arc::default(),
         peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),
         metrics,
         clock,
@@ -299,7 +303,7 @@ async fn an_upload_that_trickles_is_given_up_at_either_door() {
         let answer = door.offer(&gateway, trickle()).await;
         door.refuses(answer, 408, "request_timeout").await;
         assert_eq!(figure(&gateway, "casemate_requests_refused_total"), 1);
-        assert_eq!(gateway.arrivals.free(), 1);
+        assert_eq!((gateway.arrivals.free(), gateway.arriving.held()), (1, 0));
         assert_eq!(door.ask(&gateway, b"{}").await.0, StatusCode::OK);
     }
 }
@@ -316,7 +320,7 @@ async fn a_newcomer_is_told_to_come_back_while_all_hurry_at_either_door() {
                 tokio::spawn(async move { door.offer(&gateway, hurried(body)).await })
             })
             .collect();
-        eventually("both arrive", || gateway.arrivals.free() == 0).await;
+        eventually("both arrive", || gateway.arriving.held() >= 200 << 10).await;
         let answer = door.offer(&gateway, hurried("x")).await;
         door.refuses(answer, 503, "overloaded").await;
         assert_eq!(figure(&gateway, "casemate_requests_refused_total"), 1);
@@ -325,7 +329,7 @@ async fn a_newcomer_is_told_to_come_back_while_all_hurry_at_either_door() {
             upload.abort();
             assert!(upload.await.unwrap_err().is_cancelled());
         }
-        assert_eq!(gateway.arrivals.free(), 2);
+        assert_eq!((gateway.arrivals.free(), gateway.arriving.held()), (2, 0));
         assert_eq!(door.ask(&gateway, b"{}").await.0, StatusCode::OK);
     }
 }
@@ -345,10 +349,104 @@ async fn a_body_that_is_too_large_or_cut_off_is_called_so_at_either_door() {
         let answer = door.offer(&gateway, pieces).await;
         door.refuses(answer, 400, "incomplete_request").await;
         assert_eq!(figure(&gateway, "casemate_requests_refused_total"), 2);
-        assert_eq!(gateway.arrivals.free(), 1);
+        assert_eq!((gateway.arrivals.free(), gateway.arriving.held()), (1, 0));
     }
     let gateway = counting();
     let largest = vec![b' '; MAX_REQUEST_BYTES];
     let answer = Door::Direct.ask(&gateway, &largest).await;
     assert_eq!(answer.0, StatusCode::OK);
+}
+
+/// As much as large bodies of others may hold, less some.
+fn others(bodies: &Arc<Bodies>, less: usize) -> Room {
+    let room = bodies.room();
+    room.grow((48 << 20) - less).unwrap();
+    room
+}
+
+const LARGE: usize = 200 << 10;
+
+#[tokio::test]
+async fn a_body_that_finds_no_room_to_arrive_is_refused_at_either_door() {
+    for door in DOORS {
+        let gateway = counting();
+        let others = others(&gateway.arriving, LARGE - 1);
+        let answer = door.offer(&gateway, hurried(vec![0; LARGE])).await;
+        door.refuses(answer, 503, "overloaded").await;
+        assert_eq!(figure(&gateway, "casemate_requests_refused_total"), 1);
+        // A small one has room all the same, and a large one when others have gone.
+        assert_eq!(door.ask(&gateway, b"{}").await.0, StatusCode::OK);
+        drop(others);
+        assert_eq!(gateway.arriving.held(), 0);
+        assert_eq!(door.ask(&gateway, &[b' '; LARGE]).await.0, StatusCode::OK);
+    }
+}
+
+#[tokio::test]
+async fn bodies_that_wait_for_a_thread_are_bounded_at_either_door() {
+    for door in DOORS {
+        // One thread, which does nothing until it is told to.
+        let preparing = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .build()
+            .unwrap();
+        let (go_on, told) = mpsc::channel::<()>();
+        preparing.spawn(async move { told.recv() });
+        let mut gateway = counting();
+        gateway.workers = Workers::new(preparing.handle().clone());
+        let ask = |bytes| {
+            let gateway = gateway.clone();
+            tokio::spawn(async move { door.ask(&gateway, &vec![b' '; bytes]).await })
+        };
+        let first = ask(LARGE);
+        let held = || gateway.waiting.held();
+        eventually("it waits", || held() == 256 << 10).await;
+        let others = others(&gateway.waiting, 256 << 10);
+
+        let refused = timeout(Duration::from_secs(20), ask(LARGE)).await;
+        let (status, fields, body) = refused.expect("it does not wait").unwrap();
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(fields[header::RETRY_AFTER], "1");
+        assert_eq!(code_of(&body), "overloaded");
+        let denied = figure(&gateway, "casemate_denied_total{reason=\"room\"}");
+        assert_eq!(denied, 1);
+        assert_eq!(gateway.arriving.held(), 0);
+
+        let small = ask(1000);
+        eventually("it waits, too", || held() == (48 << 20) + 1024).await;
+        go_on.send(()).unwrap();
+        assert_eq!(first.await.unwrap().2, LARGE.to_string());
+        assert_eq!(small.await.unwrap().2, "1000");
+        assert_eq!(held(), (48 << 20) - (256 << 10));
+        drop(others);
+        preparing.shutdown_background();
+    }
+}
+
+#[tokio::test]
+async fn a_body_has_room_until_nobody_has_it_any_more() {
+    static PARSED: Notify = Notify::const_new();
+    static ANSWERED: Notify = Notify::const_new();
+    async fn parses(body: Bytes) -> &'static str {
+        PARSED.notified().await;
+        drop(body);
+        ANSWERED.notified().await;
+        "done"
+    }
+    for door in DOORS {
+        let mut gateway = counting();
+        let receipts = Arc::new(Receipts::new(receipts::Limits::default(), || 0));
+        gateway.api = receipts::wrap(Router::new().fallback(parses), receipts);
+        let metrics = Arc::clone(&gateway.metrics);
+        metrics.bodies_waiting(Arc::clone(&gateway.waiting));
+        let held = || figure(&gateway, "casemate_request_bytes_waiting");
+        let asked = gateway.clone();
+        let answer = tokio::spawn(async move { door.ask(&asked, &[b' '; 1500]).await });
+        eventually("it waits", || held() == 2048).await;
+        PARSED.notify_one();
+        eventually("it is parsed", || held() == 0).await;
+        assert!(!answer.is_finished());
+        ANSWERED.notify_one();
+        assert_eq!(answer.await.unwrap().2, "done");
+    }
 }
