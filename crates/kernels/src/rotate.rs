@@ -73,8 +73,14 @@ impl Rotation {
     /// # Panics
     /// If `row` or `out` is of another width.
     pub fn apply_to(&self, isa: Isa, row: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(row);
-        self.apply(isa, out);
+        self.check(row.len());
+        self.check(out.len());
+        isa.dispatch(Apply {
+            diagonal: &self.diagonal,
+            row,
+            out,
+            block: self.block,
+        });
     }
 
     /// Undoes [`Rotation::apply`], up to rounding.
@@ -124,6 +130,34 @@ fn multiply(isa: Isa, factors: &[f32], row: &mut [f32]) {
     isa.dispatch(Multiply(factors, row));
 }
 
+/// Diagonal and all stages, from one row to another.
+struct Apply<'a> {
+    diagonal: &'a [f32],
+    row: &'a [f32],
+    out: &'a mut [f32],
+    block: usize,
+}
+
+impl Kernel for Apply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) {
+        let (full, rest) = self.out.as_chunks_mut::<LANES>();
+        let (row, row_rest) = self.row.as_chunks::<LANES>();
+        let (diagonal, diagonal_rest) = self.diagonal.as_chunks::<LANES>();
+        for ((x, d), out) in row.iter().zip(diagonal).zip(full.iter_mut()) {
+            let x = v.mul(v.load(x), v.load(d));
+            v.store(lanes(v, x, self.block), out);
+        }
+        if !rest.is_empty() {
+            let x = v.mul(load_part(v, row_rest), load_part(v, diagonal_rest));
+            store_part(v, lanes(v, x, self.block), rest);
+        }
+        wide_stages(v, full, self.block);
+    }
+}
+
 /// All stages of the Walsh-Hadamard matrix in each block of a row.
 struct Stages<'a> {
     row: &'a mut [f32],
@@ -135,29 +169,34 @@ impl Kernel for Stages<'_> {
 
     #[inline(always)]
     fn run<V: Simd>(self, v: V) {
-        // The stages of a vector's own lanes. A block of fewer lanes divides sixteen, and the zeros
-        // after a row's end are blocks of their own.
         let (full, rest) = self.row.as_chunks_mut::<LANES>();
         for x in full.iter_mut() {
             v.store(lanes(v, v.load(x), self.block), x);
         }
+        // The zeros after a row's end are blocks of their own.
         if !rest.is_empty() {
             let x = lanes(v, load_part(v, rest), self.block);
             store_part(v, x, rest);
         }
-        // The others three at a time: eight vectors are loaded and stored once for three stages.
-        let vectors = self.block / LANES;
-        if vectors < 2 {
-            return;
-        }
-        for block in full.chunks_exact_mut(vectors) {
-            let mut stride = 1;
-            while stride < vectors {
-                stride *= match vectors / stride {
-                    2 => stages::<V, 2>(v, block, stride),
-                    4 => stages::<V, 4>(v, block, stride),
-                    _ => stages::<V, 8>(v, block, stride),
-                }
+        wide_stages(v, full, self.block);
+    }
+}
+
+/// The stages of strides from sixteen on, three at a time: eight vectors are loaded and stored once
+/// for three stages.
+#[inline(always)]
+fn wide_stages<V: Simd>(v: V, row: &mut [[f32; LANES]], block: usize) {
+    let vectors = block / LANES;
+    if vectors < 2 {
+        return;
+    }
+    for block in row.chunks_exact_mut(vectors) {
+        let mut stride = 1;
+        while stride < vectors {
+            stride *= match vectors / stride {
+                2 => stages::<V, 2>(v, block, stride),
+                4 => stages::<V, 4>(v, block, stride),
+                _ => stages::<V, 8>(v, block, stride),
             }
         }
     }

@@ -140,6 +140,9 @@ proptest! {
             let mut found = row.clone();
             rotation.apply(isa, &mut found);
             assert_same_bits(&found, &expected, &format!("{isa} {width}"));
+            let mut copied = vec![f32::NAN; width];
+            rotation.apply_to(isa, &row, &mut copied);
+            assert_same_bits(&copied, &expected, &format!("{isa} {width}, copied"));
             rotation.invert(isa, &mut found);
             assert_same_bits(&found, &back, &format!("{isa} {width}, inverted"));
         }

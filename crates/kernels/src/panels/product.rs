@@ -274,7 +274,7 @@ impl Product<'_> {
         &self,
         v: V,
         at: At,
-        mut sums: [[V::I; P]; M],
+        sums: [[V::I; P]; M],
     ) -> [[V::I; P]; M] {
         let x = &self.x.block(at.block).0.as_chunks::<M>().0[at.lines.0..at.lines.1];
         let mut w: [&[Line]; P] = [&[]; P];
@@ -290,22 +290,45 @@ impl Product<'_> {
         // are those of the next group.
         let near = x.len().saturating_sub(ahead);
         let far = ahead + (P - 1) * self.w.lines();
-        for (lines, ahead) in [(0..near, ahead), (near..x.len(), far)] {
-            for k in lines {
-                let mut loaded = [v.weights(&w[0][k]); P];
-                for p in 0..P {
-                    v.prefetch((&raw const w[p][k]).wrapping_add(ahead).cast());
-                    loaded[p] = v.weights(&w[p][k]);
-                }
-                for i in 0..M {
-                    for p in 0..P {
-                        sums[i][p] = v.dot4(sums[i][p], loaded[p], x[k][i]);
-                    }
-                }
+        let (x_near, x_far) = x.split_at(near);
+        let mut w_near = w;
+        let mut w_far = w;
+        for p in 0..P {
+            (w_near[p], w_far[p]) = w[p].split_at(near);
+        }
+        let sums = steps(v, sums, x_near, w_near, ahead);
+        steps(v, sums, x_far, w_far, far)
+    }
+}
+
+/// Adds `M` rows by `P` panels of as many lines, with none of the checks that would have sums
+/// leave their registers.
+#[inline(always)]
+fn steps<V: Simd, const M: usize, const P: usize>(
+    v: V,
+    mut sums: [[V::I; P]; M],
+    x: &[[i32; M]],
+    w: [&[Line]; P],
+    ahead: usize,
+) -> [[V::I; P]; M] {
+    for w in w {
+        assert_eq!(w.len(), x.len(), "panels and rows have one length");
+    }
+    for (k, x) in x.iter().enumerate() {
+        let mut loaded = [v.weights(&[0; 64]); P];
+        for p in 0..P {
+            // SAFETY: `k` is below the length of `x`, which is that of each of `w`.
+            let line = unsafe { w[p].get_unchecked(k) };
+            v.prefetch((&raw const *line).wrapping_add(ahead).cast());
+            loaded[p] = v.weights(line);
+        }
+        for i in 0..M {
+            for p in 0..P {
+                sums[i][p] = v.dot4(sums[i][p], loaded[p], x[i]);
             }
         }
-        sums
     }
+    sums
 }
 
 /// One row of sums to one row of results.
