@@ -13,7 +13,7 @@ use axum::body::Bytes;
 
 /// What bodies may hold while they arrive, in bytes, and again what those may hold that have arrived. A body is at most
 /// 4 MiB, and 8 MiB padded and encrypted: five of those find room at once, beside 128 that are small. It is little beside
-/// the weights of a model, and much beside what is waited for: what two threads prepare in about a second.
+/// the weights of a model.
 pub const MOST: usize = 64 << 20;
 /// What only bodies that hold no more than [`SMALL`] may fill.
 const RESERVED: usize = MOST / 4;
