@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 
+use casemate_tokenizer::{Decoder, TokenizerFile, TokenizerFileError};
 use serde_json::Value;
 
 use crate::constrain::Trie;
@@ -19,7 +20,7 @@ struct Inner {
     /// Knows control tokens by their internal names only.
     encoder: tokenizers::Tokenizer,
     control: ControlNames,
-    /// Prepended by `encode` with `add_special`, unless the tokenizer's own rules did so.
+    /// Prepended by `encode` with `add_special`.
     bos: Option<u32>,
     pieces: Pieces,
     /// Made for the first answer that is constrained.
@@ -29,12 +30,12 @@ struct Inner {
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The file is not a `tokenizer.json` that the library understands.
-    #[error("tokenizer.json is malformed: {0}")]
-    Malformed(String),
-    /// Its decoder has a step whose effect on single tokens is not known here.
-    #[error("tokenizer.json decodes by the unsupported step {0:?}")]
-    UnsupportedDecoder(String),
+    /// The file is not a `tokenizer.json` of a Llama-family model.
+    #[error(transparent)]
+    File(#[from] TokenizerFileError),
+    /// Its tokens have more bytes than can be counted.
+    #[error("the tokens of tokenizer.json have more than 4 GiB")]
+    TooLarge,
     /// It has a token id that the model has no embedding for.
     #[error("the tokenizer has token id {id}, but the model's vocabulary has {vocab} entries")]
     IdOutsideVocabulary {
@@ -55,7 +56,7 @@ pub enum TokenizerError {
 
 impl Tokenizer {
     /// Parses a `tokenizer.json` for a model with `vocab` embedding rows. `bos` is put before each
-    /// text that asks for special tokens; `None` leaves that to the file's own rules.
+    /// text that asks for special tokens, whatever the file's own rules are.
     ///
     /// # Errors
     /// [`TokenizerError`]: the file is malformed, unsupported, or does not belong to this model.
@@ -74,19 +75,12 @@ impl Tokenizer {
         bos: Option<u32>,
         control: &[u32],
     ) -> Result<Self, TokenizerError> {
-        let malformed = |e: &dyn std::fmt::Display| TokenizerError::Malformed(e.to_string());
-        let mut parsed: Value = serde_json::from_slice(json).map_err(|e| malformed(&e))?;
-        let decoder = DecoderRules::from_json(&parsed["decoder"])?;
-        let control = ControlNames::new(control_names(&parsed, control))
+        let mut file = TokenizerFile::parse(json)?;
+        let decoder = file.decoder().clone();
+        let control = ControlNames::new(control_names(file.json(), control))
             .ok_or(TokenizerError::ControlName)?;
-        hide_control_tokens(&mut parsed, &control);
-        let json = serde_json::to_vec(&parsed).map_err(|e| malformed(&e))?;
-        drop(parsed);
-        let mut encoder = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| malformed(&e))?;
-        // Some published files carry the limits of a training run; a prompt must never be cut or
-        // padded silently.
-        encoder.with_truncation(None).map_err(|e| malformed(&e))?;
-        encoder.with_padding(None);
+        file.rename(|name| control.internal(name));
+        let mut encoder = file.load()?;
         // The library remembers words, and how it took them apart, for as long as it lives: of every user's prompt, and so
         // that the next one could tell by the time whether somebody wrote a word before.
         let mut forgetful = encoder.get_model().clone();
@@ -127,18 +121,10 @@ impl Tokenizer {
         let encoding = self
             .0
             .encoder
-            .encode_fast(text, add_special)
+            .encode_fast(text, false)
             .map_err(|_| TokenizerError::Encode)?;
-        let ids = encoding.get_ids();
-        match self.0.bos {
-            Some(bos) if add_special && ids.first() != Some(&bos) => {
-                let mut with_bos = Vec::with_capacity(ids.len() + 1);
-                with_bos.push(bos);
-                with_bos.extend_from_slice(ids);
-                Ok(with_bos)
-            }
-            _ => Ok(ids.to_vec()),
-        }
+        let bos = self.0.bos.filter(|_| add_special);
+        Ok(bos.iter().chain(encoding.get_ids()).copied().collect())
     }
 
     /// The names that text cannot use.
@@ -266,60 +252,6 @@ fn control_names(file: &Value, ids: &[u32]) -> BTreeSet<String> {
     names
 }
 
-/// Gives every control token its internal name, so that nothing else stands for it: ids stay, and
-/// merges that would spell one are left out.
-fn hide_control_tokens(file: &mut Value, control: &ControlNames) {
-    for token in file["added_tokens"].as_array_mut().into_iter().flatten() {
-        if let Some(internal) = token["content"]
-            .as_str()
-            .and_then(|name| control.internal(name))
-        {
-            token["content"] = internal.into();
-            // The internal name is put in after clients had their say: it is never normalized text.
-            token["normalized"] = false.into();
-        }
-    }
-    let model = &mut file["model"];
-    if let Some(internal) = model["unk_token"]
-        .as_str()
-        .and_then(|name| control.internal(name))
-    {
-        model["unk_token"] = internal.into();
-    }
-    match &mut model["vocab"] {
-        Value::Object(vocab) => {
-            *vocab = std::mem::take(vocab)
-                .into_iter()
-                .map(|(name, id)| match control.internal(&name) {
-                    Some(internal) => (internal.to_owned(), id),
-                    None => (name, id),
-                })
-                .collect();
-        }
-        Value::Array(pieces) => {
-            for piece in pieces {
-                if let Some(internal) = piece[0].as_str().and_then(|name| control.internal(name)) {
-                    piece[0] = internal.into();
-                }
-            }
-        }
-        _ => {}
-    }
-    if let Some(merges) = model["merges"].as_array_mut() {
-        merges.retain(|merge| {
-            let parts = match merge {
-                Value::String(pair) => pair.split_once(' '),
-                pair => pair[0].as_str().zip(pair[1].as_str()),
-            };
-            parts.is_none_or(|(left, right)| {
-                [left, right, &format!("{left}{right}")]
-                    .iter()
-                    .all(|name| control.internal(name).is_none())
-            })
-        });
-    }
-}
-
 /// Each token's bytes, end to end.
 struct Pieces {
     bytes: Vec<u8>,
@@ -332,7 +264,7 @@ struct Pieces {
 impl Pieces {
     fn new(
         encoder: &tokenizers::Tokenizer,
-        rules: &DecoderRules,
+        decoder: &Decoder,
         control: &ControlNames,
         vocab: u32,
     ) -> Result<Self, TokenizerError> {
@@ -347,16 +279,15 @@ impl Pieces {
         let mut pieces = Self {
             bytes: Vec::new(),
             ends: Vec::new(),
-            leading_spaces: rules.leading_spaces,
+            leading_spaces: decoder.leading_spaces(),
         };
         for id in 0..vocab {
             if let Some(name) = encoder.id_to_token(id)
                 && control.name(&name).is_none()
             {
-                rules.append(&name, &mut pieces.bytes);
+                decoder.append(&name, &mut pieces.bytes);
             }
-            let end = u32::try_from(pieces.bytes.len())
-                .map_err(|_| TokenizerError::Malformed("vocabulary of more than 4 GiB".into()))?;
+            let end = u32::try_from(pieces.bytes.len()).map_err(|_| TokenizerError::TooLarge)?;
             pieces.ends.push(end);
         }
         Ok(pieces)
@@ -370,120 +301,6 @@ impl Pieces {
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
         &self.bytes[start as usize..end as usize]
     }
-}
-
-/// What a tokenizer's decoder does to one token, as far as Llama-family tokenizers need it.
-#[derive(Default)]
-struct DecoderRules {
-    byte_level: bool,
-    byte_fallback: bool,
-    replacements: Vec<(String, String)>,
-    leading_spaces: usize,
-}
-
-impl DecoderRules {
-    fn from_json(decoder: &Value) -> Result<Self, TokenizerError> {
-        let mut rules = Self::default();
-        match decoder["type"].as_str() {
-            Some("Sequence") => {
-                let steps = decoder["decoders"]
-                    .as_array()
-                    .map_or(&[][..], Vec::as_slice);
-                for step in steps {
-                    rules.add(step)?;
-                }
-            }
-            _ => rules.add(decoder)?,
-        }
-        Ok(rules)
-    }
-
-    fn add(&mut self, step: &Value) -> Result<(), TokenizerError> {
-        let unsupported = || {
-            TokenizerError::UnsupportedDecoder(step["type"].as_str().unwrap_or("none").to_owned())
-        };
-        match step["type"].as_str() {
-            Some("ByteLevel") => self.byte_level = true,
-            Some("ByteFallback") => self.byte_fallback = true,
-            Some("Fuse") => {}
-            Some("Replace") => {
-                let (Some(from), Some(to)) =
-                    (step["pattern"]["String"].as_str(), step["content"].as_str())
-                else {
-                    return Err(unsupported());
-                };
-                self.replacements.push((from.to_owned(), to.to_owned()));
-            }
-            Some("Strip") => {
-                if step["content"] != " " || step["stop"] != 0 {
-                    return Err(unsupported());
-                }
-                let spaces = step["start"]
-                    .as_u64()
-                    .filter(|&n| n <= 8)
-                    .ok_or_else(unsupported)?;
-                self.leading_spaces = spaces as usize;
-            }
-            Some("Metaspace") => {
-                let from = step["replacement"].as_str().ok_or_else(unsupported)?;
-                self.replacements.push((from.to_owned(), " ".to_owned()));
-                let never = step["prepend_scheme"] == "never" || step["add_prefix_space"] == false;
-                self.leading_spaces = usize::from(!never);
-            }
-            _ => return Err(unsupported()),
-        }
-        Ok(())
-    }
-
-    fn append(&self, name: &str, out: &mut Vec<u8>) {
-        if self.byte_fallback
-            && let Some(byte) = fallback_byte(name)
-        {
-            out.push(byte);
-            return;
-        }
-        if self.byte_level {
-            let start = out.len();
-            for c in name.chars() {
-                match byte_of_level_char(c) {
-                    Some(byte) => out.push(byte),
-                    None => {
-                        // An added token in plain text.
-                        out.truncate(start);
-                        out.extend_from_slice(name.as_bytes());
-                        return;
-                    }
-                }
-            }
-            return;
-        }
-        let mut text = name.to_owned();
-        for (from, to) in &self.replacements {
-            text = text.replace(from, to);
-        }
-        out.extend_from_slice(text.as_bytes());
-    }
-}
-
-/// `<0x0A>` → 10.
-fn fallback_byte(name: &str) -> Option<u8> {
-    let hex = name.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok())?
-}
-
-/// The inverse of GPT-2's byte alphabet: printable Latin-1 stands for itself, the other 68 bytes,
-/// in order, for U+0100 on.
-fn byte_of_level_char(c: char) -> Option<u8> {
-    let plain = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    let code = u32::from(c);
-    if plain(code) {
-        return u8::try_from(code).ok();
-    }
-    let nth = code.checked_sub(0x100)?;
-    (0u32..256)
-        .filter(|&b| !plain(b))
-        .nth(nth as usize)
-        .and_then(|b| u8::try_from(b).ok())
 }
 
 #[cfg(test)]
@@ -560,33 +377,15 @@ mod tests {
     }
 
     #[test]
-    fn knows_the_byte_alphabet() {
-        for (c, byte) in [
-            ('!', b'!'),
-            ('Ġ', b' '),
-            ('Ċ', b'\n'),
-            ('ÿ', 0xff),
-            ('Ń', 0xad),
-            ('Ā', 0),
-        ] {
-            assert_eq!(byte_of_level_char(c), Some(byte), "{c}");
-        }
-        assert_eq!(byte_of_level_char('ń'), None);
-        assert_eq!(byte_of_level_char(' '), None);
-        let all: std::collections::BTreeSet<u8> = (0u32..0x200)
-            .filter_map(char::from_u32)
-            .filter_map(byte_of_level_char)
-            .collect();
-        assert_eq!(all.len(), 256);
-    }
-
-    #[test]
     fn refuses_foreign_decoders_and_vocabularies() {
         let json = r#"{"version":"1.0","added_tokens":[],"decoder":{"type":"WordPiece","prefix":"@","cleanup":true},
             "model":{"type":"BPE","vocab":{"a":0,"b":7},"merges":[]}}"#;
         assert!(matches!(
             Tokenizer::from_json(json.as_bytes(), 8, None),
-            Err(TokenizerError::UnsupportedDecoder(step)) if step == "WordPiece"
+            Err(TokenizerError::File(TokenizerFileError::Unsupported {
+                part: "decoder",
+                ..
+            }))
         ));
         let json = json.replace(
             r#"{"type":"WordPiece","prefix":"@","cleanup":true}"#,
@@ -603,11 +402,7 @@ mod tests {
         ));
         assert!(matches!(
             Tokenizer::from_json(b"{", 8, None),
-            Err(TokenizerError::Malformed(_))
-        ));
-        assert!(matches!(
-            Tokenizer::from_json(b"[1]", 8, None),
-            Err(TokenizerError::UnsupportedDecoder(_))
+            Err(TokenizerError::File(TokenizerFileError::Malformed(_)))
         ));
     }
 

@@ -157,7 +157,7 @@ fn refuses_tokenizers_and_templates_of_other_models() {
     model.assets[0].1.truncate(50);
     assert!(matches!(
         refused(&model),
-        LoadError::Tokenizer(TokenizerError::Malformed(_))
+        LoadError::Tokenizer(TokenizerError::File(_))
     ));
     model.assets.clear();
     assert!(matches!(

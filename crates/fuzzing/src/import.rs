@@ -227,7 +227,7 @@ const SETTINGS: [(&str, &str); 7] = [
     ),
     (
         "tokenizer.json",
-        r#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#,
+        r#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "decoder": {"type": "ByteLevel"}}"#,
     ),
 ];
 

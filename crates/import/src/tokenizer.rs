@@ -16,7 +16,7 @@ pub(crate) mod tiktoken;
 use std::collections::HashMap;
 
 use casemate_container::ModelConfig;
-use tokenizers::Tokenizer;
+use casemate_tokenizer::{TokenizerFile, TokenizerFileError};
 
 use self::document::Document;
 use self::split::Split;
@@ -186,12 +186,9 @@ pub(crate) fn check(
     tokenizer_json: &[u8],
     mut config: ModelConfig,
 ) -> Result<ModelConfig, Problem> {
-    let refused = |e: tokenizers::Error| {
-        Problem::from(Fault::Tokenizer {
-            reason: e.to_string(),
-        })
-    };
-    let tokenizer = Tokenizer::from_bytes(tokenizer_json).map_err(refused)?;
+    let file = TokenizerFile::parse(tokenizer_json)?;
+    let leading = file.leading_token();
+    let tokenizer = file.load()?;
     let vocabulary = u64::from(config.vocab);
     let outside = |what, id: u32| {
         Problem::from(Fault::TokenId {
@@ -208,38 +205,31 @@ pub(crate) fn check(
     {
         return Err(outside("the tokenizer's last", id));
     }
-    for (what, id) in config
-        .bos
+    let first = [config.bos, leading].into_iter().flatten();
+    for (what, id) in first
         .map(|id| ("the beginning-of-text token", id))
-        .into_iter()
         .chain(config.eos.iter().map(|id| ("an end-of-text token", *id)))
     {
         if id >= config.vocab || tokenizer.id_to_token(id).is_none() {
             return Err(outside(what, id));
         }
     }
-    let ids = |special| {
-        tokenizer
-            .encode_fast("a", special)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(refused)
-    };
-    let (bare, dressed) = (ids(false)?, ids(true)?);
-    match dressed.strip_suffix(bare.as_slice()) {
-        Some([]) => config.add_bos = false,
-        Some([id]) => {
-            config.bos = Some(*id);
-            config.add_bos = true;
-        }
-        _ => {
-            return Err(Unsupported::Setting {
-                key: "post_processor".to_owned(),
-                value: format!("making {dressed:?} of a text {bare:?}"),
+    config.add_bos = leading.is_some();
+    config.bos = leading.or(config.bos);
+    Ok(config)
+}
+
+impl From<TokenizerFileError> for Problem {
+    fn from(error: TokenizerFileError) -> Self {
+        match error {
+            TokenizerFileError::Malformed(reason) => Fault::Tokenizer { reason }.into(),
+            TokenizerFileError::Unsupported { part, value } => Unsupported::Setting {
+                key: part.to_owned(),
+                value,
             }
-            .into());
+            .into(),
         }
     }
-    Ok(config)
 }
 
 /// The character that stands for `byte` in GPT-2's alphabet: itself where it prints, else one from U+0100 on.

@@ -505,10 +505,22 @@ fn refuses_tokenizers_that_do_not_load_or_fit() {
     let broken = fault(|model| {
         model.file(
             "tokenizer.json",
-            r#"{"version": "1.0", "model": {"type": "Oracle"}}"#,
+            r#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]},
+                "decoder": {"type": "ByteLevel"}}"#,
         );
     });
     assert!(matches!(broken, Fault::Tokenizer { .. }), "{broken:?}");
+    let foreign = unsupported(|model| {
+        model.file(
+            "tokenizer.json",
+            r#"{"version": "1.0", "model": {"type": "Oracle"}}"#,
+        );
+    });
+    let oracle = Unsupported::Setting {
+        key: "model.type".into(),
+        value: "\"Oracle\"".into(),
+    };
+    assert_eq!(foreign, oracle);
     let small = fault(|model| {
         model.config["vocab_size"] = json!(264);
     });
@@ -556,5 +568,5 @@ fn the_tokenizer_decides_about_the_first_token() {
         single.push(first);
         model.file("tokenizer.json", json.to_string());
     });
-    assert!(matches!(need, Unsupported::Setting { key, .. } if key == "post_processor"));
+    assert!(matches!(need, Unsupported::Setting { key, .. } if key == "post_processor.single"));
 }
