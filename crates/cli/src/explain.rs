@@ -41,23 +41,52 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 
 fn explain(args: &Args) -> Result<(), Failure> {
     let bytes = read(&args.file)?;
-    let Some(findings) = reading::findings(&bytes) else {
-        let error = anyhow!("{}: {}", shown(&args.file), kinds::describe(&bytes));
-        return Err(Failure::new(Class::Malformed, "not-a-transcript", error));
-    };
+    let findings = Findings::read(&bytes).map_err(|looks_like| {
+        let error = anyhow!("{}: {looks_like}", shown(&args.file));
+        Failure::new(Class::Malformed, "not-a-transcript", error)
+    })?;
     if args.json {
-        let explanations: Vec<Value> = findings.iter().map(to_json).collect();
-        return exit::print_json(&json!({ "explanations": explanations }));
-    }
-    if findings.is_empty() {
-        return exit::print("nothing was refused here, so there is nothing to explain");
+        return exit::print_json(&findings.to_json());
     }
     let bold = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let texts: Vec<String> = findings
-        .iter()
-        .map(|finding| to_text(finding, bold))
-        .collect();
-    exit::print(texts.join("\n").trim_end())
+    exit::print(findings.to_text(bold).trim_end())
+}
+
+/// The refusals in a transcript.
+pub struct Findings(Vec<Finding>);
+
+impl Findings {
+    /// Finds them.
+    ///
+    /// # Errors
+    /// What `bytes` look like instead, if they are no transcript.
+    pub fn read(bytes: &[u8]) -> Result<Self, &'static str> {
+        let findings = reading::findings(bytes).ok_or_else(|| kinds::describe(bytes))?;
+        Ok(Self(findings))
+    }
+
+    /// Whether nothing was refused.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The explanations, for people.
+    #[must_use]
+    pub fn to_text(&self, bold: bool) -> String {
+        if self.is_empty() {
+            return "nothing was refused here, so there is nothing to explain".to_owned();
+        }
+        let texts = self.0.iter().map(|finding| to_text(finding, bold));
+        texts.collect::<Vec<_>>().join("\n")
+    }
+
+    /// The explanations, for programs.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let explanations: Vec<Value> = self.0.iter().map(to_json).collect();
+        json!({ "explanations": explanations })
+    }
 }
 
 fn shown(path: &Path) -> String {

@@ -38,7 +38,7 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// The longest time for a peer to list its keysets.
 const LISTING: Duration = Duration::from_secs(2);
 /// The most keysets of one peer that are remembered: as many keys as one replica can hold.
-const MAX_KEYSETS: usize = 256;
+pub const MAX_KEYSETS: usize = 256;
 /// The longest list of keysets that is read, in bytes.
 const MAX_LIST: usize = 32 << 10;
 /// The longest refusal of a peer that is passed on, in bytes.
@@ -50,6 +50,16 @@ const MAX_REFUSAL: usize = 4 << 10;
 pub struct KeysetList {
     /// Digests in hexadecimal.
     pub keysets: Vec<String>,
+}
+
+impl KeysetList {
+    /// The digests in a list that a peer sent, the first [`MAX_KEYSETS`] of them; nothing if it is no such list.
+    #[must_use]
+    pub fn digests(list: &[u8]) -> Option<Vec<KeysetDigest>> {
+        let list: KeysetList = serde_json::from_slice(list).ok()?;
+        let digests = list.keysets.iter().take(MAX_KEYSETS);
+        digests.map(|text| text.parse().ok()).collect()
+    }
 }
 
 /// Which keyset the sender names, if any, and whether another replica relayed the request.
@@ -341,9 +351,7 @@ impl Directory {
             if answer.status() != StatusCode::OK {
                 return None;
             }
-            let list: KeysetList = serde_json::from_slice(&read(answer, MAX_LIST).await?).ok()?;
-            let digests = list.keysets.iter().take(MAX_KEYSETS);
-            digests.map(|text| text.parse().ok()).collect()
+            KeysetList::digests(&read(answer, MAX_LIST).await?)
         };
         let list = timeout(LISTING, ask).await.ok().flatten();
         if list.is_none() {

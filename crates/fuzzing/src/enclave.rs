@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
+use casemate_channel::ohttp::{KEYSET_HINT, RELAYED_MARK};
 use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, SealOptions, SealedFile, Silent, seal};
 use casemate_enclave::api::{Api, Extraction, Logprobs, router};
 use casemate_enclave::config::MeasuredConfig;
+use casemate_enclave::relay::{Hint, KeysetList, MAX_KEYSETS};
 use casemate_engine::{Compute, Engine, EngineOptions};
 use casemate_testkit::models::Tiny;
-use http::Request;
+use http::{HeaderMap, HeaderValue, Request};
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
@@ -38,6 +40,64 @@ pub(crate) fn config_seeds() -> Vec<Vec<u8>> {
         "[tee]\nbackend = \"configfs-tsm\"\ncollateral = \"c.json\"\n",
     ];
     tees.map(|tee| format!("{head}{tee}").into_bytes()).into()
+}
+
+/// What a replica reads from others: a peer's list of keysets, and behind a first byte that is odd, the fields by which a
+/// request says whose it is. What is accepted has one form, and no list is longer than what one replica holds.
+pub(crate) fn peers(data: &[u8]) {
+    let (which, bytes) = data.split_first().unwrap_or((&0, &[]));
+    if which % 2 == 0 {
+        let Some(digests) = KeysetList::digests(bytes) else {
+            return;
+        };
+        assert!(digests.len() <= MAX_KEYSETS);
+        let keysets = digests.iter().map(ToString::to_string).collect();
+        let list = serde_json::to_vec(&KeysetList { keysets }).expect("a list is written");
+        assert_eq!(KeysetList::digests(&list), Some(digests));
+        return;
+    }
+    let mut headers = HeaderMap::new();
+    for (line, name) in
+        bytes
+            .split(|&b| b == b'\n')
+            .zip([KEYSET_HINT, RELAYED_MARK, KEYSET_HINT, RELAYED_MARK])
+    {
+        if let Ok(value) = HeaderValue::from_bytes(line)
+            && !line.is_empty()
+        {
+            headers.append(name, value);
+        }
+    }
+    let Some(hint) = Hint::of(&headers) else {
+        return;
+    };
+    let only = |name: &str| {
+        let mut values = headers.get_all(name).iter();
+        let first = values
+            .next()
+            .map(|value| value.to_str().expect("it was read").to_owned());
+        assert!(values.next().is_none(), "a repeated field was read");
+        first
+    };
+    assert_eq!(
+        only(KEYSET_HINT),
+        hint.keyset.map(|digest| digest.to_string())
+    );
+    assert_eq!(only(RELAYED_MARK).as_deref(), hint.relayed.then_some("1"));
+}
+
+pub(crate) fn peers_seeds() -> Vec<Vec<u8>> {
+    let digest = "0a".repeat(32);
+    let list = |count: usize| {
+        let keysets = vec![digest.clone(); count];
+        serde_json::to_vec(&KeysetList { keysets }).expect("a list is written")
+    };
+    let mut seeds = [0, 1, 3, MAX_KEYSETS + 1]
+        .map(|count| [&[0], &list(count)[..]].concat())
+        .to_vec();
+    seeds.push(format!("\x01{digest}\n1").into_bytes());
+    seeds.push(b"\x01\n1".to_vec());
+    seeds
 }
 
 /// A tiny model behind the API.

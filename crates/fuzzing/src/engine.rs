@@ -1,10 +1,13 @@
 //! What an enclave reads out of a model besides numbers: tokenizer and chat template.
 
+use std::sync::LazyLock;
+
 use casemate_engine::{ChatMessage, ChatTemplate, ControlNames, Tokenizer};
 use casemate_testkit::models::{CHAT_TEMPLATE, Tiny};
+use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 
-const TEXT: &str = "Grüße, 1234  \n<|begin|>a\u{301}\u{200d}🦀";
+const TEXT: &str = "Grüße, 1234  \n<|begin|>   a\u{301}\u{200d}🦀 word\u{a0} <0x0A>ab▁";
 
 /// A tokenizer. What it makes of a text are tokens of the vocabulary, and text comes out of every token.
 pub(crate) fn tokenizer(data: &[u8]) {
@@ -20,6 +23,16 @@ pub(crate) fn tokenizer(data: &[u8]) {
         }
         let _ = tokenizer.decode(&ids);
         assert_eq!(tokenizer.encode(TEXT, true).ok(), Some(ids));
+    }
+    // In the text of a template, names of control tokens count.
+    let control = tokenizer.control_names().clone();
+    let template = ChatTemplate::new(TEXT.as_bytes(), None, None, control).expect("a plain text");
+    let prompt = template.render(&[], false, OffsetDateTime::UNIX_EPOCH);
+    if let Ok(ids) = tokenizer.encode_prompt(&prompt.expect("a plain text")) {
+        assert!(
+            ids.iter().all(|&id| id < VOCABULARY),
+            "a token outside of the vocabulary"
+        );
     }
     stream.finish();
     for id in [0, 1, VOCABULARY - 1, VOCABULARY, u32::MAX] {
@@ -54,6 +67,122 @@ pub(crate) fn tokenizer_seeds() -> Vec<Vec<u8>> {
         small.to_vec(),
         pieces.as_bytes().to_vec(),
     ]
+}
+
+/// Tokenizers of each kind that a model may bring; a text for them comes from any client.
+struct Kind {
+    tokenizer: Tokenizer,
+    /// Whether decoding gives back the text.
+    lossless: bool,
+}
+
+fn kinds() -> &'static [Kind] {
+    static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
+        let added = |id: u32, content: &str, normalized: bool, flag: &str| {
+            let mut token = json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": normalized, "special": false});
+            token[flag] = true.into();
+            token
+        };
+        let bytes: Value = serde_json::from_slice(&asset("tokenizer.json")).expect("JSON");
+        let first = bytes["model"]["vocab"].as_object().map_or(0, Map::len) as u32;
+        let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        let mut composed = bytes.clone();
+        composed["normalizer"] = json!({"type": "NFC"});
+        composed["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": false},
+            {"type": "Digits", "individual_digits": true}, level]});
+        let mut extended = composed.clone();
+        let list = extended["added_tokens"].as_array_mut().expect("a list");
+        for (id, (content, normalized, flag)) in (first..).zip([
+            ("<l>", false, "lstrip"),
+            ("<r>", false, "rstrip"),
+            ("word", true, "single_word"),
+            ("  ", false, "normalized"),
+        ]) {
+            list.push(added(id, content, normalized, flag));
+        }
+        let mut pieces = Map::new();
+        for name in ["<unk>", "▁", "a", "▁a", "aa"] {
+            pieces.insert(name.into(), pieces.len().into());
+        }
+        for byte in 0..=255u8 {
+            pieces.insert(format!("<0x{byte:02X}>"), pieces.len().into());
+        }
+        let prefixed = json!({"version": "1.0", "added_tokens": [], "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}, "model": {"type": "BPE", "unk_token": "<unk>",
+            "fuse_unk": true, "byte_fallback": true, "vocab": pieces, "merges": ["▁ a", "a a"]}});
+        let mut spaced = prefixed.clone();
+        spaced["normalizer"] = Value::Null;
+        spaced["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": true});
+        [
+            (bytes, true),
+            (composed, false),
+            (extended, false),
+            (prefixed, true),
+            (spaced, false),
+        ]
+        .map(|(file, lossless)| Kind {
+            tokenizer: Tokenizer::from_json(file.to_string().as_bytes(), 1000, None)
+                .expect("a sound tokenizer"),
+            lossless,
+        })
+        .into()
+    });
+    &KINDS
+}
+
+/// The text of a client, for the tokenizer that the first byte names. It becomes tokens of the vocabulary, none of them
+/// a control token, the same each time; and where the tokenizer keeps everything, they are that text again.
+pub(crate) fn text(data: &[u8]) {
+    let (which, bytes) = data.split_first().unwrap_or((&0, &[]));
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let kinds = kinds();
+    let Kind {
+        tokenizer,
+        lossless,
+    } = &kinds[usize::from(*which) % kinds.len()];
+    let ids = tokenizer
+        .encode(text, true)
+        .expect("every byte has a token");
+    assert_eq!(tokenizer.encode(text, true).ok().as_ref(), Some(&ids));
+    for &id in &ids {
+        let name = tokenizer.token_name(id).expect("a token of the vocabulary");
+        assert!(
+            !tokenizer.control_names().contains(&name),
+            "a client wrote {name}"
+        );
+    }
+    let read = tokenizer.decode(&ids);
+    let mut stream = tokenizer.stream();
+    let mut streamed: String = ids.iter().map(|&id| stream.push(id)).collect();
+    streamed.push_str(stream.finish());
+    assert!(streamed.ends_with(&read) && streamed.len() <= read.len() + 1);
+    if *lossless {
+        let noncharacters = |c: char| ('\u{fdd0}'..='\u{fdd2}').contains(&c);
+        let space = |text: &str| text.replace('▁', " ");
+        assert_eq!(
+            space(&read),
+            space(&text.replace(noncharacters, "\u{fffd}"))
+        );
+    }
+}
+
+pub(crate) fn text_seeds() -> Vec<Vec<u8>> {
+    let texts = [
+        TEXT,
+        "<|im_end|>\n<|im_start|>system\u{fdd0}0\u{fdd1}",
+        " a  <l> <r>   word words\r\n\u{a0}\u{3000}▁▁a",
+        "\u{1e9b}\u{323} q\u{307}\u{323} \u{ac00}\u{11a8} \u{1100}\u{1161} e\u{345}\u{300}",
+    ];
+    let each = |which| texts.map(|text| [&[which], text.as_bytes()].concat());
+    (0..kinds().len() as u8).flat_map(each).collect()
 }
 
 /// A chat template and what it makes of a conversation: the same each time, or an error.

@@ -10,6 +10,7 @@
 mod attest;
 mod broker;
 mod channel;
+mod cli;
 mod container;
 mod damage;
 mod enclave;
@@ -91,6 +92,7 @@ targets! {
     model_settings: import::settings, import::settings_seeds, 4 << 10;
     tokenizer_model: import::tokenizer_model, import::tokenizer_model_seeds, 8 << 10;
     tokenizer_json: engine::tokenizer, engine::tokenizer_seeds, 16 << 10;
+    tokenizer_text: engine::text, engine::text_seeds, 2 << 10;
     chat_template: engine::chat_template, engine::chat_template_seeds, 4 << 10;
     quote: attest::quote, attest::quote_seeds, 12 << 10;
     evidence: attest::evidence, attest::evidence_seeds, 48 << 10;
@@ -110,11 +112,13 @@ targets! {
     ohttp_message: channel::message, channel::message_seeds, 8 << 10;
     receipt: receipt::receipt, receipt::receipt_seeds, 4 << 10;
     receipt_bundle: receipt::bundle, receipt::bundle_seeds, 48 << 10;
+    relay_peers: enclave::peers, enclave::peers_seeds, 24 << 10;
     api_body: enclave::api, enclave::api_seeds, 4 << 10;
     enclave_config: enclave::config, enclave::config_seeds, 4 << 10;
     broker_log: broker::log, broker::log_seeds, 2 << 10;
     broker_requests: broker::requests, broker::requests_seeds, 16 << 10;
     quoting_service: tee::wire, tee::wire_seeds, 16 << 10;
+    explain: cli::explain, cli::explain_seeds, 8 << 10;
 }
 
 /// The inputs in `fuzz/regressions/TARGET` that once broke something, by file name.

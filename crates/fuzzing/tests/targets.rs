@@ -85,6 +85,7 @@ survives! {
     model_settings
     tokenizer_model
     tokenizer_json
+    tokenizer_text
     chat_template
     quote
     evidence
@@ -104,9 +105,11 @@ survives! {
     ohttp_message
     receipt
     receipt_bundle
+    relay_peers
     api_body
     enclave_config
     broker_log
     broker_requests
     quoting_service
+    explain
 }
