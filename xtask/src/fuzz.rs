@@ -1,10 +1,12 @@
-//! `cargo xtask fuzz`: seeds, builds and runs the fuzzers of `fuzz/` one after the other, and keeps account of how long
-//! each has run and how far it got. Needs a nightly toolchain and `cargo install cargo-fuzz`.
+//! `cargo xtask fuzz`: seeds, builds and runs the fuzzers of `fuzz/`, one after the other or several at once, and keeps
+//! account of how long each has run and how far it got. Needs a nightly toolchain and `cargo install cargo-fuzz`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +21,9 @@ pub(crate) struct Options {
     /// Minutes per target
     #[arg(long, default_value_t = 10.0)]
     minutes: f64,
+    /// Fuzzers at the same time; each takes a core and up to 1 GiB
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
     /// Only these targets [default: all, those that have run the shortest first]
     #[arg(long = "target", value_name = "NAME")]
     targets: Vec<String>,
@@ -67,21 +72,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         seconds(a).total_cmp(&seconds(b))
     });
     compile(&fuzz, &build)?;
-    let mut found = Vec::new();
-    for target in &targets {
-        let before = account(&ledger, &target.name)?;
-        if options
-            .until
-            .is_some_and(|enough| before.seconds >= enough * 60.0)
-        {
-            continue;
-        }
-        let run = fuzz_one(target, options.minutes, &fuzz, &build)?;
-        append(&ledger, &target.name, run)?;
-        if run.findings > 0 {
-            found.push(target.name.as_str());
+    let mut due = Vec::new();
+    for target in targets {
+        let so_far = account(&ledger, &target.name)?.seconds;
+        if options.until.is_none_or(|enough| so_far < enough * 60.0) {
+            due.push(target);
         }
     }
+    let found = fuzz_all(due, options.jobs, |target| {
+        let run = fuzz_one(target, options.minutes, &fuzz, &build)?;
+        append(&ledger, &target.name, run)?;
+        Ok(run.findings > 0)
+    })?;
     print!("{}", report(&names(&fuzz)?, &ledger)?);
     if !found.is_empty() {
         bail!(
@@ -91,6 +93,40 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Runs every target, the first ones first and `jobs` at once; returns the names of those that found something. The first
+/// error ends it, when those that run by then are through.
+fn fuzz_all(
+    mut due: Vec<Target>,
+    jobs: usize,
+    fuzz: impl Fn(&Target) -> Result<bool> + Sync,
+) -> Result<Vec<String>> {
+    due.reverse();
+    let due = Mutex::new(due);
+    let next = || due.lock().expect("nobody panics with it").pop();
+    let work = || {
+        let mut found = Vec::new();
+        while let Some(target) = next() {
+            match fuzz(&target) {
+                Ok(true) => found.push(target.name),
+                Ok(false) => {}
+                Err(error) => {
+                    due.lock().expect("nobody panics with it").clear();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(found)
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.max(1)).map(|_| scope.spawn(work)).collect();
+        let mut found = Vec::new();
+        for worker in workers {
+            found.extend(worker.join().expect("a worker reports errors")?);
+        }
+        Ok(found)
+    })
 }
 
 /// Where the fuzzers are built: apart from the workspace, because sanitizers instrument every crate.
@@ -206,16 +242,16 @@ fn figures(log: &str) -> Account {
 
 fn append(ledger: &Path, name: &str, run: Account) -> Result<()> {
     let mut file = OpenOptions::new().create(true).append(true).open(ledger)?;
+    // Another `cargo xtask fuzz` may be at it.
+    file.lock()?;
     let Account {
         seconds,
         executions,
         edges,
         findings,
     } = run;
-    writeln!(
-        file,
-        "{name}\t{seconds:.0}\t{executions}\t{edges}\t{findings}"
-    )?;
+    let line = format!("{name}\t{seconds:.0}\t{executions}\t{edges}\t{findings}\n");
+    file.write_all(line.as_bytes())?;
     Ok(())
 }
 
@@ -273,6 +309,42 @@ mod tests {
             "{log}stat::number_of_executed_units: 5000\nstat::peak_rss_mb: 90\n"
         ));
         assert_eq!((whole.executions, whole.edges), (5000, 25));
+    }
+
+    fn targets(names: &[&str]) -> Vec<Target> {
+        let target = |name: &&str| Target {
+            name: (*name).into(),
+            max_len: "1".into(),
+        };
+        names.iter().map(target).collect()
+    }
+
+    #[test]
+    fn several_run_at_once_and_each_once() {
+        let both = std::sync::Barrier::new(2);
+        let ran = Mutex::new(Vec::new());
+        let found = fuzz_all(targets(&["a", "b", "c", "d"]), 2, |target| {
+            // Nobody gets past this alone.
+            both.wait();
+            ran.lock().unwrap().push(target.name.clone());
+            Ok(target.name == "c")
+        });
+        assert_eq!(found.unwrap(), ["c"]);
+        let mut ran = ran.into_inner().unwrap();
+        ran.sort();
+        assert_eq!(ran, ["a", "b", "c", "d"]);
+    }
+
+    #[test]
+    fn an_error_ends_the_run() {
+        let ran = Mutex::new(0);
+        let found = fuzz_all(targets(&["a", "b", "c"]), 1, |target| {
+            *ran.lock().unwrap() += 1;
+            anyhow::ensure!(target.name != "b", "no such fuzzer");
+            Ok(false)
+        });
+        assert_eq!(found.unwrap_err().to_string(), "no such fuzzer");
+        assert_eq!(ran.into_inner().unwrap(), 2);
     }
 
     #[test]
