@@ -31,7 +31,7 @@ mod tokenizer;
 mod weights;
 
 pub use chat::{CallFormat, ChatError, ChatMessage, ChatTemplate, FunctionCall, ToolCall};
-pub use constrain::{Grammar, MaskMeter, SchemaError};
+pub use constrain::{CallGrammar, Grammar, MaskMeter, OfferError, Offered, SchemaError};
 pub use control::{ControlNames, Prompt};
 pub use engine::{Engine, EngineOptions, Stats};
 pub use error::{LoadError, RequestError, SubmitError};

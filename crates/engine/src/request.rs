@@ -33,8 +33,8 @@ pub struct Request {
     pub ignore_end: bool,
     /// Tell how likely each token was, beside so many of the likeliest ones.
     pub logprobs: Option<usize>,
-    /// The answer can only be this. It ends with the last byte of it, so end tokens and stop
-    /// strings play no part.
+    /// The answer can only be this. If that is one value, the answer ends with the last byte of it,
+    /// and end tokens and stop strings play no part.
     pub grammar: Option<Grammar>,
 }
 
@@ -183,7 +183,7 @@ impl Sequence {
                 vocab: limits.vocab,
             });
         }
-        if grammar.is_some() && !stop.is_empty() {
+        if grammar.as_ref().is_some_and(Grammar::is_whole) && !stop.is_empty() {
             return Err(SubmitError::StopWithGrammar);
         }
         let constraint =
@@ -258,18 +258,21 @@ impl Sequence {
         else {
             return self.fail(RequestError::Vocabulary);
         };
-        let Ok(id) = self.sampler.sample(logits, allowed, scratch) else {
+        let Ok(id) = self.sampler.sample(logits, allowed.flatten(), scratch) else {
             return self.fail(RequestError::NonFinite);
         };
         self.tokens.push(id);
+        let may_end = self.constraint.as_ref().is_none_or(|c| c.may_end());
+        let silent = may_end && self.end_tokens.contains(&id);
         let ended = match &mut self.constraint {
-            None => self.end_tokens.contains(&id),
-            Some(constraint) => match constraint.accept(self.tokenizer.token_bytes(id)) {
-                Ok(complete) => complete,
-                Err(_) => return self.fail(RequestError::Internal),
-            },
+            Some(constraint) if !silent => {
+                match constraint.accept(self.tokenizer.token_bytes(id)) {
+                    Ok(complete) => complete,
+                    Err(_) => return self.fail(RequestError::Internal),
+                }
+            }
+            _ => silent,
         };
-        let silent = ended && self.constraint.is_none();
         let logprobs = match self.logprobs {
             Some(top) if !silent => Some(Box::new(scratch.row.logprobs(id, top))),
             _ => None,

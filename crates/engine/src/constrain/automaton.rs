@@ -2,7 +2,8 @@
 //! than JSON where endless or unparsable answers would be possible: depth, white space in a row and
 //! digits are bounded, and every escape is a character.
 
-use super::schema::{Grammar, Node};
+use super::schema::{Node, Rules};
+use super::trie::Machine;
 
 /// Most objects and arrays inside each other.
 pub(super) const MAX_DEPTH: usize = 32;
@@ -14,7 +15,7 @@ pub(super) const MAX_DIGITS: u8 = 20;
 const MAX_EXPONENT_DIGITS: u8 = 2;
 
 pub(super) struct Automaton {
-    grammar: Grammar,
+    rules: Rules,
     at: At,
     stack: Vec<Frame>,
 }
@@ -129,10 +130,10 @@ fn is_blank(byte: u8) -> bool {
 }
 
 impl Automaton {
-    pub(super) fn new(grammar: Grammar) -> Self {
-        let node = grammar.root();
+    pub(super) fn new(rules: Rules) -> Self {
+        let node = rules.root();
         Self {
-            grammar,
+            rules,
             at: At::Value { node, blanks: 0 },
             stack: Vec::with_capacity(MAX_DEPTH),
         }
@@ -149,114 +150,9 @@ impl Automaton {
         self.at == At::End
     }
 
-    /// Takes back the latest step that was not taken back yet.
-    pub(super) fn undo(&mut self, undo: Undo) {
-        self.at = undo.at;
-        match undo.stack {
-            Change::None => {}
-            Change::Pushed => {
-                self.stack.pop();
-            }
-            Change::Popped(frame) => self.stack.push(frame),
-            Change::Top(frame) => {
-                if let Some(top) = self.stack.last_mut() {
-                    *top = frame;
-                }
-            }
-        }
-    }
-
-    /// Takes one byte, or leaves everything as it is.
-    pub(super) fn step(&mut self, byte: u8) -> Option<Undo> {
-        let before = self.at;
-        let (at, stack) = match before {
-            At::Text { key, part } => (self.text(key, part, byte)?, Change::None),
-            At::Value { node, blanks } => match blank(byte, blanks) {
-                Some(blanks) => (
-                    At::Value {
-                        node,
-                        blanks: blanks?,
-                    },
-                    Change::None,
-                ),
-                None => self.begin(node, byte)?,
-            },
-            At::FirstItem { blanks } => match blank(byte, blanks) {
-                Some(blanks) => (At::FirstItem { blanks: blanks? }, Change::None),
-                None => {
-                    let array = *self.top()?.array.as_ref()?;
-                    if byte == b']' {
-                        (array.min == 0).then(|| self.pop())?
-                    } else {
-                        (array.max > 0).then(|| self.begin(array.items, byte))??
-                    }
-                }
-            },
-            At::FirstKey { blanks } => match blank(byte, blanks) {
-                Some(blanks) => (At::FirstKey { blanks: blanks? }, Change::None),
-                None if byte == b'}' => self.close_object()?,
-                None => (self.begin_key(byte)?, Change::None),
-            },
-            At::Key { blanks } => match blank(byte, blanks) {
-                Some(blanks) => (At::Key { blanks: blanks? }, Change::None),
-                None => (self.begin_key(byte)?, Change::None),
-            },
-            At::Declared { low, high, at } => self.declared_key(low, high, at, byte)?,
-            At::Colon { node, blanks } => match blank(byte, blanks) {
-                Some(blanks) => (
-                    At::Colon {
-                        node,
-                        blanks: blanks?,
-                    },
-                    Change::None,
-                ),
-                None => {
-                    let value = At::Value { node, blanks: 0 };
-                    ((byte == b':').then_some(value)?, Change::None)
-                }
-            },
-            At::Literal {
-                node,
-                low,
-                high,
-                at,
-            } => match self.literal(node, low, high, at, byte) {
-                Some(at) => (at, Change::None),
-                // A listed number that is the beginning of another.
-                None if self.literal_ends(node, low, at) => self.after(0, byte)?,
-                None => return None,
-            },
-            At::Number {
-                part,
-                count,
-                integer,
-            } => match number(part, count, integer, byte) {
-                Some((part, count)) => (
-                    At::Number {
-                        part,
-                        count,
-                        integer,
-                    },
-                    Change::None,
-                ),
-                None if may_end(part) => self.after(0, byte)?,
-                None => return None,
-            },
-            At::Word { rest } => match rest {
-                [next] if *next == byte => (At::After { blanks: 0 }, Change::None),
-                [next, rest @ ..] if *next == byte => (At::Word { rest }, Change::None),
-                _ => return None,
-            },
-            At::After { blanks } => self.after(blanks, byte)?,
-            At::End => return None,
-        };
-        self.at = at;
-        Some(Undo { at: before, stack })
-    }
-
     /// The rules of the innermost object or array.
     fn top(&self) -> Option<&Node> {
-        Some(self.grammar.node(self.stack.last()?.node))
+        Some(self.rules.node(self.stack.last()?.node))
     }
 
     fn push(&mut self, node: u16, object: bool) -> Option<Change> {
@@ -281,10 +177,10 @@ impl Automaton {
 
     /// The first byte of a value.
     fn begin(&mut self, node: u16, byte: u8) -> Option<(At, Change)> {
-        let rules = self.grammar.node(node);
-        if !rules.literals.is_empty() {
-            let high = rules.literals.len() as u16;
-            return Some((self.literal(node, 0, high, 0, byte)?, Change::None));
+        let rules = self.rules.node(node);
+        let high = rules.literals.len() as u16;
+        if let Some(literal) = self.literal(node, 0, high, 0, byte) {
+            return Some((literal, Change::None));
         }
         let kinds = rules.kinds;
         let number = |part| {
@@ -397,7 +293,7 @@ impl Automaton {
     }
 
     fn literal(&self, node: u16, low: u16, high: u16, at: u16, byte: u8) -> Option<At> {
-        let literals = &self.grammar.node(node).literals;
+        let literals = &self.rules.node(node).literals;
         let (low, high) = narrow(low, high, at, byte, |n| &literals[usize::from(n)]);
         let at = at + 1;
         match high - low {
@@ -415,7 +311,7 @@ impl Automaton {
     }
 
     fn literal_ends(&self, node: u16, low: u16, at: u16) -> bool {
-        let literals = &self.grammar.node(node).literals;
+        let literals = &self.rules.node(node).literals;
         literals[usize::from(low)].len() == usize::from(at)
     }
 
@@ -468,13 +364,120 @@ impl Automaton {
     }
 }
 
+impl Machine for Automaton {
+    type Undo = Undo;
+
+    fn undo(&mut self, undo: Undo) {
+        self.at = undo.at;
+        match undo.stack {
+            Change::None => {}
+            Change::Pushed => {
+                self.stack.pop();
+            }
+            Change::Popped(frame) => self.stack.push(frame),
+            Change::Top(frame) => {
+                if let Some(top) = self.stack.last_mut() {
+                    *top = frame;
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, byte: u8) -> Option<Undo> {
+        let before = self.at;
+        let (at, stack) = match before {
+            At::Text { key, part } => (self.text(key, part, byte)?, Change::None),
+            At::Value { node, blanks } => match blank(byte, blanks) {
+                Some(blanks) => (
+                    At::Value {
+                        node,
+                        blanks: blanks?,
+                    },
+                    Change::None,
+                ),
+                None => self.begin(node, byte)?,
+            },
+            At::FirstItem { blanks } => match blank(byte, blanks) {
+                Some(blanks) => (At::FirstItem { blanks: blanks? }, Change::None),
+                None => {
+                    let array = *self.top()?.array.as_ref()?;
+                    if byte == b']' {
+                        (array.min == 0).then(|| self.pop())?
+                    } else {
+                        (array.max > 0).then(|| self.begin(array.items, byte))??
+                    }
+                }
+            },
+            At::FirstKey { blanks } => match blank(byte, blanks) {
+                Some(blanks) => (At::FirstKey { blanks: blanks? }, Change::None),
+                None if byte == b'}' => self.close_object()?,
+                None => (self.begin_key(byte)?, Change::None),
+            },
+            At::Key { blanks } => match blank(byte, blanks) {
+                Some(blanks) => (At::Key { blanks: blanks? }, Change::None),
+                None => (self.begin_key(byte)?, Change::None),
+            },
+            At::Declared { low, high, at } => self.declared_key(low, high, at, byte)?,
+            At::Colon { node, blanks } => match blank(byte, blanks) {
+                Some(blanks) => (
+                    At::Colon {
+                        node,
+                        blanks: blanks?,
+                    },
+                    Change::None,
+                ),
+                None => {
+                    let value = At::Value { node, blanks: 0 };
+                    ((byte == b':').then_some(value)?, Change::None)
+                }
+            },
+            At::Literal {
+                node,
+                low,
+                high,
+                at,
+            } => match self.literal(node, low, high, at, byte) {
+                Some(at) => (at, Change::None),
+                // A listed number that is the beginning of another.
+                None if self.literal_ends(node, low, at) => self.after(0, byte)?,
+                None => return None,
+            },
+            At::Number {
+                part,
+                count,
+                integer,
+            } => match number(part, count, integer, byte) {
+                Some((part, count)) => (
+                    At::Number {
+                        part,
+                        count,
+                        integer,
+                    },
+                    Change::None,
+                ),
+                None if may_end(part) => self.after(0, byte)?,
+                None => return None,
+            },
+            At::Word { rest } => match rest {
+                [next] if *next == byte => (At::After { blanks: 0 }, Change::None),
+                [next, rest @ ..] if *next == byte => (At::Word { rest }, Change::None),
+                _ => return None,
+            },
+            At::After { blanks } => self.after(blanks, byte)?,
+            At::End => return None,
+        };
+        self.at = at;
+        Some(Undo { at: before, stack })
+    }
+}
+
 /// `None`: no white space. `Some(None)`: too much of it.
-fn blank(byte: u8, blanks: u8) -> Option<Option<u8>> {
+pub(super) fn blank(byte: u8, blanks: u8) -> Option<Option<u8>> {
     is_blank(byte).then_some((blanks < MAX_BLANKS).then_some(blanks + 1))
 }
 
 /// Of the sorted texts from `low` to `high`, which share `at` bytes, those that go on with `byte`.
-fn narrow<'a>(
+pub(super) fn narrow<'a>(
     low: u16,
     high: u16,
     at: u16,

@@ -9,6 +9,10 @@ use serde_json::{Map, Value};
 
 use super::automaton::MAX_DEPTH;
 
+/// Where schemas keep what `$ref` names, at their root.
+const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
+/// The place of a whole schema.
+const ROOT: &str = "schema";
 /// Most kinds of values in one schema.
 const MAX_NODES: usize = 1024;
 /// Most keys of one object: they are counted in the bits of a word.
@@ -30,9 +34,9 @@ const ANNOTATIONS: &[&str] = &[
     "writeOnly",
 ];
 
-/// What an answer may be. Cheap to clone.
+/// What a JSON value may be. Cheap to clone.
 #[derive(Clone)]
-pub struct Grammar(Arc<Inner>);
+pub(super) struct Rules(Arc<Inner>);
 
 struct Inner {
     nodes: Vec<Node>,
@@ -45,7 +49,7 @@ pub(super) struct Node {
     pub(super) kinds: Kinds,
     pub(super) object: Option<Object>,
     pub(super) array: Option<Array>,
-    /// If there are any, the value is one of these; sorted.
+    /// The value may be one of these, too: none of another kind begins as one of them does. Sorted.
     pub(super) literals: Vec<Box<[u8]>>,
 }
 
@@ -83,6 +87,32 @@ pub(super) struct Array {
     pub(super) max: u64,
 }
 
+impl Node {
+    /// A bit for each type of its values.
+    fn types(&self) -> u8 {
+        let kinds = self.kinds;
+        let listed = |literal: &[u8]| match literal.first() {
+            Some(b'"') => 0,
+            Some(b't' | b'f') => 2,
+            Some(b'n') => 3,
+            Some(b'{') => 4,
+            Some(b'[') => 5,
+            _ => 1,
+        };
+        let kinds = [
+            kinds.string,
+            kinds.number || kinds.integer,
+            kinds.boolean,
+            kinds.null,
+            self.object.is_some(),
+            self.array.is_some(),
+        ];
+        let kinds = (0..).zip(kinds).map(|(bit, has)| u8::from(has) << bit);
+        let listed = self.literals.iter().map(|literal| 1 << listed(literal));
+        kinds.chain(listed).fold(0, |all, bit| all | bit)
+    }
+}
+
 impl Object {
     /// A bit for each declared key.
     pub(super) fn all(&self) -> u64 {
@@ -104,10 +134,9 @@ pub struct SchemaError {
     pub reason: String,
 }
 
-impl Grammar {
+impl Rules {
     /// Any JSON object.
-    #[must_use]
-    pub fn json_object() -> Self {
+    pub(super) fn json_object() -> Self {
         let mut compiler = Compiler::default();
         let any = compiler.any();
         let root = compiler.object_of(any);
@@ -115,12 +144,9 @@ impl Grammar {
     }
 
     /// What a schema describes; at its root, an object.
-    ///
-    /// # Errors
-    /// [`SchemaError`]: a keyword that cannot be enforced, or a schema that contradicts itself.
-    pub fn from_schema(schema: &Value) -> Result<Self, SchemaError> {
-        let mut compiler = Compiler::default();
-        let root = compiler.compile(schema, "schema", 0)?;
+    pub(super) fn from_schema(schema: &Value) -> Result<Self, SchemaError> {
+        let mut compiler = Compiler::of(schema)?;
+        let root = compiler.compile(schema, ROOT, 0)?;
         let node = &compiler.nodes[usize::from(root)];
         let scalar = node.kinds.string
             || node.kinds.number
@@ -128,9 +154,13 @@ impl Grammar {
             || node.kinds.boolean
             || node.kinds.null;
         if node.object.is_none() || node.array.is_some() || scalar {
-            return Err(wrong("schema", "its root must be of type \"object\" alone"));
+            return Err(wrong(ROOT, "its root must be of type \"object\" alone"));
         }
         Ok(compiler.finish(root))
+    }
+
+    pub(super) fn nodes(&self) -> usize {
+        self.0.nodes.len()
     }
 
     pub(super) fn root(&self) -> u16 {
@@ -140,9 +170,20 @@ impl Grammar {
     pub(super) fn node(&self, node: u16) -> &Node {
         &self.0.nodes[usize::from(node)]
     }
+
+    /// Whether a key or a listed value holds this text.
+    pub(super) fn hold(&self, text: &[u8]) -> bool {
+        let holds = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text);
+        self.0.nodes.iter().any(|node| {
+            let keys = node.object.iter().flat_map(|object| &object.keys);
+            keys.map(|key| &key.text)
+                .chain(&node.literals)
+                .any(|text| holds(text))
+        })
+    }
 }
 
-fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
+pub(super) fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
     // A place is made of a client's own keys; it is cut because it came from outside.
     SchemaError {
         place: place.chars().take(200).collect(),
@@ -151,16 +192,42 @@ fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
 }
 
 #[derive(Default)]
-struct Compiler {
+struct Compiler<'a> {
     nodes: Vec<Node>,
     any: Option<u16>,
     literal_bytes: usize,
+    /// What `$ref` can name.
+    definitions: BTreeMap<String, &'a Value>,
+    /// The definitions that the place at hand is inside of.
+    inside: Vec<&'a str>,
 }
 
-impl Compiler {
-    fn finish(self, root: u16) -> Grammar {
+impl<'a> Compiler<'a> {
+    /// With the definitions at the root of a schema.
+    fn of(schema: &'a Value) -> Result<Self, SchemaError> {
+        let mut definitions = BTreeMap::new();
+        for section in DEFINITIONS {
+            let Some(found) = schema.get(section) else {
+                continue;
+            };
+            let found = found
+                .as_object()
+                .ok_or_else(|| wrong(ROOT, format!("'{section}' must be an object")))?;
+            for (name, definition) in found {
+                // In a pointer, these two are escaped.
+                let name = name.replace('~', "~0").replace('/', "~1");
+                definitions.insert(format!("#/{section}/{name}"), definition);
+            }
+        }
+        Ok(Self {
+            definitions,
+            ..Self::default()
+        })
+    }
+
+    fn finish(self, root: u16) -> Rules {
         let nodes = self.nodes;
-        Grammar(Arc::new(Inner { nodes, root }))
+        Rules(Arc::new(Inner { nodes, root }))
     }
 
     fn add(&mut self, node: Node) -> u16 {
@@ -202,7 +269,12 @@ impl Compiler {
         })
     }
 
-    fn compile(&mut self, schema: &Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
+    fn compile(
+        &mut self,
+        schema: &'a Value,
+        place: &str,
+        depth: usize,
+    ) -> Result<u16, SchemaError> {
         if depth == MAX_DEPTH {
             return Err(wrong(place, format!("nested deeper than {MAX_DEPTH}")));
         }
@@ -212,6 +284,10 @@ impl Compiler {
         let schema = schema
             .as_object()
             .ok_or_else(|| wrong(place, "must be an object"))?;
+        if let Some(target) = schema.get("$ref") {
+            only(schema, place, &["$ref"])?;
+            return self.definition(target, place, depth);
+        }
         if let Some(list) = schema.get("anyOf") {
             only(schema, place, &["anyOf"])?;
             return self.any_of(list, place, depth);
@@ -248,9 +324,31 @@ impl Compiler {
         Ok(self.add(node))
     }
 
+    /// What a `$ref` names, compiled anew for this place: so the bounds of depth and size hold for
+    /// what it stands for.
+    fn definition(
+        &mut self,
+        target: &'a Value,
+        place: &str,
+        depth: usize,
+    ) -> Result<u16, SchemaError> {
+        let target = target.as_str().unwrap_or_default();
+        let Some(definition) = self.definitions.get(target).copied() else {
+            let reason = "'$ref' must name what '$defs' at the root of the schema has, as in \"#/$defs/name\"";
+            return Err(wrong(place, reason));
+        };
+        if self.inside.contains(&target) {
+            return Err(wrong(place, "'$ref' names what it is a part of"));
+        }
+        self.inside.push(target);
+        let node = self.compile(definition, place, depth + 1);
+        self.inside.pop();
+        node
+    }
+
     fn object(
         &mut self,
-        schema: &Map<String, Value>,
+        schema: &'a Map<String, Value>,
         place: &str,
         depth: usize,
     ) -> Result<Object, SchemaError> {
@@ -291,7 +389,11 @@ impl Compiler {
             sorted.insert(quoted(name), (name, node));
         }
         let mut required = 0;
-        for name in strings(schema, "required", place)? {
+        let names = strings(schema, "required", place)?;
+        if names.len() > properties.len() {
+            return Err(wrong(place, "'required' is longer than 'properties'"));
+        }
+        for name in names {
             let at = sorted
                 .values()
                 .position(|(property, _)| *property == name)
@@ -311,7 +413,7 @@ impl Compiler {
 
     fn array(
         &mut self,
-        schema: &Map<String, Value>,
+        schema: &'a Map<String, Value>,
         place: &str,
         depth: usize,
     ) -> Result<Array, SchemaError> {
@@ -333,7 +435,7 @@ impl Compiler {
     }
 
     /// Alternatives that differ in the type of the value, so that its first byte says which.
-    fn any_of(&mut self, list: &Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
+    fn any_of(&mut self, list: &'a Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
         let list = list
             .as_array()
             .filter(|list| !list.is_empty())
@@ -342,18 +444,11 @@ impl Compiler {
         for (index, schema) in list.iter().enumerate() {
             let node = self.compile(schema, &format!("{place}.anyOf[{index}]"), depth + 1)?;
             let node = self.nodes[usize::from(node)].clone();
-            let (a, b) = (all.kinds, node.kinds);
-            let numeric = |kinds: Kinds| kinds.number || kinds.integer;
-            let shared = (a.string && b.string)
-                || (numeric(a) && numeric(b))
-                || (a.boolean && b.boolean)
-                || (a.null && b.null)
-                || (all.object.is_some() && node.object.is_some())
-                || (all.array.is_some() && node.array.is_some());
-            if shared || (!node.literals.is_empty() && list.len() > 1) {
-                let reason = "the alternatives of 'anyOf' must differ in their types, without 'enum' and 'const'";
+            if all.types() & node.types() != 0 {
+                let reason = "the alternatives of 'anyOf' must differ in their types";
                 return Err(wrong(place, reason));
             }
+            let (a, b) = (all.kinds, node.kinds);
             all.kinds = Kinds {
                 string: a.string || b.string,
                 number: a.number || b.number,
@@ -363,8 +458,9 @@ impl Compiler {
             };
             all.object = all.object.or(node.object);
             all.array = all.array.or(node.array);
-            all.literals = node.literals;
+            all.literals.extend(node.literals);
         }
+        all.literals.sort();
         Ok(self.add(all))
     }
 
@@ -422,7 +518,10 @@ fn open(node: u16) -> Object {
 
 /// Refuses what is neither in `allowed` nor an annotation.
 fn only(schema: &Map<String, Value>, place: &str, allowed: &[&str]) -> Result<(), SchemaError> {
-    let known = |name: &str| allowed.contains(&name) || ANNOTATIONS.contains(&name);
+    let known = |name: &str| {
+        let root = place == ROOT && DEFINITIONS.contains(&name);
+        root || allowed.contains(&name) || ANNOTATIONS.contains(&name)
+    };
     match schema.keys().find(|name| !known(name)) {
         None => Ok(()),
         Some(name) => {
@@ -440,7 +539,8 @@ fn type_names<'a>(
     let missing = || wrong(place, "needs a 'type'");
     match schema.get("type") {
         Some(Value::String(name)) => Ok(vec![name]),
-        Some(Value::Array(names)) if !names.is_empty() => {
+        // There are seven.
+        Some(Value::Array(names)) if (1..=7).contains(&names.len()) => {
             let names = names.iter().map(|name| name.as_str().ok_or_else(missing));
             names.collect()
         }
@@ -478,7 +578,7 @@ fn is_of(value: &Value, name: &str) -> bool {
 }
 
 /// A key as JSON writes it, without its quotes.
-fn quoted(name: &str) -> Box<[u8]> {
+pub(super) fn quoted(name: &str) -> Box<[u8]> {
     let text = Value::from(name).to_string();
     text.as_bytes()[1..text.len() - 1].into()
 }

@@ -15,7 +15,7 @@ enum Verdict {
     Refused(usize),
 }
 
-fn run(grammar: &Grammar, text: &[u8]) -> Verdict {
+fn run(grammar: &Rules, text: &[u8]) -> Verdict {
     let mut automaton = Automaton::new(grammar.clone());
     for (at, &byte) in text.iter().enumerate() {
         if automaton.step(byte).is_none() {
@@ -30,7 +30,7 @@ fn run(grammar: &Grammar, text: &[u8]) -> Verdict {
 }
 
 /// Ends an open text as shortly as a search finds: the proof that it can be ended.
-fn complete(grammar: &Grammar, text: &[u8]) -> Vec<u8> {
+fn complete(grammar: &Rules, text: &[u8]) -> Vec<u8> {
     let mut automaton = Automaton::new(grammar.clone());
     for &byte in text {
         automaton.step(byte).expect("the text is accepted");
@@ -100,7 +100,7 @@ proptest! {
         let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }.unwrap();
         prop_assume!(!has_long_number(text.as_bytes()));
         let text = format!("{pad}{text}");
-        let grammar = Grammar::json_object();
+        let grammar = Rules::json_object();
         prop_assert_eq!(run(&grammar, text.as_bytes()), Verdict::Complete);
         for cut in pad.len()..text.len() {
             prop_assert_eq!(run(&grammar, &text.as_bytes()[..cut]), Verdict::Open);
@@ -123,7 +123,7 @@ proptest! {
             _ => { text.remove(at); }
         }
         prop_assume!(text.first() == Some(&b'{') && !has_long_number(&text));
-        let grammar = Grammar::json_object();
+        let grammar = Rules::json_object();
         match run(&grammar, &text) {
             Verdict::Complete => prop_assert!(serde_json::from_slice::<Value>(&text).is_ok()),
             Verdict::Open => {
@@ -146,7 +146,7 @@ proptest! {
     #[test]
     fn a_step_taken_back_leaves_no_trace(value in objects(), bytes in prop::collection::vec(any::<u8>(), 1..6), cut in any::<prop::sample::Index>()) {
         let text = serde_json::to_vec(&value).unwrap();
-        let mut automaton = Automaton::new(Grammar::json_object());
+        let mut automaton = Automaton::new(Rules::json_object());
         for &byte in &text[..cut.index(text.len())] {
             prop_assume!(automaton.step(byte).is_some());
         }
@@ -161,13 +161,13 @@ proptest! {
         value in objects(), cut in any::<prop::sample::Index>(),
         tokens in prop::collection::vec(prop::collection::vec(prop::sample::select(b"{}[]\",: ae1\\u\xc3\xa9".to_vec()), 0..4), 1..60),
     ) {
-        let grammar = Grammar::json_object();
+        let grammar = Rules::json_object();
         let trie = Arc::new(Trie::new(tokens.len() as u32, |id| &tokens[id as usize]));
-        let mut constraint = Constraint::new(grammar.clone(), trie);
+        let mut constraint = Constraint::new(Grammar::json_object(), trie);
         let text = serde_json::to_vec(&value).unwrap();
         let head = &text[..cut.index(text.len())];
         prop_assume!(constraint.accept(head).is_ok());
-        let mask = constraint.mask().map(<[u64]>::to_vec).unwrap_or_else(|Stuck| vec![0; tokens.len().div_ceil(64)]);
+        let mask = constraint.mask().map(|mask| mask.unwrap().to_vec()).unwrap_or_else(|Stuck| vec![0; tokens.len().div_ceil(64)]);
         for (id, token) in tokens.iter().enumerate() {
             let taken = !token.is_empty() && !matches!(run(&grammar, &[head, token].concat()), Verdict::Refused(_));
             prop_assert_eq!(mask[id / 64] >> (id % 64) & 1 == 1, taken, "{:?}", String::from_utf8_lossy(token));
@@ -177,7 +177,7 @@ proptest! {
 
 #[test]
 fn escapes_are_characters_and_bytes_are_utf8() {
-    let grammar = Grammar::json_object();
+    let grammar = Rules::json_object();
     for (inside, good) in [
         (&br"\ud83d\ude00"[..], true),
         (br"\uD83D\uDE00\u00e9\b\/", true),
@@ -204,7 +204,7 @@ fn escapes_are_characters_and_bytes_are_utf8() {
 
 #[test]
 fn nothing_is_endless() {
-    let grammar = Grammar::json_object();
+    let grammar = Rules::json_object();
     let deep = |n: usize| format!("{{\"a\":{}", "[".repeat(n)).into_bytes();
     assert_eq!(run(&grammar, &deep(MAX_DEPTH - 1)), Verdict::Open);
     let refused = Verdict::Refused(deep(MAX_DEPTH).len() - 1);
@@ -235,7 +235,7 @@ fn nothing_is_endless() {
 fn a_vocabulary_that_cannot_go_on_is_stuck() {
     let trie = Arc::new(Trie::new(2, |id| [&b"{"[..], b"x"][id as usize]));
     let mut constraint = Constraint::new(Grammar::json_object(), trie);
-    assert_eq!(constraint.mask(), Ok(&[1][..]));
+    assert_eq!(constraint.mask(), Ok(Some(&[1][..])));
     assert_eq!(constraint.accept(b"{"), Ok(false));
     assert_eq!(constraint.mask(), Err(Stuck));
 }
@@ -253,8 +253,8 @@ fn masks_are_kept_within_bounds() {
     assert_eq!(constraint.mask(), Err(Stuck));
 }
 
-fn schema(schema: &Value) -> Grammar {
-    Grammar::from_schema(schema).unwrap()
+fn schema(schema: &Value) -> Rules {
+    Rules::from_schema(schema).unwrap()
 }
 
 #[test]
@@ -272,7 +272,9 @@ fn schemas_are_enforced() {
             "either": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "null"}}]},
             "map": {"type": "object", "additionalProperties": {"type": "integer"}},
             "empty": {"type": "object", "additionalProperties": false},
+            "perhaps": {"anyOf": [{"$ref": "#/$defs/a~1b"}, {"type": "null"}, {"enum": [7, 70]}, {"type": "array"}]},
         },
+        "$defs": {"a/b": {"enum": ["one", "once"]}},
     }));
     for good in [
         r#"{"kind":"cat","size":1}"#,
@@ -281,6 +283,10 @@ fn schemas_are_enforced() {
         r#"{"size":0,"kind":"dog","weight":null,"level":1}"#,
         r#"{"size":0,"kind":"dog","tags":["a","b"],"inner":{"a\"b":{"x":1}},"either":[null,null]}"#,
         r#"{"size":0,"kind":"dog","inner":{},"either":"s","map":{"a":1,"b":2},"empty":{}}"#,
+        r#"{"size":0,"kind":"dog","perhaps":"once"}"#,
+        r#"{"size":0,"kind":"dog","perhaps":null}"#,
+        r#"{"size":0,"kind":"dog","perhaps":70}"#,
+        r#"{"size":0,"kind":"dog","perhaps":[7]}"#,
     ] {
         assert_eq!(run(&grammar, good.as_bytes()), Verdict::Complete, "{good}");
     }
@@ -305,6 +311,9 @@ fn schemas_are_enforced() {
         r#"{"either":[""#,
         r#"{"map":{"a":""#,
         r#"{"empty":{""#,
+        r#"{"perhaps":"ona"#,
+        r#"{"perhaps":700"#,
+        r#"{"perhaps":f"#,
         r#"["#,
     ] {
         let verdict = run(&grammar, bad.as_bytes());
@@ -325,7 +334,17 @@ fn schemas_that_cannot_be_enforced_are_refused_by_keyword() {
         (json!(true), "must be an object"),
         (json!({}), "'type'"),
         (json!({"type": "objekt"}), "does not know"),
-        (json!({"$ref": "#/x", "type": "object"}), "'$ref'"),
+        (json!({"$ref": "#/x"}), "'$ref'"),
+        (json!({"$ref": "#/$defs/x", "type": "object"}), "'type'"),
+        (json!({"$ref": "#/$defs/x", "$defs": []}), "'$defs'"),
+        (
+            json!({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}),
+            "a part of",
+        ),
+        (
+            object(json!({"a": {"type": "object", "$defs": {}}})),
+            "'$defs'",
+        ),
         (
             json!({"type": "object", "properties": {}}),
             "additionalProperties",
@@ -349,8 +368,16 @@ fn schemas_that_cannot_be_enforced_are_refused_by_keyword() {
             "differ",
         ),
         (
-            object(json!({"a": {"anyOf": [{"enum": [1]}, {"type": "string"}]}})),
+            object(json!({"a": {"anyOf": [{"enum": ["x"]}, {"type": "string"}]}})),
             "differ",
+        ),
+        (
+            object(json!({"a": {"anyOf": [{"type": "boolean"}, {"enum": [false]}]}})),
+            "differ",
+        ),
+        (
+            json!({"type": "object", "additionalProperties": false, "properties": {"a": {"type": "null"}}, "required": ["a", "a"]}),
+            "longer",
         ),
         (
             object(json!({"a": {"type": "array", "minItems": 3, "maxItems": 2}})),
@@ -373,7 +400,7 @@ fn schemas_that_cannot_be_enforced_are_refused_by_keyword() {
             "64",
         ),
     ] {
-        let error = Grammar::from_schema(&bad)
+        let error = Rules::from_schema(&bad)
             .err()
             .unwrap_or_else(|| panic!("{bad}"));
         assert!(error.to_string().contains(told), "{error} for {bad}");
@@ -382,12 +409,12 @@ fn schemas_that_cannot_be_enforced_are_refused_by_keyword() {
     for _ in 0..MAX_DEPTH {
         deep = json!({"type": "array", "items": deep});
     }
-    let error = Grammar::from_schema(&object(json!({"a": deep})))
+    let error = Rules::from_schema(&object(json!({"a": deep})))
         .err()
         .unwrap();
     assert!(error.to_string().contains("deeper"), "{error}");
     let many = json!({"a": {"enum": (0..1025).collect::<Vec<_>>()}});
-    assert!(Grammar::from_schema(&object(many)).is_err());
+    assert!(Rules::from_schema(&object(many)).is_err());
     let wide: Value = (0..60)
         .map(|n| {
             (
@@ -400,5 +427,5 @@ fn schemas_that_cannot_be_enforced_are_refused_by_keyword() {
             )
         })
         .collect();
-    assert!(Grammar::from_schema(&object(wide)).is_err());
+    assert!(Rules::from_schema(&object(wide)).is_err());
 }

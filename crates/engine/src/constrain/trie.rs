@@ -1,7 +1,18 @@
 //! The bytes of all tokens as one tree, laid out in the order of a walk: a subtree is a range, and
 //! skipping it is one jump.
 
-use super::automaton::{Automaton, Undo};
+use super::calls::OPEN;
+
+/// What a walk asks about bytes.
+pub(super) trait Machine {
+    /// What a step changed.
+    type Undo;
+
+    /// Takes one byte, or leaves everything as it is.
+    fn step(&mut self, byte: u8) -> Option<Self::Undo>;
+    /// Takes back the latest step that was not taken back yet.
+    fn undo(&mut self, undo: Self::Undo);
+}
 
 /// The tokens of one vocabulary.
 pub(crate) struct Trie {
@@ -13,6 +24,8 @@ pub(crate) struct Trie {
     firsts: Vec<u32>,
     tokens: Vec<u32>,
     vocab: usize,
+    /// Whether the mark that begins a call stands in a token that goes on.
+    runs_on: bool,
 }
 
 impl Trie {
@@ -30,6 +43,10 @@ impl Trie {
             firsts: Vec::new(),
             tokens: Vec::with_capacity(sorted.len()),
             vocab: vocab as usize,
+            runs_on: sorted.iter().any(|(bytes, _)| {
+                let mut windows = bytes.windows(OPEN.len() + 1);
+                windows.any(|window| window.starts_with(OPEN))
+            }),
         };
         let mut path: Vec<usize> = Vec::new();
         for (bytes, id) in sorted {
@@ -52,6 +69,11 @@ impl Trie {
         trie
     }
 
+    /// Whether the mark that begins a call stands in a token that goes on.
+    pub(super) fn runs_on(&self) -> bool {
+        self.runs_on
+    }
+
     /// Ends the subtrees of all but the first `keep` nodes of the path.
     fn close(&mut self, path: &mut Vec<usize>, keep: usize) {
         for node in path.drain(keep..) {
@@ -59,32 +81,77 @@ impl Trie {
         }
     }
 
-    /// Writes one bit per token id: whether the automaton takes all of its bytes. The automaton is
-    /// left as it was.
-    pub(super) fn mask(&self, automaton: &mut Automaton, mask: &mut Vec<u64>) {
+    /// Writes one bit per token id: whether the machine takes all of its bytes. The machine is left as
+    /// it was.
+    pub(super) fn mask(&self, machine: &mut impl Machine, mask: &mut Vec<u64>) {
         mask.clear();
         mask.resize(self.vocab.div_ceil(64), 0);
-        let mut path: Vec<(u32, Undo)> = Vec::with_capacity(64);
+        self.walk(
+            machine,
+            |_| false,
+            |tokens, taken| {
+                if taken {
+                    for &id in tokens {
+                        mask[id as usize / 64] |= 1 << (id % 64);
+                    }
+                }
+            },
+        );
+    }
+
+    /// As [`Self::mask`], but tokens without bytes are allowed, too. Where the machine is `idle`, it
+    /// takes any rest of a token. Returns whether any token is not allowed.
+    pub(super) fn mask_of_refused<M: Machine>(
+        &self,
+        machine: &mut M,
+        idle: impl Fn(&M) -> bool,
+        mask: &mut Vec<u64>,
+    ) -> bool {
+        mask.clear();
+        mask.resize(self.vocab.div_ceil(64), u64::MAX);
+        let mut any = false;
+        self.walk(machine, idle, |tokens, taken| {
+            if !taken {
+                for &id in tokens {
+                    mask[id as usize / 64] &= !(1 << (id % 64));
+                    any = true;
+                }
+            }
+        });
+        any
+    }
+
+    /// Calls `judged` with tokens and whether the machine takes all of their bytes, except for tokens
+    /// that go on where the machine is `idle`.
+    fn walk<M: Machine>(
+        &self,
+        machine: &mut M,
+        idle: impl Fn(&M) -> bool,
+        mut judged: impl FnMut(&[u32], bool),
+    ) {
+        let tokens = |from: usize, to: usize| {
+            &self.tokens[self.firsts[from] as usize..self.firsts[to] as usize]
+        };
+        let mut path: Vec<(u32, M::Undo)> = Vec::with_capacity(64);
         let mut node = 0;
         while node < self.bytes.len() {
             while path.last().is_some_and(|(end, _)| *end as usize <= node) {
                 if let Some((_, undo)) = path.pop() {
-                    automaton.undo(undo);
+                    machine.undo(undo);
                 }
             }
-            let Some(undo) = automaton.step(self.bytes[node]) else {
-                node = self.ends[node] as usize;
+            let end = self.ends[node] as usize;
+            let Some(undo) = machine.step(self.bytes[node]) else {
+                judged(tokens(node, end), false);
+                node = end;
                 continue;
             };
             path.push((self.ends[node], undo));
-            let completed = self.firsts[node] as usize..self.firsts[node + 1] as usize;
-            for &id in &self.tokens[completed] {
-                mask[id as usize / 64] |= 1 << (id % 64);
-            }
-            node += 1;
+            judged(tokens(node, node + 1), true);
+            node = if idle(machine) { end } else { node + 1 };
         }
         while let Some((_, undo)) = path.pop() {
-            automaton.undo(undo);
+            machine.undo(undo);
         }
     }
 }
