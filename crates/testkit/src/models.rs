@@ -109,10 +109,14 @@ pub const TOOLS_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %
     \"arguments\": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+/// What [`MemoryModel::offer_calls`] makes a token of.
+pub const CALL: &str = "<tool_call>";
 /// Token that begins every text.
 pub const BEGIN: &str = "<|begin|>";
 /// Token that ends a generation.
 pub const END: &str = "<|endoftext|>";
+/// Control token that nothing uses.
+const UNUSED: &str = "<|unused|>";
 
 impl Tiny {
     /// Makes the model. The same description gives the same bytes everywhere.
@@ -210,6 +214,28 @@ impl MemoryModel {
         let mut assets = self.assets.iter_mut();
         let asset = assets.find(|(name, _)| name == "chat_template.jinja");
         asset.expect("tiny models have a template").1 = template.as_bytes().to_vec();
+    }
+
+    /// Gives the model [`TOOLS_TEMPLATE`] and, in place of its unused token, [`CALL`] as ordinary text with a token of
+    /// its own, as models have it that were trained to call functions. Returns its id and that of [`END`]: who biases
+    /// them makes noise call.
+    ///
+    /// # Panics
+    /// When the model is not a tiny one as it was built.
+    pub fn offer_calls(&mut self) -> [usize; 2] {
+        self.set_chat_template(TOOLS_TEMPLATE);
+        let tokens = &mut self.vocabulary.tokens;
+        let [call, end] = [UNUSED, END].map(|name| {
+            let at = tokens.iter().position(|token| token == name);
+            at.expect("tiny models have their special tokens")
+        });
+        tokens[call] = CALL.into();
+        self.vocabulary.kinds[call] = TokenKind::Normal;
+        let json = tokenizer_json(&self.vocabulary).to_string().into_bytes();
+        let mut assets = self.assets.iter_mut();
+        let asset = assets.find(|(name, _)| name == "tokenizer.json");
+        asset.expect("tiny models have a tokenizer").1 = json;
+        [call, end]
     }
 
     /// Adds a tensor, encoding its values.
@@ -367,7 +393,7 @@ fn byte_vocabulary() -> Vocabulary {
         merges.push((left, right));
     }
     let mut kinds = vec![TokenKind::Normal; tokens.len()];
-    for special in [BEGIN, END, "<|im_start|>", "<|im_end|>", "<|unused|>"] {
+    for special in [BEGIN, END, "<|im_start|>", "<|im_end|>", UNUSED] {
         tokens.push(special.into());
         kinds.push(TokenKind::Control);
     }
