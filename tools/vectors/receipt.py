@@ -24,7 +24,8 @@ REQUEST = b'{"model":"smollm2","messages":[{"role":"user","content":"Hello"}]}'
 ANSWER = b'data: {"one":1}\n\ndata: [DONE]\n\n'
 # What steered the complete answer, and then that of each further receipt: keys 10 to 13 of the parameters.
 STEERED = {10: [3, 100.0], 12: [2, None, True], 13: 2}
-FURTHER = [{11: 1}, {10: [1, 0.0], 11: 2}, {12: [2, 1, False]}, {12: [1, 2, False]}, {12: [1, 3, True], 13: 4}]
+FURTHER = [{11: 1}, {10: [1, 0.0], 11: 2}, {12: [2, 1, False]}, {12: [1, 2, False]}, {12: [7, 4, True]},
+           {12: [1, 5, True]}, {12: [1, 3, True], 13: 4}]
 
 
 def single(value: float) -> float:

@@ -111,7 +111,7 @@ pub struct Functions {
     /// How many.
     #[n(0)]
     pub offered: NonZeroU32,
-    /// The call that every answer must be; nothing where the model was free.
+    /// What calls had to be; nothing where the model was free.
     #[n(1)]
     pub forced: Option<ForcedCall>,
     /// Calls after an answer's first were left out.
@@ -119,7 +119,7 @@ pub struct Functions {
     pub first_call_only: bool,
 }
 
-/// A call that every answer must be.
+/// A call that every answer must be or, in the last case, what a call must be that the model makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 #[cbor(index_only)]
 pub enum ForcedCall {
@@ -132,6 +132,12 @@ pub enum ForcedCall {
     /// Of that one, with arguments that a JSON Schema in the request allows.
     #[n(3)]
     OneBySchema,
+    /// Of any of the functions; of one or more of them, with arguments that a JSON Schema in the request allows.
+    #[n(4)]
+    AnyBySchema,
+    /// None: the model was free to call. If it did, the call was as in [`ForcedCall::AnyBySchema`].
+    #[n(5)]
+    IfAnyBySchema,
 }
 
 impl Parameters {

@@ -38,7 +38,7 @@ fn functions(offered: u32, forced: Option<ForcedCall>, first_call_only: bool) ->
 }
 
 /// What steered the answers of the vector's further receipts.
-fn further() -> [Steering; 5] {
+fn further() -> [Steering; 7] {
     let none = Steering::default;
     [
         Steering {
@@ -56,6 +56,14 @@ fn further() -> [Steering; 5] {
         },
         Steering {
             functions: functions(1, Some(ForcedCall::One), false),
+            ..none()
+        },
+        Steering {
+            functions: functions(7, Some(ForcedCall::AnyBySchema), true),
+            ..none()
+        },
+        Steering {
+            functions: functions(1, Some(ForcedCall::IfAnyBySchema), true),
             ..none()
         },
         Steering {
@@ -265,7 +273,7 @@ fn steering_of_unknown_kinds_and_of_nothing_is_not_read() {
         [bias, &[0x0c, 0x83, 0x00, 0xf6, 0xf5], stop],
         [bias, functions, &[0x0d, 0x00]],
         // An unknown kind of forced call, a shorter and a longer array.
-        [bias, &[0x0c, 0x83, 0x02, 0x04, 0xf5], stop],
+        [bias, &[0x0c, 0x83, 0x02, 0x06, 0xf5], stop],
         [&[0x0a, 0x81, 0x03], functions, stop],
         [bias, &[0x0c, 0x84, 0x02, 0xf6, 0xf5, 0x00], stop],
         // The same bias in single precision.

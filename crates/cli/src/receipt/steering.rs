@@ -27,13 +27,26 @@ pub(super) fn means(steering: &Steering) -> Vec<String> {
     if let Some(functions) = &steering.functions {
         let call = match functions.forced {
             None => None,
-            Some(ForcedCall::Any) => Some("of any function offered, with any arguments"),
-            Some(ForcedCall::One) => Some("of one function, with any arguments"),
+            Some(ForcedCall::Any) => {
+                Some("tool_choice: a forced call of any function offered, with any arguments")
+            }
+            Some(ForcedCall::One) => {
+                Some("tool_choice: a forced call of one function, with any arguments")
+            }
             Some(ForcedCall::OneBySchema) => Some(
-                "of one function, with arguments that a schema in the request allows, which may be single values",
+                "tool_choice: a forced call of one function, with arguments that a schema in the request allows, \
+                 which may be single values",
+            ),
+            Some(ForcedCall::AnyBySchema) => Some(
+                "tool_choice: a forced call of any function offered, with arguments that schemas in the request \
+                 allow, which may be single values",
+            ),
+            Some(ForcedCall::IfAnyBySchema) => Some(
+                "tools, strict: if the model called, arguments that schemas in the request allow, which may be \
+                 single values",
             ),
         };
-        means.extend(call.map(|call| format!("tool_choice: a forced call {call}")));
+        means.extend(call.map(str::to_owned));
         if functions.first_call_only {
             means
                 .push("parallel_tool_calls, false: calls after the first were left out".to_owned());
@@ -62,6 +75,8 @@ pub(super) fn claims(steering: &Steering) -> Map<String, Value> {
             ForcedCall::Any => "any",
             ForcedCall::One => "one",
             ForcedCall::OneBySchema => "one_by_schema",
+            ForcedCall::AnyBySchema => "any_by_schema",
+            ForcedCall::IfAnyBySchema => "if_any_by_schema",
         });
         json!({
             "offered": functions.offered,
@@ -125,6 +140,14 @@ mod tests {
                 "one function, with any",
             ),
             (&functions(Some(ForcedCall::OneBySchema), false), "a schema"),
+            (
+                &functions(Some(ForcedCall::AnyBySchema), false),
+                "any function offered, with arguments that schemas",
+            ),
+            (
+                &functions(Some(ForcedCall::IfAnyBySchema), false),
+                "if the model called",
+            ),
             (&functions(None, true), "parallel_tool_calls"),
             (&stop, "2 stop strings"),
         ] {
