@@ -1,16 +1,21 @@
 """What a service with an extraction policy and a model with tools offers, by the official `openai` package.
 
-    python openai_features.py BASE_URL MODEL
+    python openai_features.py BASE_URL MODEL CALL_TOKEN END_TOKEN
+
+The two tokens begin a call and end an answer.
 
 Prints one JSON object per check and exits non-zero at the first one that fails.
 """
 
+import enum
 import json
 import sys
+from typing import Literal, Optional
 
 import openai
+import pydantic
 
-base_url, model = sys.argv[1], sys.argv[2]
+base_url, model, call_token, end_token = sys.argv[1:5]
 client = openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=120)
 # A model of noise would fill its answers with white space.
 NO_BLANKS = {"9": -100, "10": -100, "13": -100, "32": -100}
@@ -104,7 +109,59 @@ deltas = [
     for delta in part.delta.tool_calls or []
 ]
 check("a streamed call is the same", [d.function.arguments for d in deltas] == [call.function.arguments])
-refused("strict needs one function", "tools[0].function.strict", "unsupported_parameter", lambda: chat(tools=tools))
+
+class Unit(enum.Enum):
+    CELSIUS = "celsius"
+    FAHRENHEIT = "fahrenheit"
+
+
+class Place(pydantic.BaseModel):
+    indoors: bool
+    floor: Optional[Literal[1, 2, 3]]
+
+
+class Measure(pydantic.BaseModel):
+    """Measures the temperature."""
+
+    unit: Unit = pydantic.Field(description="of the answer")
+    other: Optional[Unit] = None
+    place: Place
+
+
+class Off(pydantic.BaseModel):
+    now: bool
+
+
+declared = [openai.pydantic_function_tool(Measure), openai.pydantic_function_tool(Off)]
+check("the package declares strictly", all(tool["function"]["strict"] for tool in declared))
+# Noise would rather say something else than call, or end.
+willing = {**NO_BLANKS, call_token: 9, end_token: 9}
+parsed, said = [], 0
+for seed in range(16):
+    try:
+        free = client.chat.completions.parse(
+            model=model,
+            messages=[{"role": "user", "content": "How warm is it?"}],
+            tools=declared,
+            seed=seed,
+            temperature=1,
+            max_tokens=1000,
+            logit_bias=willing,
+        ).choices[0]
+    except openai.LengthFinishReasonError:
+        continue
+    parsed += [made.function.parsed_arguments for made in free.message.tool_calls or []]
+    said += not free.message.tool_calls
+check("the model may call, and need not", len(parsed) > 4 and said > 1, [len(parsed), said])
+check("every call is what was declared", all(isinstance(call, (Measure, Off)) for call in parsed))
+check("both are called", {type(call) for call in parsed} == {Measure, Off})
+unenforceable = openai.pydantic_function_tool(pydantic.create_model("Bad", n=(int, pydantic.Field(ge=1))))
+refused(
+    "a bound is refused by its place",
+    "tools[1].function.parameters",
+    "invalid_value",
+    lambda: chat(tools=[declared[1], unenforceable]),
+)
 answer = chat(
     tools=tools,
     tool_choice="none",

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use casemate_enclave::api::{Extraction, Logprobs, router};
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Value, json};
-use support::{api, api_with, chat, events, post};
+use support::{api, api_that_calls, api_with, chat, events, post};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -96,13 +96,18 @@ async fn answers_follow_a_schema() {
             if choice["finish_reason"] == "stop" {
                 let value: Value =
                     serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+                let members = value.as_object().unwrap();
+                let labels = [json!("red"), json!("green"), Value::Null];
                 assert!(
-                    value["ok"].is_boolean()
-                        && ["red", "green"].iter().any(|l| value["label"] == *l)
-                        || value["label"].is_null()
+                    members["ok"].is_boolean() && labels.contains(&members["label"]),
+                    "{value}"
                 );
+                let optional = members
+                    .get("n")
+                    .is_none_or(|n| n.is_i64() || n.is_u64() || n.is_f64());
+                let known = ["ok", "label", "n"];
                 assert!(
-                    value.as_object().unwrap().len() <= 3 && value.get("label").is_some(),
+                    optional && members.keys().all(|name| known.contains(&name.as_str())),
                     "{value}"
                 );
                 ended += 1;
@@ -186,6 +191,108 @@ async fn a_forced_call_is_made_whole_and_streamed() {
     assert!(made > 2, "{made}");
 }
 
+/// What a strict call of [`tool`] or of the other says, judged by hand.
+fn check_call(call: &Value) {
+    let arguments = call["function"]["arguments"].as_str().unwrap();
+    let arguments: Value = serde_json::from_str(arguments).unwrap();
+    let members = arguments.as_object().unwrap();
+    match call["function"]["name"].as_str().unwrap() {
+        "sun" => {
+            assert!(
+                members.len() == 1 && members["rainy"].is_boolean(),
+                "{call}"
+            );
+        }
+        "level" => {
+            let one_of = [json!(1), json!(12), Value::Null];
+            assert!(
+                members.len() == 1 && one_of.contains(&members["at"]),
+                "{call}"
+            );
+        }
+        other => panic!("{other} was not offered"),
+    }
+}
+
+#[tokio::test]
+async fn calls_of_strict_functions_are_valid_where_the_model_is_free_to_call() {
+    let (api, [begin, end]) = api_that_calls(1024);
+    let policy = Extraction {
+        logprobs: Logprobs::Rounded {
+            top: 1,
+            rounding: 0.1,
+        },
+        logit_bias: true,
+    };
+    let router = router(api.with_extraction(policy));
+    let level = json!({"type": "function", "function": {"name": "level", "strict": true, "parameters": {
+        "type": "object", "additionalProperties": false, "required": ["at"],
+        "properties": {"at": {"anyOf": [{"$ref": "#/$defs/Level"}, {"type": "null"}]}},
+        "$defs": {"Level": {"type": "integer", "enum": [1, 12]}},
+    }}});
+    let tools = json!([tool("sun", true), level]);
+    // A model of noise would rather say something else.
+    let mut bias = json!({"9": -100, "10": -100, "13": -100, "32": -100});
+    bias[begin.to_string()] = json!(9);
+    bias[end.to_string()] = json!(9);
+    let (mut called, mut several, mut silent, mut cut) = (0, 0, 0, 0);
+    for seed in 0..12 {
+        let extra = json!({"tools": tools, "temperature": 1, "n": 4, "seed": seed, "max_tokens": 120, "logit_bias": bias});
+        let answer = answered(&router, &extra).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            let calls = choice["message"]["tool_calls"].as_array();
+            let calls = calls.map_or(&[][..], Vec::as_slice);
+            calls.iter().for_each(check_call);
+            let text = choice["message"]["content"].as_str().unwrap_or_default();
+            match choice["finish_reason"].as_str().unwrap() {
+                // No call was made and not reported.
+                "tool_calls" | "stop" => assert!(!text.contains("<tool_call>"), "{choice}"),
+                reason => {
+                    assert_eq!(reason, "length");
+                    cut += 1;
+                }
+            }
+            called += usize::from(!calls.is_empty());
+            several += usize::from(calls.len() > 1);
+            silent += usize::from(calls.is_empty());
+        }
+    }
+    assert!(
+        called > 8 && several > 2 && silent > 8,
+        "{called} called, {several} of them more than once, {silent} did not, {cut} were cut"
+    );
+    let single = json!({"tools": tools, "temperature": 1, "n": 8, "max_tokens": 120, "logit_bias": bias, "parallel_tool_calls": false});
+    for choice in answered(&router, &single).await["choices"]
+        .as_array()
+        .unwrap()
+    {
+        let calls = choice["message"]["tool_calls"].as_array();
+        assert!(calls.is_none_or(|calls| calls.len() == 1), "{choice}");
+    }
+    // Stop strings may end the text around calls; tokens that a schema forces are never told beside likelihoods.
+    answered(&router, &json!({"tools": tools, "stop": "x"})).await;
+    let told = json!({"tools": tools, "logprobs": true});
+    assert_eq!(refused(&router, &told).await.0, "tools");
+    answered(
+        &router,
+        &json!({"tools": [tool("sun", false)], "logprobs": true}),
+    )
+    .await;
+    // Where a call is forced, each of several functions keeps its own schema.
+    let forced = json!({"tools": tools, "tool_choice": "required", "temperature": 1, "n": 8, "max_tokens": 120, "logit_bias": bias});
+    let mut names = std::collections::BTreeSet::new();
+    for choice in answered(&router, &forced).await["choices"]
+        .as_array()
+        .unwrap()
+    {
+        if choice["finish_reason"] == "tool_calls" {
+            check_call(&choice["message"]["tool_calls"][0]);
+            names.insert(choice["message"]["tool_calls"][0]["function"]["name"].to_string());
+        }
+    }
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
 #[tokio::test]
 async fn calls_and_results_go_into_the_prompt() {
     let router = with_tools();
@@ -235,6 +342,9 @@ async fn functions_have_limits_and_need_a_template() {
     );
     let router = with_tools();
     let many: Vec<Value> = (0..129).map(|n| tool(&format!("f{n}"), false)).collect();
+    let mut unenforceable = tool("g", true);
+    unenforceable["function"]["parameters"]["properties"]["rainy"] =
+        json!({"type": "string", "pattern": "x"});
     let large = json!([{"type": "function", "function": {"name": "f", "description": "x".repeat(300_000)}}]);
     for (tools, param) in [
         (json!(many), "tools"),
@@ -242,10 +352,13 @@ async fn functions_have_limits_and_need_a_template() {
         (json!([tool("f", false), tool("f", false)]), "tools[1]"),
         (json!([tool("a b", false)]), "tools[0]"),
         (json!([{"type": "web_search"}]), "tools[0]"),
-        (json!([tool("f", true)]), "tools[0].function.strict"),
         (
-            json!([tool("a", true), tool("b", false)]),
-            "tools[0].function.strict",
+            json!([tool("f", false), unenforceable]),
+            "tools[1].function.parameters",
+        ),
+        (
+            json!([{"type": "function", "function": {"name": "f", "parameters": []}}]),
+            "tools[0]",
         ),
     ] {
         assert_eq!(refused(&router, &json!({"tools": tools})).await.0, param);

@@ -365,6 +365,14 @@ async fn a_receipt_says_which_functions_could_and_had_to_be_called() {
             json!({"tools": [tool("sun", true)], "tool_choice": "required"}),
             functions(1, Some(ForcedCall::OneBySchema), false),
         ),
+        (
+            json!({"tools": [tool("sun", true), tool("rain", false)], "tool_choice": "required"}),
+            functions(2, Some(ForcedCall::AnyBySchema), false),
+        ),
+        (
+            json!({"tools": [tool("sun", true)]}),
+            functions(1, Some(ForcedCall::IfAnyBySchema), false),
+        ),
     ] {
         let expected = Steering {
             functions: told,

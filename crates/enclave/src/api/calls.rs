@@ -99,8 +99,10 @@ impl CallReader {
         if whole && bare && !self.text_began {
             let held = std::mem::take(&mut self.held);
             let calls: Option<Vec<Call>> = objects(&held).and_then(|objects| {
-                let calls = objects.into_iter().map(|object| self.call(object));
-                calls.collect()
+                objects
+                    .into_iter()
+                    .map(|object| self.call(object))
+                    .collect()
             });
             match calls {
                 Some(calls) if !calls.is_empty() && calls.len() <= MAX_CALLS => {
@@ -144,8 +146,7 @@ impl CallReader {
                 return;
             };
             let end = inside + length + CLOSE.len();
-            let object = serde_json::from_str(self.held[inside..inside + length].trim()).ok();
-            match object.and_then(|object| self.call(object)) {
+            match self.call(&self.held[inside..inside + length]) {
                 Some(call) if self.found < MAX_CALLS => {
                     let text = self.held[..open].trim_end().len();
                     if text > 0 {
@@ -172,43 +173,55 @@ impl CallReader {
         }
     }
 
-    /// `{"name": …, "arguments" or "parameters": {…}}` of a function that was offered.
-    fn call(&self, mut object: Map<String, Value>) -> Option<Call> {
+    /// `{"name": …, "arguments" or "parameters": {…}}` of a function that was offered. Where a grammar bound the model,
+    /// only what follows it: the rest is text.
+    fn call(&self, object: &str) -> Option<Call> {
+        let (name, arguments) = match &self.reading.grammar {
+            Some(grammar) => {
+                let (name, arguments) = grammar.read(object)?;
+                (name.to_owned(), arguments.to_owned())
+            }
+            None => self.free_call(object)?,
+        };
+        Some(Call {
+            id: (self.new_id)(),
+            name,
+            arguments,
+        })
+    }
+
+    /// The name and the arguments in any object that has them.
+    fn free_call(&self, object: &str) -> Option<(String, String)> {
+        let mut object: Map<String, Value> = serde_json::from_str(object.trim()).ok()?;
         let key = match self.reading.format {
             CallFormat::Tagged => "arguments",
             CallFormat::Bare => "parameters",
         };
         let name = object.get("name")?.as_str()?.to_owned();
         let arguments = object.shift_remove(key)?;
-        if !self.reading.names.contains(&name) || !arguments.is_object() {
-            return None;
-        }
-        Some(Call {
-            id: (self.new_id)(),
-            name,
-            arguments: arguments.to_string(),
-        })
+        let offered = self.reading.names.contains(&name) && arguments.is_object();
+        offered.then(|| (name, arguments.to_string()))
     }
 }
 
 /// One or more objects, separated by white space or semicolons, and nothing else.
-fn objects(text: &str) -> Option<Vec<Map<String, Value>>> {
+fn objects(text: &str) -> Option<Vec<&str>> {
     let mut found = Vec::new();
     let mut rest = text.trim_start();
     while !rest.is_empty() {
         let mut stream = serde_json::Deserializer::from_str(rest).into_iter();
-        found.push(stream.next()?.ok()?);
-        let read = stream.byte_offset();
-        rest = rest[read..]
-            .trim_start()
-            .trim_start_matches(';')
-            .trim_start();
+        let _: Map<String, Value> = stream.next()?.ok()?;
+        let (object, behind) = rest.split_at(stream.byte_offset());
+        found.push(object);
+        rest = behind.trim_start().trim_start_matches(';').trim_start();
     }
     Some(found)
 }
 
 #[cfg(test)]
 mod tests {
+    use casemate_engine::{CallGrammar, Offered};
+
     use super::*;
 
     fn reader(format: CallFormat, single: bool, forced: bool) -> CallReader {
@@ -217,8 +230,53 @@ mod tests {
             names: vec!["rain".into(), "sun".into()],
             single,
             forced,
+            grammar: None,
         };
         CallReader::new(reading, || "id".into())
+    }
+
+    /// As [`reader`], where arguments must be `{"wet": true}` or `{"wet": false}`.
+    fn strict(format: CallFormat) -> CallReader {
+        let schema = json!({
+            "type": "object", "additionalProperties": false, "required": ["wet"],
+            "properties": {"wet": {"type": "boolean"}},
+        });
+        let offered = ["rain", "sun"].map(|name| Offered {
+            name,
+            arguments: Some(&schema),
+        });
+        let mut reader = reader(format, false, false);
+        reader.reading.grammar = Some(CallGrammar::new(format, &offered).unwrap());
+        reader
+    }
+
+    #[test]
+    fn only_what_a_grammar_allows_is_a_call() {
+        let good = r#"{"name": "rain", "arguments": { "wet":true}}"#;
+        let text = format!("so\n<tool_call>{good}</tool_call>");
+        let found = read(strict(CallFormat::Tagged), &text, 3, true);
+        // As the model wrote it.
+        assert_eq!(found, ("so".into(), calls(&[("rain", r#"{ "wet":true}"#)])));
+        let (bare, bad) = (
+            good.replace("arguments", "parameters"),
+            r#"{"name": "rain", "parameters": {"wet": 1}}"#,
+        );
+        let both = format!("{bare} ; {bare}");
+        assert_eq!(read(strict(CallFormat::Bare), &both, 5, true).1.len(), 2);
+        for text in [
+            bad.to_owned(),
+            format!("{bare};{bad}"),
+            format!("{bad};{bare}"),
+        ] {
+            let found = read(strict(CallFormat::Bare), &text, 5, true);
+            assert_eq!(found, (text, vec![]));
+        }
+        let bad = format!(
+            "<tool_call>{}</tool_call>",
+            bad.replace("parameters", "arguments")
+        );
+        let found = read(strict(CallFormat::Tagged), &bad, 4, true);
+        assert_eq!(found, (bad, vec![]));
     }
 
     /// Everything read from a text cut into pieces of `size` characters.

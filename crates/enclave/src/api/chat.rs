@@ -80,19 +80,17 @@ fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Pr
             "JSON cannot be combined with 'tools' that may be called",
         ));
     }
+    let forced = tools.reading.as_ref().is_some_and(|r| r.forced);
     if logprobs.is_some() {
         // A client that wrote the schema can ask for tokens of its choice.
         let schema = Told::Format(AnswerFormat::JsonSchema);
         let by_schema = format.as_ref().is_some_and(|format| format.told == schema);
         api.extraction().unsteered("response_format", by_schema)?;
-        api.extraction()
-            .unsteered("tool_choice", tools.forced.is_some())?;
+        let param = if forced { "tool_choice" } else { "tools" };
+        let steered = tools.constraint.is_some();
+        api.extraction().unsteered(param, steered)?;
     }
-    let constraint = match &tools.forced {
-        Some((_, forced)) => Some(forced.clone()),
-        None => format,
-    };
-    if constraint.is_some() && !stop.is_empty() {
+    if (forced || format.is_some()) && !stop.is_empty() {
         return Err(ApiError::value(
             "stop",
             "an answer that must be whole JSON cannot be cut by stop strings",
@@ -110,7 +108,7 @@ fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Pr
         sampling,
         stop,
         logprobs,
-        constraint,
+        constraint: tools.constraint.or(format),
         reading: tools.reading,
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
@@ -155,9 +153,7 @@ fn render(
     let mut prompt = template
         .render_with_tools(messages, &tools.shown, true, now)
         .map_err(|error| ApiError::value("messages", error))?;
-    if let Some((begin, _)) = &tools.forced {
-        prompt.push_trusted(begin);
-    }
+    prompt.push_trusted(tools.begin);
     // The template writes the control tokens itself, the beginning-of-sequence token included.
     engine
         .tokenizer()

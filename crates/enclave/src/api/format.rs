@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 
 /// Largest schema, in bytes of JSON.
-const MAX_SCHEMA_BYTES: usize = 64 << 10;
+pub(super) const MAX_SCHEMA_BYTES: usize = 64 << 10;
 
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
@@ -76,7 +76,7 @@ pub(super) fn parse(value: Value) -> Result<Option<Constraint>, ApiError> {
 }
 
 /// A client's schema as a grammar.
-pub(super) fn compile(param: &str, schema: Map<String, Value>) -> Result<Grammar, ApiError> {
+fn compile(param: &str, schema: Map<String, Value>) -> Result<Grammar, ApiError> {
     let schema = Value::Object(schema);
     if schema.to_string().len() > MAX_SCHEMA_BYTES {
         let most = format!("a schema has at most {MAX_SCHEMA_BYTES} bytes");

@@ -2,12 +2,12 @@
 //! [`super::calls`].
 
 use casemate_channel::receipt::ForcedCall;
-use casemate_engine::{CallFormat, ChatTemplate, Grammar};
+use casemate_engine::{CallFormat, CallGrammar, ChatTemplate, Grammar, Offered};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::format::{Constraint, Told, compile};
+use super::format::{Constraint, MAX_SCHEMA_BYTES, Told};
 
 /// Most functions of one request, and their definitions in bytes of JSON.
 const MAX_TOOLS: usize = 128;
@@ -35,7 +35,7 @@ struct Function {
     #[serde(default, rename = "description")]
     _description: Option<String>,
     #[serde(default)]
-    parameters: Option<Map<String, Value>>,
+    parameters: Option<Value>,
     #[serde(default)]
     strict: Option<bool>,
 }
@@ -76,8 +76,10 @@ pub(super) struct Tools {
     pub(super) shown: Vec<Value>,
     /// How answers are read; `None` where none may be called.
     pub(super) reading: Option<Reading>,
-    /// Where a call is forced: what the answer begins with, and what it must be.
-    pub(super) forced: Option<(&'static str, Constraint)>,
+    /// What answers must be, where a call is forced or any function is strict.
+    pub(super) constraint: Option<Constraint>,
+    /// What a forced call begins with.
+    pub(super) begin: &'static str,
 }
 
 /// How calls are found in what a model writes.
@@ -90,6 +92,8 @@ pub(super) struct Reading {
     pub(super) single: bool,
     /// The whole answer is one call.
     pub(super) forced: bool,
+    /// What calls must be: nothing else is one. It also bound the model.
+    pub(super) grammar: Option<CallGrammar>,
 }
 
 /// 1 to 64 letters, digits, `_` and `-`.
@@ -145,23 +149,37 @@ impl Tools {
             (Choice::Word(Word::Required), [one]) => Some(one),
             _ => None,
         };
-        let strict = functions.iter().position(|f| f.strict == Some(true));
-        if let (Some(index), None) = (strict, only) {
-            return Err(ApiError::unsupported(
-                &format!("tools[{index}].function.strict"),
-                "is only enforced where 'tool_choice' leaves one function",
-            ));
-        }
-        let must = !matches!(choice, Choice::Word(Word::Auto));
-        let forced = must.then(|| force(format, &functions, only)).transpose()?;
+        let forced = !matches!(choice, Choice::Word(Word::Auto));
+        let callable = only.map_or(functions.as_slice(), std::slice::from_ref);
+        let strict = callable.iter().any(|f| f.strict == Some(true));
+        let calls = (forced || strict).then(|| grammar(format, callable, &functions));
+        let calls = calls.transpose()?;
+        let told = Told::Call(match (forced, only.is_some(), strict) {
+            (true, true, true) => ForcedCall::OneBySchema,
+            (true, true, false) => ForcedCall::One,
+            (true, false, true) => ForcedCall::AnyBySchema,
+            (true, false, false) => ForcedCall::Any,
+            (false, ..) => ForcedCall::IfAnyBySchema,
+        });
         Ok(Self {
+            constraint: calls.clone().map(|calls| Constraint {
+                grammar: match forced {
+                    true => Grammar::call(calls),
+                    false => Grammar::text_with_calls(calls),
+                },
+                told,
+            }),
+            begin: match format {
+                CallFormat::Tagged if forced => "<tool_call>\n",
+                _ => "",
+            },
             reading: Some(Reading {
                 format,
                 names: functions.into_iter().map(|f| f.name).collect(),
                 single: parallel == Some(false),
-                forced: must,
+                forced,
+                grammar: calls,
             }),
-            forced,
             shown,
         })
     }
@@ -194,6 +212,12 @@ fn parse_functions(tools: &[Value]) -> Result<Vec<Function>, ApiError> {
                  'parameters' and 'strict'",
             ));
         };
+        if function.parameters.as_ref().is_some_and(|p| !p.is_object()) {
+            return Err(ApiError::value(
+                &place,
+                "'parameters' is a JSON Schema: an object",
+            ));
+        }
         if !is_name(&function.name) {
             let rule = "a function's name has 1 to 64 letters, digits, '_' and '-'";
             return Err(ApiError::value(&place, rule));
@@ -206,39 +230,31 @@ fn parse_functions(tools: &[Value]) -> Result<Vec<Function>, ApiError> {
     Ok(functions)
 }
 
-/// What an answer must be that is a call. With one function and `strict` its arguments follow the
-/// schema; otherwise they are any object.
-fn force(
+/// What calls must be. Arguments of strict functions follow their schemas, others are any object. `all` are the
+/// functions of the request, whose places errors name.
+fn grammar(
     format: CallFormat,
-    functions: &[Function],
-    only: Option<&Function>,
-) -> Result<(&'static str, Constraint), ApiError> {
-    let (begin, arguments) = match format {
-        CallFormat::Tagged => ("<tool_call>\n", "arguments"),
-        CallFormat::Bare => ("", "parameters"),
+    callable: &[Function],
+    all: &[Function],
+) -> Result<CallGrammar, ApiError> {
+    let nothing = json!({"type": "object", "additionalProperties": false});
+    let place = |function: &Function, member: &str| {
+        let index = all.iter().position(|other| other.name == function.name);
+        format!("tools[{}].function.{member}", index.unwrap_or_default())
     };
-    let names: Vec<&str> = match only {
-        Some(function) => vec![&function.name],
-        None => functions.iter().map(|f| f.name.as_str()).collect(),
-    };
-    let (schema, told) = match only {
-        Some(Function {
-            strict: Some(true),
-            parameters: Some(parameters),
-            ..
-        }) => {
-            // Refused under its own name before it is refused as a part of another schema.
-            compile("tools", parameters.clone())?;
-            (Value::Object(parameters.clone()), ForcedCall::OneBySchema)
+    let mut offered = Vec::with_capacity(callable.len());
+    for function in callable {
+        let strict = function.strict == Some(true);
+        let schema = function.parameters.as_ref().unwrap_or(&nothing);
+        if strict && schema.to_string().len() > MAX_SCHEMA_BYTES {
+            let most = format!("a schema has at most {MAX_SCHEMA_BYTES} bytes");
+            return Err(ApiError::value(&place(function, "parameters"), most));
         }
-        Some(_) => (json!({"type": "object"}), ForcedCall::One),
-        None => (json!({"type": "object"}), ForcedCall::Any),
-    };
-    let call = json!({
-        "type": "object", "additionalProperties": false, "required": ["name", arguments],
-        "properties": {"name": {"enum": names}, arguments: schema},
-    });
-    let grammar = Grammar::from_schema(&call).map_err(|error| ApiError::value("tools", error))?;
-    let told = Told::Call(told);
-    Ok((begin, Constraint { grammar, told }))
+        offered.push(Offered {
+            name: &function.name,
+            arguments: strict.then_some(schema),
+        });
+    }
+    CallGrammar::new(format, &offered)
+        .map_err(|error| ApiError::value(&place(&callable[error.index], "parameters"), error))
 }

@@ -12,7 +12,7 @@ use casemate_container::signing::SigningKey;
 use casemate_container::{DataKey, Model, SealOptions, SealedFile, Silent, seal};
 use casemate_enclave::api::Api;
 use casemate_engine::{Compute, Engine, EngineOptions};
-use casemate_testkit::models::Tiny;
+use casemate_testkit::models::{MemoryModel, Tiny};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -27,6 +27,10 @@ pub fn tiny_model_with(template: Option<&str>) -> Model {
     if let Some(template) = template {
         model.set_chat_template(template);
     }
+    sealed_and_opened(&model)
+}
+
+fn sealed_and_opened(model: &MemoryModel) -> Model {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("tiny.casemate");
     let (data_key, signing_key) = (DataKey::generate(), SigningKey::generate());
@@ -34,7 +38,7 @@ pub fn tiny_model_with(template: Option<&str>) -> Model {
         version: 1,
         ..SealOptions::default()
     };
-    seal(&model, &options, &data_key, &signing_key, &path, &Silent).unwrap();
+    seal(model, &options, &data_key, &signing_key, &path, &Silent).unwrap();
     let file = SealedFile::open(&path).unwrap();
     file.unlock(&data_key, &signing_key.verifying_key())
         .unwrap()
@@ -50,6 +54,22 @@ pub fn api() -> Api {
 
 /// Whether a template is given, and how long its context is.
 pub fn api_with(template: Option<&str>, max_context: usize) -> Api {
+    api_over(tiny_model_with(template), max_context)
+}
+
+/// Over a model that can be made to call functions, by biases on the two tokens whose ids come with it: one begins a
+/// call, the other ends the answer.
+pub fn api_that_calls(max_context: usize) -> (Api, [usize; 2]) {
+    let tiny = Tiny {
+        context: max_context as u32,
+        ..Tiny::default()
+    };
+    let mut model = tiny.build();
+    let tokens = model.offer_calls();
+    (api_over(sealed_and_opened(&model), max_context), tokens)
+}
+
+fn api_over(model: Model, max_context: usize) -> Api {
     let options = EngineOptions {
         compute: Compute::F32,
         threads: 1,
@@ -58,7 +78,7 @@ pub fn api_with(template: Option<&str>, max_context: usize) -> Api {
         max_waiting: 16,
         kv_bytes: None,
     };
-    let engine = Engine::load(tiny_model_with(template), &options, &Silent).unwrap();
+    let engine = Engine::load(model, &options, &Silent).unwrap();
     Api::new(engine, "tiny".into(), "fp_0".into(), || NOW)
 }
 
