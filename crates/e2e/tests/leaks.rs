@@ -18,7 +18,16 @@ use serde_json::{Value, json};
 
 const PROMPT: &str = "the-prompt-canary-5d1c0a";
 const SYSTEM: &str = "the-system-canary-77b2e9";
-const API_KEY: &str = "the-api-key-canary-c01d3f";
+/// Who asks with a key that is not listed writes it down nowhere, too.
+const WRONG_KEY: &str = "the-wrong-key-canary-c01d3f";
+const TOOL: &str = "the_tool_canary_8b1d42";
+const SCHEMA: &str = "the-schema-canary-f29a60";
+const STOP: &str = "the-stop-canary-40e7b3";
+const USER: &str = "the-user-canary-9d6c18";
+/// A bias. It is a number for the parser, and still to be recognised if that is printed.
+const BIAS: &str = "27.182818";
+/// In requests that are refused, and nowhere else.
+const REFUSED: &str = "the-refused-canary-1ec5d7";
 /// Six numbers between 0.007 and 0.25 as little-endian f32.
 const WEIGHTS: &[u8; 24] = b"cmw<lea=kca>nar<y5d=1c0>";
 
@@ -32,7 +41,12 @@ fn middle(url: &str) -> (Recorder, String) {
 
 /// A tiny model, one row of whose embedding is [`WEIGHTS`] again and again.
 fn model_with_canary(path: &Path) {
-    let mut model = Tiny::default().build();
+    let tiny = Tiny {
+        context: 2048,
+        ..Tiny::default()
+    };
+    let mut model = tiny.build();
+    model.offer_calls();
     let largest = (0..model.data.len()).max_by_key(|&index| model.data[index].len());
     let data = &mut model.data[largest.unwrap()];
     let row = data.len() - data.len() % 4 - 10 * WEIGHTS.len();
@@ -42,8 +56,9 @@ fn model_with_canary(path: &Path) {
     gguf::write(&model, path).unwrap();
 }
 
-/// Everything up to the enclave's start, with people in the middle of both of its conversations.
-fn stage() -> (Stage, Recorder) {
+/// Everything up to the enclave's start, with people in the middle of both of its conversations; and the API key that
+/// the grant lists.
+fn stage() -> (Stage, Recorder, String) {
     let mut stage = Stage::new().unwrap();
     let model = stage.path("tiny.gguf");
     model_with_canary(&model);
@@ -56,6 +71,7 @@ fn stage() -> (Stage, Recorder) {
     deployment.seal(&model, TINY, 1).unwrap();
     let settings = EnclaveSettings {
         threads: 1,
+        extraction: "logprobs = { top = 3, rounding = 0.1 }\nlogit_bias = true",
         ..EnclaveSettings::default()
     };
     let config = deployment.configure_enclave(&settings).unwrap();
@@ -64,24 +80,26 @@ fn stage() -> (Stage, Recorder) {
     fs::write(&config, text.replace(&broker.url, &through)).unwrap();
     deployment.measure_enclave().unwrap();
     deployment.write_policies().unwrap();
+    // Listed before the grant is made, so its hash is in the grant, the broker's database and the enclave.
+    let key = deployment.api_key("somebody", &[]).unwrap();
     deployment.admit_model().unwrap();
-    (stage, recorder)
+    (stage, recorder, key)
 }
 
 /// Requests that are answered and requests that fail in many ways, each with canaries in it; returns the answers.
-async fn converse(url: &str) -> Vec<String> {
+async fn converse(url: &str, key: &str) -> Vec<String> {
     let client = Client::builder().no_proxy().build().unwrap();
     let chat = |more: Value| {
         let mut body = json!({
-            "model": TINY, "max_tokens": 48, "seed": 7,
+            "model": TINY, "max_tokens": 48, "seed": 7, "user": USER,
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PROMPT}],
         });
         let members = more.as_object().unwrap().clone();
         body.as_object_mut().unwrap().extend(members);
         body.to_string()
     };
-    let send = async |path: &str, body: String| {
-        let request = client.post(format!("{url}{path}")).bearer_auth(API_KEY);
+    let send = async |path: &str, key: &str, body: String| {
+        let request = client.post(format!("{url}{path}")).bearer_auth(key);
         let request = request
             .header("content-type", "application/json")
             .body(body);
@@ -90,7 +108,7 @@ async fn converse(url: &str) -> Vec<String> {
     };
     let chat_path = "/v1/chat/completions";
     let mut answers = Vec::new();
-    let (status, text) = send(chat_path, chat(json!({"temperature": 0}))).await;
+    let (status, text) = send(chat_path, key, chat(json!({"temperature": 0}))).await;
     assert_eq!(status, StatusCode::OK, "{text}");
     let answer: Value = serde_json::from_str(&text).unwrap();
     answers.push(
@@ -99,33 +117,89 @@ async fn converse(url: &str) -> Vec<String> {
             .unwrap()
             .to_owned(),
     );
-    let (status, text) = send(chat_path, chat(json!({"stream": true}))).await;
+    let (status, text) = send(chat_path, key, chat(json!({"stream": true}))).await;
     assert_eq!(status, StatusCode::OK, "{text}");
     assert!(text.ends_with("data: [DONE]\n\n"));
     let completion = json!({"model": TINY, "prompt": PROMPT, "max_tokens": 32}).to_string();
-    assert_eq!(send("/v1/completions", completion).await.0, StatusCode::OK);
-    for (path, body) in [
-        (chat_path, chat(json!({"model": PROMPT}))),
-        (chat_path, chat(json!({"audio": PROMPT}))),
-        (chat_path, chat(json!({"max_tokens": PROMPT}))),
+    let (status, text) = send("/v1/completions", key, completion).await;
+    assert_eq!(status, StatusCode::OK, "{text}");
+
+    // Everything else that a user may say. Bound to a schema, an answer spells the canary in it.
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": [SCHEMA],
+        "properties": {SCHEMA: {"enum": [SCHEMA]}},
+    });
+    let tool = |description: &str, parameters: &Value| {
+        json!([{"type": "function", "function": {
+            "name": TOOL, "description": description, "strict": true, "parameters": parameters,
+        }}])
+    };
+    let format = json!({"type": "json_schema", "json_schema": {"name": TOOL, "schema": schema}});
+    let bias: Value = serde_json::from_str(&format!("{{\"5\": -{BIAS}, \"9\": {BIAS}}}")).unwrap();
+    for (more, said) in [
         (
-            chat_path,
-            chat(json!({"messages": [{"role": PROMPT, "content": PROMPT}]})),
+            json!({"tools": tool(SCHEMA, &schema), "stop": STOP, "logit_bias": bias}),
+            "",
         ),
         (
-            chat_path,
-            chat(json!({"messages": [{"role": "user", "content": PROMPT.repeat(1000)}]})),
+            json!({"tools": tool(SCHEMA, &schema), "tool_choice": "required", "max_tokens": 300}),
+            TOOL,
         ),
-        (chat_path, format!("{{\"{PROMPT}\": \"{PROMPT}\", {PROMPT}")),
-        ("/v1/the-prompt-canary-5d1c0a", PROMPT.to_owned()),
+        (
+            json!({"response_format": format, "max_tokens": 300, "metadata": {"a": USER}}),
+            SCHEMA,
+        ),
     ] {
-        let (status, text) = send(path, body).await;
-        assert!(status.is_client_error(), "{status} {text}");
+        let (status, text) = send(chat_path, key, chat(more)).await;
+        assert_eq!(status, StatusCode::OK, "{text}");
+        assert!(text.contains(said), "{text}");
+    }
+
+    // A refusal tells the requester what was wrong, and the text of it is for nobody else.
+    let unknown = json!({"type": "object", REFUSED: 1});
+    let bad_tool = tool(REFUSED, &unknown);
+    for (path, key, body) in [
+        (chat_path, key, chat(json!({"model": REFUSED}))),
+        (chat_path, key, chat(json!({"audio": REFUSED}))),
+        (chat_path, key, chat(json!({REFUSED: 1}))),
+        (chat_path, key, chat(json!({"max_tokens": REFUSED}))),
+        (chat_path, key, chat(json!({"tools": bad_tool}))),
+        (chat_path, key, chat(json!({"stop": [REFUSED, ""]}))),
+        (chat_path, key, chat(json!({"logit_bias": {REFUSED: 1}}))),
+        (chat_path, key, chat(json!({"user": REFUSED.repeat(100)}))),
+        (
+            chat_path,
+            key,
+            chat(json!({"messages": [{"role": REFUSED, "content": REFUSED}]})),
+        ),
+        (
+            chat_path,
+            key,
+            chat(json!({"messages": [{"role": "user", "content": REFUSED.repeat(1000)}]})),
+        ),
+        (
+            chat_path,
+            key,
+            format!("{{\"{REFUSED}\": \"{REFUSED}\", {REFUSED}"),
+        ),
+        (&format!("/v1/{REFUSED}"), key, REFUSED.to_owned()),
+    ] {
+        let (status, text) = send(path, key, body).await;
+        assert!(
+            status == StatusCode::BAD_REQUEST || status == StatusCode::NOT_FOUND,
+            "{status} {text}"
+        );
+    }
+    // The key is what opens the door.
+    for key in [WRONG_KEY, REFUSED] {
+        let (status, text) = send(chat_path, key, chat(json!({"user": REFUSED}))).await;
+        assert_eq!(status, StatusCode::UNAUTHORIZED, "{text}");
     }
     // Somebody who leaves in the middle of an answer.
     let endless = chat(json!({"stream": true, "max_tokens": 1500}));
     let request = client.post(format!("{url}{chat_path}")).body(endless);
-    let mut response = request.bearer_auth(API_KEY).send().await.unwrap();
+    let mut response = request.bearer_auth(key).send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
     response.chunk().await.unwrap();
     answers
 }
@@ -219,18 +293,31 @@ fn no_secret_is_written_anywhere_or_seen_by_anybody() {
     let here = std::env::current_dir().unwrap();
     let before = listing(&here);
 
-    let (mut stage, broker_middle) = stage();
+    let (mut stage, broker_middle, key) = stage();
     stage.deployment.start_enclave().unwrap();
     let enclave = stage.deployment.enclave().unwrap().url.clone();
     let (user_middle, through) = middle(&enclave);
     let proxy = stage.deployment.start_proxy_to(&through).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let answers = runtime.block_on(converse(&proxy.url));
+    let answers = runtime.block_on(converse(&proxy.url, &key));
 
     let mut said = Canaries::new();
     said.add("the prompt", PROMPT.as_bytes());
     said.add("the system prompt", SYSTEM.as_bytes());
-    said.add("an API key", API_KEY.as_bytes());
+    for (name, secret) in [
+        ("a name of a function", TOOL),
+        ("a schema", SCHEMA),
+        ("a stop string", STOP),
+        ("a user's name", USER),
+        ("a bias", BIAS),
+        ("a refused request", REFUSED),
+        ("an unknown API key", WRONG_KEY),
+        ("an API key", key.as_str()),
+    ] {
+        said.add(name, secret.as_bytes());
+    }
+    let digits = key.strip_prefix("cm-").expect("an API key");
+    said.add("an API key's bytes", &hex::decode(digits).unwrap());
     for answer in &answers {
         said.add("an answer", answer.as_bytes());
     }
@@ -317,11 +404,13 @@ fn no_secret_is_written_anywhere_or_seen_by_anybody() {
         "a program wrote into its working directory"
     );
 
-    // The model as the provider has it, its key, and the grant that carries the key are the only places.
+    // The model as the provider has it, its key, and the grant that carries the key are the only places; and for the API
+    // key, what `casemate apikey new` printed, which the deployment keeps.
     let told = [
         stage.path("tiny.gguf"),
         keys.data_key.clone(),
         work.join("grant"),
+        work.join("logs/casemate-apikey.log"),
     ];
     let mut searched = 0;
     for (path, contents) in files(&work) {
@@ -343,6 +432,10 @@ fn no_secret_is_written_anywhere_or_seen_by_anybody() {
         secrets.find(&fs::read(&told[2]).unwrap()),
         Some("the data key")
     );
+    let printed = fs::read(&told[3]).unwrap();
+    assert_eq!(said.find(&printed), Some("an API key"));
+    assert_eq!(secrets.find(&printed), None);
+    assert_eq!(said.find(&fs::read(&told[2]).unwrap()), None, "the grant");
     // And the programs did say what they could.
     let log = fs::read_to_string(work.join("logs/casemate-proxy.log")).unwrap();
     assert!(log.contains("DEBUG") || log.contains("TRACE"), "{log}");
