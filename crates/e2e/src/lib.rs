@@ -58,16 +58,25 @@ impl Stage {
 
     /// Everything up to the moment before the enclave starts, over a tiny model.
     pub fn until_enclave() -> Result<Stage, DeploymentError> {
+        Stage::until_enclave_with(EnclaveSettings::default(), |_| ())
+    }
+
+    /// As [`Stage::until_enclave`], with other settings, and what `prepare` does first.
+    pub fn until_enclave_with(
+        settings: EnclaveSettings,
+        prepare: impl FnOnce(&mut Deployment),
+    ) -> Result<Stage, DeploymentError> {
         let mut stage = Stage::new()?;
         let model = stage.tiny_model();
         let deployment = &mut stage.deployment;
+        prepare(deployment);
         deployment.start_fake_tee()?;
         deployment.start_broker()?;
         deployment.keygen()?;
         deployment.seal(&model, TINY, 1)?;
         deployment.configure_enclave(&EnclaveSettings {
             threads: 1,
-            ..EnclaveSettings::default()
+            ..settings
         })?;
         deployment.measure_enclave()?;
         deployment.write_policies()?;

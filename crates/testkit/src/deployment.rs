@@ -90,6 +90,7 @@ pub struct Deployment {
     work: PathBuf,
     shown: bool,
     trace: bool,
+    credential_seconds: Option<u64>,
     fake_tee: Option<FakeTeeFacts>,
     broker: Option<BrokerFacts>,
     keys: Option<KeyFacts>,
@@ -253,6 +254,7 @@ impl Deployment {
             work: absolute(work)?,
             shown: false,
             trace: false,
+            credential_seconds: None,
             fake_tee: None,
             broker: None,
             keys: None,
@@ -301,6 +303,11 @@ impl Deployment {
     /// Lets programs that start from now on log all they can. The enclave's level is an argument, so it is measured.
     pub fn log_everything(&mut self) {
         self.trace = true;
+    }
+
+    /// Lets a broker that starts from now on issue credentials for so many seconds.
+    pub fn credentials_for(&mut self, seconds: u64) {
+        self.credential_seconds = Some(seconds);
     }
 
     /// Everything in order, for who wants the result only: proxy and enclave running over the model in `model`.
@@ -355,20 +362,36 @@ impl Deployment {
                 printed,
             });
         }
-        let launch = self
-            .talkative("casemate-broker", "casemate-broker", "RUST_LOG")
-            .arg("serve")
-            .option("--state", &state)
-            .option("--listen", "127.0.0.1:0")
-            .option("--admin-socket", &admin_socket);
-        let program = launch.serve(&self.logs(), START)?;
+        let address = self.serve_broker("127.0.0.1:0")?;
         let facts = BrokerFacts {
-            url: format!("http://{}", program.address()),
+            url: format!("http://{address}"),
             issuer,
             admin_socket,
         };
-        self.running.push((Role::Broker, program));
         Ok(self.broker.insert(facts).clone())
+    }
+
+    /// Starts a broker that was stopped again: the same state at the same address.
+    pub fn start_broker_again(&mut self) -> Result<(), DeploymentError> {
+        let url = self.broker()?.url.clone();
+        self.serve_broker(url.trim_start_matches("http://"))?;
+        Ok(())
+    }
+
+    fn serve_broker(&mut self, listen: &str) -> Result<String, DeploymentError> {
+        let mut launch = self
+            .talkative("casemate-broker", "casemate-broker", "RUST_LOG")
+            .arg("serve")
+            .option("--state", self.work.join("broker"))
+            .option("--listen", listen)
+            .option("--admin-socket", self.work.join("broker-admin.sock"));
+        if let Some(seconds) = self.credential_seconds {
+            launch = launch.option("--credential-lifetime", seconds.to_string());
+        }
+        let program = launch.serve(&self.logs(), START)?;
+        let address = program.address().to_owned();
+        self.running.push((Role::Broker, program));
+        Ok(address)
     }
 
     /// Makes the provider's keys.
