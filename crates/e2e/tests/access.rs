@@ -4,28 +4,12 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use casemate_e2e::{Stage, TINY};
-use casemate_testkit::deployment::{Program, Role};
+use casemate_testkit::deployment::EnclaveSettings;
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Short, so that enclaves soon see what the broker has now.
-const CREDENTIAL_SECONDS: &str = "10";
-
-/// Starts the broker again, where the enclave expects it.
-fn restart_broker(stage: &mut Stage) -> Program {
-    let broker = stage.deployment.broker().unwrap().clone();
-    stage.deployment.stop(Role::Broker);
-    stage
-        .deployment
-        .launch("casemate-broker", "casemate-broker")
-        .arg("serve")
-        .option("--state", stage.path("broker"))
-        .option("--listen", broker.url.trim_start_matches("http://"))
-        .option("--admin-socket", &broker.admin_socket)
-        .option("--credential-lifetime", CREDENTIAL_SECONDS)
-        .serve(&stage.path("logs"), PATIENCE)
-        .unwrap()
-}
+const CREDENTIAL_SECONDS: u64 = 10;
 
 async fn ask(url: &str, key: Option<&str>) -> u16 {
     let client = reqwest::Client::builder().no_proxy().build().unwrap();
@@ -55,10 +39,12 @@ fn said(stage: &Stage) -> Vec<String> {
 
 #[test]
 fn the_enclave_says_who_may_ask_and_a_removed_key_ends_with_a_renewal() {
-    let mut stage = Stage::until_enclave().unwrap();
+    let mut stage = Stage::until_enclave_with(EnclaveSettings::default(), |deployment| {
+        deployment.credentials_for(CREDENTIAL_SECONDS);
+    })
+    .unwrap();
     let alice = stage.deployment.api_key("alice", &[]).unwrap();
     let bob = stage.deployment.api_key("bob", &[]).unwrap();
-    let _broker = restart_broker(&mut stage);
     stage.deployment.admit_model().unwrap();
     stage.deployment.start_enclave().unwrap();
     let url = stage.deployment.start_proxy().unwrap().url;
