@@ -32,6 +32,8 @@ const MAX_WHOLE: usize = 16 * 1024 * 1024;
 const EVENT_STREAM: &str = "text/event-stream";
 /// The largest refusal of a service's host that is read.
 const MAX_PROBLEM: usize = 16 * 1024;
+/// Most seconds that a client is told to wait because the service's host says so; OpenAI's clients heed up to a minute.
+const LONGEST_WAIT: u32 = 60;
 
 /// Fields of a request that the service needs. Everything else stays here: it would only tell more
 /// about the user.
@@ -344,8 +346,8 @@ pub(super) enum Failure {
     Unreachable(String),
     /// The service's host says that the service does not hold the key.
     KeyUnknown,
-    /// The service's host refused otherwise.
-    Host(StatusCode),
+    /// The service's host refused otherwise, and says how many seconds to wait.
+    Host(StatusCode, Option<u32>),
     Answer(AnswerError),
 }
 
@@ -385,13 +387,13 @@ async fn refusal_of_host(mut response: reqwest::Response) -> Failure {
     struct Problem {
         r#type: String,
     }
-    let status = response.status();
+    let refused = Failure::Host(response.status(), retry_after(response.headers()));
     if has_media_type(response.headers(), PROBLEM_MEDIA_TYPE) {
         let mut json = Vec::new();
         while let Ok(Some(bytes)) = response.chunk().await {
             json.extend_from_slice(&bytes);
             if json.len() > MAX_PROBLEM {
-                return Failure::Host(status);
+                return refused;
             }
         }
         if serde_json::from_slice(&json).is_ok_and(|problem: Problem| problem.r#type == KEY_PROBLEM)
@@ -399,7 +401,14 @@ async fn refusal_of_host(mut response: reqwest::Response) -> Failure {
             return Failure::KeyUnknown;
         }
     }
-    Failure::Host(status)
+    refused
+}
+
+/// Seconds to wait, as far as somebody who is not trusted may ask for them.
+fn retry_after(headers: &HeaderMap) -> Option<u32> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
+    let seconds: u32 = seconds.parse().ok()?;
+    Some(seconds.min(LONGEST_WAIT))
 }
 
 impl From<DirectError> for Refusal {
@@ -441,12 +450,23 @@ impl From<Failure> for Refusal {
                 "key_refused",
                 "the service's host refuses the key that the service has just attested",
             ),
-            Failure::Host(StatusCode::PAYLOAD_TOO_LARGE) => Refusal::new(
+            Failure::Host(StatusCode::PAYLOAD_TOO_LARGE, _) => Refusal::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "request_too_large",
                 "the request is larger than the service accepts",
             ),
-            Failure::Host(status) => {
+            Failure::Host(
+                status @ (StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS),
+                wait,
+            ) => Refusal {
+                retry_after: Some(wait.unwrap_or(1)),
+                ..Refusal::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "service_busy",
+                    format!("the service, or a gateway before it, has no room now: {status}"),
+                )
+            },
+            Failure::Host(status, _) => {
                 let message = format!("the service's host refused the request: {status}");
                 Refusal::new(bad_gateway, "refused_by_host", message)
             }

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use http::{StatusCode, header};
 use serde_json::json;
 
 /// A refusal by the proxy, not by the service.
@@ -11,6 +11,8 @@ pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) code: &'static str,
     pub(super) message: String,
+    /// Seconds after which asking again makes sense.
+    pub(super) retry_after: Option<u32>,
 }
 
 impl Refusal {
@@ -23,6 +25,7 @@ impl Refusal {
             status,
             code,
             message: message.into(),
+            retry_after: None,
         }
     }
 }
@@ -44,6 +47,12 @@ impl IntoResponse for Refusal {
         let body = json!({
             "error": { "message": message, "type": kind, "param": null, "code": self.code }
         });
-        (self.status, Json(body)).into_response()
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(seconds) = self.retry_after {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, seconds.into());
+        }
+        response
     }
 }

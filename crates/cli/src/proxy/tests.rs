@@ -441,6 +441,18 @@ async fn a_host_that_breaks_or_answers_in_clear_is_not_believed() {
 }
 
 #[tokio::test]
+async fn a_busy_service_is_asked_again_after_a_while_that_is_bounded() {
+    let setup = Setup::new().await;
+    for (said, told) in [("7", "7"), ("4000000000", "60"), ("never", "1")] {
+        setup.enclave.set_fault(Fault::HostBusy(said));
+        let response = setup.get("/v1/echo").await;
+        assert_eq!(response.headers()["retry-after"], told, "{said}");
+        let expected = (StatusCode::SERVICE_UNAVAILABLE, "service_busy".to_owned());
+        assert_eq!(refusal(response).await, expected);
+    }
+}
+
+#[tokio::test]
 async fn an_answer_that_is_cut_off_does_not_look_whole() {
     let setup = Setup::new().await;
     // The whole body of the answer and more, but not the last chunk.

@@ -63,6 +63,8 @@ pub(crate) enum Fault {
     OtherReceipt,
     /// The host answers 500 to requests.
     HostBroken,
+    /// The host answers 503 to requests, with this in `Retry-After`.
+    HostBusy(&'static str),
     /// The host answers in clear.
     HostInClear,
     /// The host cuts answers off after this many bytes.
@@ -405,6 +407,10 @@ async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Respo
             return problem(&ReceiveError::UnknownKey(0));
         }
         Fault::HostBroken => return StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Fault::HostBusy(wait) => {
+            let wait = [(header::RETRY_AFTER, wait)];
+            return (StatusCode::SERVICE_UNAVAILABLE, wait).into_response();
+        }
         Fault::HostInClear => return "Paris".into_response(),
         _ => {}
     }

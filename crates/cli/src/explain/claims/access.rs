@@ -30,11 +30,24 @@ pub(super) const TABLE: &[Explanation] = &[
         "The status in the message says what kind of refusal it was; ask the operator.",
     ),
     about(
+        &["service_busy"],
+        "The service has room for the request.",
+        "Many requests are arriving at once, the service is about to stop, or its credential ran out and is being renewed. What \
+         was said is not authenticated: a gateway may have said it.",
+        "Ask again after the seconds in Retry-After, which OpenAI clients do by themselves. If it stays so, ask the operator.",
+    ),
+    about(
         &["answer_refused"],
         "The whole answer arrived as the enclave encrypted it.",
         "Somebody between enclave and proxy cut the answer short or altered it: a gateway with a limit on time or size, a \
          broken connection, or a man in the middle.",
         "Do not use the part that arrived. Ask again; if it stays so, look for timeouts and buffering in gateways.",
+    ),
+    about(
+        &["incomplete_request"],
+        "The whole request arrived.",
+        "The connection broke while it was sent, or the client counted its bytes wrongly.",
+        "Ask again. Nothing was computed.",
     ),
     about(
         &["foreign_origin"],

@@ -218,4 +218,10 @@ pub(super) const TABLE: &[Explanation] = &[
         "The file has the version that is in force, or an older one.",
         "Raise the version. To go back on purpose, have the provider sign it: `casemate rollback --help`.",
     ),
+    about(
+        &["no-bench-program"],
+        "The program that measures lies beside this one.",
+        "Only `casemate` was built or copied. What runs models is a program of its own, so that `casemate` need not hold an engine.",
+        "Build it, `cargo build --release -p casemate-bench`, or copy casemate-bench into the same directory.",
+    ),
 ];
