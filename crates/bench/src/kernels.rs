@@ -207,6 +207,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             || matmul_q8(&team, &rows, &int8[0], &mut y[..m * n]),
         );
     }
+    // 480 KiB of weights stay in L2: what the arithmetic reaches by itself.
+    let close = Int8Matrix::from_rows_in(&mut Region::default(), &team, 240, k, fill(0))
+        .context("memory for a small matrix")?;
+    whole_rows.quantise(&team, &x[..64 * k], k, Some(&rotation));
+    bench.measure(
+        &format!("int8-row m=64, 240x{k} (L2)"),
+        101,
+        (2 * 64 * 240 * k) as f64,
+        ops,
+        || matmul_int8(&team, &whole_rows, &close, &mut y[..64 * 240]),
+    );
     for m in [16, 64, 512] {
         whole_rows.quantise(&team, &x[..m * k], k, Some(&rotation));
         bench.measure(
