@@ -14,6 +14,7 @@ mod machine;
 mod memory;
 mod open;
 mod options;
+mod protected;
 mod report;
 mod run;
 mod statistics;
@@ -53,6 +54,8 @@ enum Command {
     Open(open::Args),
     Kernels(kernels::Args),
     Report(ReportArgs),
+    #[command(hide = true)]
+    ServePlain(protected::ServePlain),
 }
 
 /// Show a report that was kept as JSON.
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Some(Command::Open(args)) => open::run(&args),
         Some(Command::Kernels(args)) => kernels::run(&args),
         Some(Command::Report(args)) => show(&args),
+        Some(Command::ServePlain(args)) => protected::serve(&args),
     })
 }
 

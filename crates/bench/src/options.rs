@@ -9,6 +9,7 @@ use crate::drive::{self, Load};
 use crate::exit::Usage;
 use crate::load::Origin;
 use crate::machine;
+use crate::protected::LEAST_PAIRS;
 use crate::report::Protocol;
 use crate::synthetic::Shape;
 
@@ -73,6 +74,13 @@ pub(crate) struct Args {
     /// Where the sealed copy of the model lies while it is opened [default: memory].
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch: Option<PathBuf>,
+    /// Also put the same load on a whole deployment (sealed model, attestation, encrypted channel, receipts; a fake TEE) and
+    /// on the bare API in turns, in the first format, and compare.
+    #[arg(long)]
+    protected: bool,
+    /// Pairs of requests for that, at least 20.
+    #[arg(long, value_name = "N", default_value_t = LEAST_PAIRS, requires = "protected")]
+    pairs: usize,
     /// Print the report as JSON.
     #[arg(long, conflicts_with = "csv")]
     pub(crate) json: bool,
@@ -92,6 +100,8 @@ pub(crate) struct Checked {
     /// Whether the formats were named: then one that does not fit is an error, not left out.
     pub(crate) named: bool,
     pub(crate) protocol: Protocol,
+    /// Pairs of requests to compare protection with none.
+    pub(crate) pairs: Option<usize>,
 }
 
 impl Args {
@@ -138,6 +148,12 @@ impl Args {
             };
         }
         protocol.check()?;
+        if self.pairs < LEAST_PAIRS {
+            let pairs = self.pairs;
+            return Err(Usage(format!(
+                "--pairs {pairs}: an interval needs at least {LEAST_PAIRS}"
+            )));
+        }
         let compute = self
             .compute
             .iter()
@@ -157,6 +173,7 @@ impl Args {
                 false => compute,
             },
             protocol,
+            pairs: self.protected.then_some(self.pairs),
         })
     }
 }
@@ -205,7 +222,8 @@ impl Protocol {
 /// Most requests that an engine computes together.
 const MOST_REQUESTS: usize = 1024;
 
-fn compute(name: &str) -> Result<Compute, Usage> {
+/// The arithmetic of this name.
+pub(crate) fn compute(name: &str) -> Result<Compute, Usage> {
     let found = Compute::ALL
         .iter()
         .copied()
@@ -263,6 +281,10 @@ mod tests {
             ("--batch 2000", "a batch of 2000"),
             ("--batches 1,0", "--batches 0"),
             ("--contexts 0", "--contexts 0"),
+            (
+                "--protected --pairs 19",
+                "--pairs 19: an interval needs at least 20",
+            ),
             ("--tokens 1", "--tokens 1: it must be at least 2"),
             (
                 "--compute int9",

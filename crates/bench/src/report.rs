@@ -17,6 +17,7 @@ use crate::exit::Malformed;
 use crate::limits::Limits;
 use crate::load::Loaded;
 use crate::machine::Machine;
+use crate::protected::Protected;
 use crate::statistics::Summary;
 use crate::syscalls::SystemCalls;
 
@@ -35,6 +36,8 @@ pub(crate) struct Report {
     pub(crate) formats: Vec<FormatResult>,
     /// Formats that were not measured, and why.
     pub(crate) skipped: Vec<Skipped>,
+    /// What the protection costs, if that was asked for.
+    pub(crate) protected: Option<Protected>,
 }
 
 /// What was run.

@@ -15,6 +15,7 @@ use crate::load::{self, Needed};
 use crate::machine::Machine;
 use crate::memory::Peak;
 use crate::options::{Args, Checked};
+use crate::protected::{self, Pairs};
 use crate::report::{
     BatchPoint, ComputeShares, ContextPoint, FORM, FormatResult, Latency, Memory, ModelFacts,
     Program, Protocol, Report, Skipped, Throughput, roofline,
@@ -29,6 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         compute,
         named,
         protocol,
+        pairs,
     } = args.check()?;
     let started = OffsetDateTime::now_utc();
     let machine = Machine::describe();
@@ -58,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
     note("limits of this machine");
     let mut limits = Limits::measure(protocol.threads)?;
     let mut formats = Vec::new();
-    for compute in fitting {
+    for &compute in &fitting {
         let source = origin.source(compute)?;
         let mut run = Run::load(source, compute, &protocol, args, &mut limits)?;
         formats.push(run.measure()?);
@@ -74,6 +76,20 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
                 .join("; ")
         ))
     );
+    let protected = match (pairs, fitting.first()) {
+        (Some(pairs), Some(&compute)) => {
+            let load = protocol.throughput;
+            let pairs = Pairs {
+                compute,
+                threads: protocol.threads,
+                prompt: load.prompt,
+                tokens: load.tokens,
+                pairs,
+            };
+            Some(protected::run(&origin, args.scratch.as_deref(), pairs)?)
+        }
+        _ => None,
+    };
     Ok(Report {
         form: FORM,
         program: program(started),
@@ -83,6 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         limits,
         formats,
         skipped,
+        protected,
     })
 }
 

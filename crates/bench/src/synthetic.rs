@@ -6,7 +6,7 @@ use std::fmt;
 use casemate_container::{
     DType, Family, ModelConfig, ModelSource, RopeLayout, RopeScaling, SourceError, SourceTensor,
 };
-use casemate_testkit::models;
+use casemate_testkit::models::{self, Vocabulary};
 use clap::ValueEnum;
 
 /// Whose shape.
@@ -90,6 +90,7 @@ pub(crate) struct Synthetic {
     config: ModelConfig,
     tensors: Vec<SourceTensor>,
     assets: Vec<(String, Vec<u8>)>,
+    vocabulary: Vocabulary,
 }
 
 impl Synthetic {
@@ -147,7 +148,13 @@ impl Synthetic {
             assets: models::assets(&vocabulary),
             config,
             tensors,
+            vocabulary,
         }
+    }
+
+    /// The tokens behind the tokenizer.
+    pub(crate) fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
     }
 }
 

@@ -698,6 +698,11 @@ impl Deployment {
         }
     }
 
+    /// How long the enclave took from its start until it was ready.
+    pub fn enclave_started_in(&self) -> Result<Duration, DeploymentError> {
+        Ok(self.enclave()?.took)
+    }
+
     /// The directory of the deployment.
     pub fn work_dir(&self) -> &Path {
         &self.work

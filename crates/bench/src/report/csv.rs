@@ -95,6 +95,30 @@ pub(crate) fn csv(report: &Report) -> String {
             );
         }
     }
+    if let Some(p) = &report.protected {
+        let mut line = Lines {
+            out: &mut out,
+            start: format!(
+                "{},{},{}",
+                quoted(&report.model.name),
+                p.compute,
+                report.protocol.threads
+            ),
+        };
+        let _ = writeln!(
+            line.out,
+            "{},protected_over_plain,1,{},{},ratio,{},{},{},0",
+            line.start, p.prompt_tokens, p.ratio.mean, p.ratio.low, p.ratio.high, p.ratio.pairs
+        );
+        line.summary(
+            "first_token_added",
+            p.prompt_tokens,
+            "ms",
+            &p.first_token_added,
+        );
+        line.value("protection_cpu", 1, p.prompt_tokens, p.cpu_protection, "ms");
+        line.value("enclave_cpu", 1, p.prompt_tokens, p.cpu_enclave, "ms");
+    }
     let mut line = Lines {
         out: &mut out,
         start: format!(
@@ -179,6 +203,10 @@ mod tests {
         }
         assert!(
             text.contains("\"a \"\"b\"\"\",int8-g32,2,next_token,1,1024,38.1,ms,37.9,38.4,1010,6"),
+            "{text}"
+        );
+        assert!(
+            text.contains("protected_over_plain,1,1021,1.012,ratio,1.004,1.021,20,0"),
             "{text}"
         );
         assert!(text.contains("decode_batch,6,128,118.3,tokens/s"), "{text}");

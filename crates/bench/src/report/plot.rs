@@ -200,6 +200,67 @@ pub(crate) fn distribution(
     svg
 }
 
+/// Ratios of pairs around one, with the mean and its interval.
+pub(crate) fn ratios(
+    ratios: &[f64],
+    (low, mean, high): (f64, f64, f64),
+    colour: &str,
+    summary: &str,
+) -> String {
+    const TALL: f64 = 150.0;
+    let (least, most) = ratios
+        .iter()
+        .chain([&low, &high, &1.0])
+        .fold((f64::MAX, f64::MIN), |(a, b), &x| (a.min(x), b.max(x)));
+    let margin = (most - least).max(0.02) * 0.08;
+    let (least, most) = (least - margin, most + margin);
+    let right = WIDTH - 16.0;
+    let x_of = |x: f64| LEFT + (x - least) / (most - least) * (right - LEFT);
+    let mut svg = open(summary, TALL);
+    let floor = TALL - BOTTOM;
+    let _ = write!(
+        svg,
+        "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{floor}\" y2=\"{floor}\"/>\
+         <line class=\"median\" x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"{TOP}\" y2=\"{floor}\"/>",
+        x_of(1.0)
+    );
+    for (i, &ratio) in ratios.iter().enumerate() {
+        let _ = write!(
+            svg,
+            "<circle class=\"bar\" style=\"fill:var({colour})\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\"><title>{ratio:.4}</title></circle>",
+            x_of(ratio),
+            // Apart in height, so that equal ones can be told from one.
+            floor - 12.0 - (i % 4) as f64 * 9.0
+        );
+    }
+    let y = TOP + 14.0;
+    let _ = write!(
+        svg,
+        "<line class=\"whisker\" style=\"stroke:var({colour})\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y}\" y2=\"{y}\"/>\
+         <circle class=\"dot\" style=\"fill:var({colour})\" cx=\"{:.1}\" cy=\"{y}\" r=\"6\"/>",
+        x_of(low),
+        x_of(high),
+        x_of(mean)
+    );
+    for i in 0..=4 {
+        let x = least + (most - least) * f64::from(i) / 4.0;
+        let _ = write!(
+            svg,
+            "<text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{x:.3}</text>",
+            x_of(x),
+            floor + 18.0
+        );
+    }
+    names(
+        &mut svg,
+        "time with protection over time without, pair by pair",
+        "",
+        TALL,
+    );
+    svg.push_str("</svg>");
+    svg
+}
+
 fn open(summary: &str, height: f64) -> String {
     format!(
         "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>",

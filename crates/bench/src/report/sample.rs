@@ -153,5 +153,28 @@ pub(crate) fn report() -> Report {
             compute: "f32".into(),
             why: "about 27.2 GB of memory are needed".into(),
         }],
+        protected: Some(Protected {
+            compute: "int8-g32".into(),
+            prompt_tokens: 1021,
+            tokens: 128,
+            events: 131,
+            ratio: crate::statistics::Ratio {
+                pairs: 20,
+                mean: 1.012,
+                low: 1.004,
+                high: 1.021,
+            },
+            ratios: (0..20).map(|i| 1.0 + f64::from(i % 5) * 0.006).collect(),
+            protected: summary(7650.0, 20, 0),
+            plain: summary(7560.0, 20, 0),
+            first_token_added: summary(3.4, 20, 0),
+            cpu_enclave: 15_100.0,
+            cpu_plain: 15_020.0,
+            cpu_proxy: 21.0,
+            cpu_protection: 0.56,
+            cpu_share: 0.000_037,
+            first_verified_byte: summary(40.0, 5, 0),
+            enclave_start: 2210.0,
+        }),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::protected::Protected;
 use crate::report::{FormatResult, Report};
 use crate::syscalls::SystemCalls;
 
@@ -32,7 +33,7 @@ pub(crate) fn table(report: &Report) -> String {
 /// Every figure of the report.
 pub(crate) fn sections(report: &Report) -> Vec<Section> {
     let load = report.protocol.throughput;
-    vec![
+    let mut sections = vec![
         limits(report),
         section(
             &format!(
@@ -121,7 +122,68 @@ pub(crate) fn sections(report: &Report) -> Vec<Section> {
             ],
             report.formats.iter().map(memory),
         ),
-    ]
+    ];
+    sections.extend(report.protected.as_ref().map(protection));
+    sections
+}
+
+fn protection(p: &Protected) -> Section {
+    let row = |name: &str, value: String, detail: String| vec![name.to_owned(), value, detail];
+    let rows = [
+        row(
+            "wall clock, protected / plain",
+            format!("{:.4}", p.ratio.mean),
+            format!(
+                "95 % interval {:.4} - {:.4}, {} pairs",
+                p.ratio.low, p.ratio.high, p.ratio.pairs
+            ),
+        ),
+        row(
+            "first token, added",
+            format!("{:+.2} ms", p.first_token_added.median),
+            format!(
+                "95 % interval {:+.2} - {:+.2} ms",
+                p.first_token_added.median_low, p.first_token_added.median_high
+            ),
+        ),
+        row(
+            "protection's CPU time by itself",
+            format!("{:.3} ms", p.cpu_protection),
+            format!(
+                "{:.3} % of the enclave's {:.0} ms",
+                p.cpu_share * 100.0,
+                p.cpu_enclave
+            ),
+        ),
+        row(
+            "CPU time of the plain service",
+            format!("{:.0} ms", p.cpu_plain),
+            format!("and {:.1} ms of the proxy, on the user's side", p.cpu_proxy),
+        ),
+        row(
+            "wall clock, protected",
+            format!("{} ms", ms(p.protected.median)),
+            format!("plain {} ms", ms(p.plain.median)),
+        ),
+        row(
+            "proxy, start to first byte",
+            format!("{} ms", ms(p.first_verified_byte.median)),
+            format!("{} starts", p.first_verified_byte.count),
+        ),
+        row(
+            "enclave, start to ready",
+            format!("{} ms", ms(p.enclave_start)),
+            "attested, key released, opened, converted".into(),
+        ),
+    ];
+    section(
+        &format!(
+            "what protection costs: {} tokens in, {} out as {} events, {}",
+            p.prompt_tokens, p.tokens, p.events, p.compute
+        ),
+        &["", "median", ""],
+        rows.into_iter(),
+    )
 }
 
 fn next_token(f: &FormatResult) -> Vec<String> {
@@ -415,6 +477,10 @@ mod tests {
             "118.3",
             "0.015",
             "1024 tokens in, 128 out",
+            "1.0120",
+            "1.0040 - 1.0210, 20 pairs",
+            "+3.40 ms",
+            "0.004 % of the enclave's",
             "f32 not measured: about 27.2 GB",
             "int8-g32 at 8000: beyond the model's context",
             "repeat: casemate bench --synthetic tinyllama-1.1b",
