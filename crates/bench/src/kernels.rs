@@ -6,7 +6,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use casemate_kernels::attention::{Attention, KvPool, KvShape, KvType, PAGE, Span};
+use casemate_kernels::attention::{
+    Attention, AttentionScratch, KvPool, KvShape, KvType, PAGE, Span, Spans,
+};
 use casemate_kernels::bandwidth::measure_read;
 use casemate_kernels::cpu::Isa;
 use casemate_kernels::elementwise::silu_mul;
@@ -253,15 +255,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             whole_rows.quantise(&team, &x[..rows * k], k, Some(&rotation))
         });
     }
-    for (kv_type, size) in [(KvType::F32, 4), (KvType::F16, 2)] {
-        attention(
-            &mut bench,
-            &team,
-            (kv_type, size),
-            &x,
-            &mut y,
-            (bandwidth, flops),
-        )?;
+    for kv_type in KvType::ALL {
+        attention(&mut bench, &team, kv_type, &x, &mut y, (bandwidth, flops))?;
     }
     bench.measure(
         "rmsnorm 2048 (1 thread)",
@@ -336,7 +331,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn attention(
     bench: &mut Bench,
     team: &Team,
-    (kv_type, size): (KvType, usize),
+    kv_type: KvType,
     x: &[f32],
     y: &mut [f32],
     (bandwidth, flops): ((&'static str, f64), (&'static str, f64)),
@@ -349,38 +344,38 @@ fn attention(
         kv_type,
     };
     let pages: Vec<u32> = (0..16).collect();
-    let mut pool = KvPool::new(shape, 16)?;
-    for layer in 0..layers {
-        let span = [Span {
-            rows: 0..1024,
-            position: 0,
-            pages: &pages,
-        }];
-        pool.write(team, layer, &span, &x[..1024 * 256], &x[..1024 * 256]);
-    }
-    let attend = |layer: usize, rows: usize, y: &mut [f32]| {
-        let span = [Span {
+    let last = |rows: usize| -> Spans {
+        let span = Span {
             rows: 0..rows,
             position: 1024 - rows,
             pages: &pages,
-        }];
+        };
+        std::iter::once(span).collect()
+    };
+    let mut pool = KvPool::new(shape, 16)?;
+    let mut scratch = AttentionScratch::new(1, heads, dim, 1024)?;
+    for layer in 0..layers {
+        pool.write(team, layer, &last(1024), &x[..1024 * 256], &x[..1024 * 256]);
+    }
+    let mut attend = |layer: usize, spans: &Spans, y: &mut [f32]| {
         Attention {
             layer,
             heads,
             scale: 0.125,
             window: None,
         }
-        .run(team, &pool, &span, &x[..rows * 2048], y);
+        .run(team, &pool, &mut scratch, spans, &x[..y.len()], y);
     };
-    let bytes = layers * kv_heads * 1024 / PAGE * PAGE * dim * 2 * size;
+    let bytes = shape.page_bytes().unwrap_or(0) * 1024 / PAGE;
+    let (one, many) = (last(1), last(512));
     let name = format!("attention {kv_type:?}, 1 token at 1024, 22 layers");
     bench.measure(&name, 11, bytes as f64, bandwidth, || {
-        (0..layers).for_each(|l| attend(l, 1, &mut y[..2048]))
+        (0..layers).for_each(|l| attend(l, &one, &mut y[..2048]))
     });
     let work = 4.0 * 768.0 * 512.0 * (heads * dim) as f64;
     let name = format!("attention {kv_type:?}, 512 tokens after 512");
     bench.measure(&name, 5, work, flops, || {
-        attend(0, 512, &mut y[..512 * 2048])
+        attend(0, &many, &mut y[..512 * 2048])
     });
     Ok(())
 }

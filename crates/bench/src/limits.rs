@@ -32,7 +32,8 @@ pub(crate) enum Arithmetic {
 impl Arithmetic {
     /// What the linear layers of a format (by its name) multiply in.
     pub(crate) fn of(compute: &str) -> Arithmetic {
-        match compute {
+        // Behind a `+` stands how keys and values are stored.
+        match compute.split('+').next().unwrap_or(compute) {
             "f32" => Arithmetic::F32,
             "bf16" => Arithmetic::Bf16,
             // int8-g32, int8-row, q4-g32: integers, whatever the weights are stored in.

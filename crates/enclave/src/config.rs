@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use axum::http::uri::Authority;
 use casemate_container::signing::VerifyingKey;
-use casemate_engine::Compute;
+use casemate_engine::{Compute, KvType};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
@@ -133,6 +133,9 @@ pub struct Model {
     /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"` or `"f32"`.
     #[serde(default = "default_compute")]
     pub compute: ComputeName,
+    /// How keys and values are stored: `"f32"`, `"f16"`, `"bf16"` or `"int8"`; absent: f32 beside
+    /// the arithmetic of f32, otherwise f16.
+    pub kv_type: Option<KvTypeName>,
     /// Compute threads; absent or 0 takes one per core.
     #[serde(default)]
     pub threads: usize,
@@ -163,6 +166,31 @@ impl From<ComputeName> for Compute {
             ComputeName::F32 => Compute::F32,
             ComputeName::Int8 => Compute::Int8,
             ComputeName::Int8Row => Compute::Int8Row,
+        }
+    }
+}
+
+/// Names of [`KvType`] in the file.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+pub enum KvTypeName {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 8-bit integers with a scale per position and head.
+    Int8,
+}
+
+impl From<KvTypeName> for KvType {
+    fn from(name: KvTypeName) -> Self {
+        match name {
+            KvTypeName::F32 => KvType::F32,
+            KvTypeName::F16 => KvType::F16,
+            KvTypeName::Bf16 => KvType::Bf16,
+            KvTypeName::Int8 => KvType::Int8,
         }
     }
 }

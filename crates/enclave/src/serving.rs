@@ -34,7 +34,7 @@ pub struct Served {
     /// Version in the manifest.
     pub version: u64,
     /// Arithmetic of the linear layers, such as `int8-g32`.
-    pub compute: &'static str,
+    pub compute: String,
     /// Whether users may connect by attested TLS, so that keysets need a key for it.
     pub attested_tls: bool,
 }
@@ -344,7 +344,7 @@ async fn new_identity(
         model_digest: served.digest.0,
         model_version: served.version,
         adapter_digests: Vec::new(),
-        compute: served.compute.to_owned(),
+        compute: served.compute.clone(),
         policy_version: session.policy_version,
         not_before: now,
         expires_at,

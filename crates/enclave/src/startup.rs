@@ -310,6 +310,7 @@ fn unlock_and_pack(
     let digest = model.digest();
     let options = EngineOptions {
         compute: config.compute.into(),
+        kv_type: config.kv_type.map(Into::into),
         threads,
         max_context: config.max_context,
         max_batch: config.max_batch,
@@ -331,7 +332,7 @@ fn unlock_and_pack(
         digest,
         name,
         version,
-        compute: engine.compute_name(),
+        compute: engine.compute_name().to_owned(),
         attested_tls: false,
     };
     Ok((served, engine, session))

@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
 use casemate_container::{ModelConfig, ModelDigest, Progress};
+use casemate_kernels::attention::KvType;
 use casemate_kernels::mem::Granted;
 use casemate_kernels::team::Team;
 
@@ -35,6 +36,21 @@ pub struct EngineOptions {
     /// Memory for keys and values, in bytes. `None`: enough for `max_batch` full contexts, but at
     /// most 1 GiB or one full context, whichever is more.
     pub kv_bytes: Option<u64>,
+    /// How keys and values are stored. `None`: f32 beside the arithmetic of f32, otherwise f16.
+    pub kv_type: Option<KvType>,
+}
+
+impl EngineOptions {
+    fn kv_type(&self) -> KvType {
+        self.kv_type.unwrap_or_else(|| usual_kv_type(self.compute))
+    }
+}
+
+fn usual_kv_type(compute: Compute) -> KvType {
+    match compute {
+        Compute::F32 => KvType::F32,
+        _ => KvType::F16,
+    }
 }
 
 impl Default for EngineOptions {
@@ -46,6 +62,7 @@ impl Default for EngineOptions {
             max_batch: 8,
             max_waiting: 256,
             kv_bytes: None,
+            kv_type: None,
         }
     }
 }
@@ -61,7 +78,7 @@ pub struct Engine {
     config: ModelConfig,
     digest: ModelDigest,
     end_tokens: Vec<u32>,
-    compute: Compute,
+    compute: String,
     context: usize,
     kv_bytes: u64,
     kv_memory: Option<Granted>,
@@ -135,7 +152,7 @@ impl Engine {
 
         let mut kv = KvCache::new(
             &config,
-            options.compute,
+            options.kv_type(),
             context,
             options.max_batch,
             options.kv_bytes,
@@ -169,7 +186,7 @@ impl Engine {
             end_tokens: config.eos.clone(),
             config,
             digest,
-            compute: options.compute,
+            compute: compute_name(options),
             context,
             kv_bytes,
             kv_memory,
@@ -210,10 +227,12 @@ impl Engine {
         self.context
     }
 
-    /// Name of the arithmetic for keysets and receipts: `f32`, `int8-g32` or `int8-row`.
+    /// Name of the arithmetic for keysets and receipts: that of the linear layers, `f32`, `int8-g32`
+    /// or `int8-row`, and behind it how keys and values are stored where that is not the usual,
+    /// such as `int8-g32+kv-int8`.
     #[must_use]
-    pub fn compute_name(&self) -> &'static str {
-        self.compute.name()
+    pub fn compute_name(&self) -> &str {
+        &self.compute
     }
 
     /// Bytes of converted weights, embedding table included.
@@ -345,6 +364,15 @@ impl Drop for Engine {
     }
 }
 
+fn compute_name(options: &EngineOptions) -> String {
+    let (compute, kv_type) = (options.compute, options.kv_type());
+    if kv_type == usual_kv_type(compute) {
+        compute.name().to_owned()
+    } else {
+        format!("{}+kv-{}", compute.name(), kv_type.name())
+    }
+}
+
 /// The context to serve.
 fn check_options(options: &EngineOptions, config: &ModelConfig) -> Result<usize, LoadError> {
     let within = |option, value: usize, low: usize, high: usize, rule| {
@@ -391,6 +419,22 @@ fn check_options(options: &EngineOptions, config: &ModelConfig) -> Result<usize,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_compute_name_tells_how_keys_and_values_are_stored_unless_it_is_the_usual() {
+        let name = |compute, kv_type| {
+            compute_name(&EngineOptions {
+                compute,
+                kv_type,
+                ..EngineOptions::default()
+            })
+        };
+        assert_eq!(name(Compute::Int8, None), "int8-g32");
+        assert_eq!(name(Compute::Int8, Some(KvType::F16)), "int8-g32");
+        assert_eq!(name(Compute::Int8, Some(KvType::Int8)), "int8-g32+kv-int8");
+        assert_eq!(name(Compute::F32, None), "f32");
+        assert_eq!(name(Compute::F32, Some(KvType::Bf16)), "f32+kv-bf16");
+    }
 
     #[test]
     fn engines_can_be_shared_between_threads() {

@@ -3,12 +3,11 @@
 //! pages are the kernels'.
 
 use casemate_container::ModelConfig;
-use casemate_kernels::attention::{KvPool, KvShape, KvType, PAGE, Span as AttentionSpan};
+use casemate_kernels::attention::{KvPool, KvShape, KvType, PAGE, Span as AttentionSpan, Spans};
 use casemate_kernels::mem::Granted;
 
 use crate::error::LoadError;
 use crate::model::Span;
-use crate::weights::Compute;
 
 /// Default limit where the caller sets none.
 const DEFAULT_BYTES: u64 = 1 << 30;
@@ -24,22 +23,20 @@ pub(crate) struct KvCache {
     free: Vec<u32>,
     /// Pages of each slot in the order of positions; an empty list is a free slot.
     owned: Vec<Vec<u32>>,
+    /// Where the sequences of the last batch lie.
+    located: Spans,
 }
 
 impl KvCache {
-    /// A cache for `slots` requests of up to `context` tokens in `bytes` (or the default), at least
+    /// A cache of `kv_type` for `slots` requests of up to `context` tokens in `bytes` (or the default), at least
     /// one whole context.
     pub(crate) fn new(
         config: &ModelConfig,
-        compute: Compute,
+        kv_type: KvType,
         context: usize,
         slots: usize,
         bytes: Option<u64>,
     ) -> Result<Self, LoadError> {
-        let kv_type = match compute {
-            Compute::F32 => KvType::F32,
-            Compute::Int8 | Compute::Int8Row => KvType::F16,
-        };
         let shape = KvShape {
             layers: config.layers as usize,
             kv_heads: config.kv_heads as usize,
@@ -72,6 +69,7 @@ impl KvCache {
             page_bytes,
             free: (0..pages).rev().collect(),
             owned: vec![Vec::new(); slots],
+            located: Spans::with_capacity(slots, pages as usize),
         })
     }
 
@@ -93,17 +91,16 @@ impl KvCache {
     }
 
     /// The memory, and where in it the sequences of a batch lie.
-    pub(crate) fn locate(&mut self, spans: &[Span]) -> (&mut KvPool, Vec<AttentionSpan<'_>>) {
-        let owned = &self.owned;
-        let located = spans
-            .iter()
-            .map(|s| AttentionSpan {
-                rows: s.rows.clone(),
-                position: s.first,
-                pages: &owned[s.slot.0],
-            })
-            .collect();
-        (&mut self.pool, located)
+    pub(crate) fn locate(&mut self, spans: &[Span]) -> (&mut KvPool, &Spans) {
+        self.located.clear();
+        for span in spans {
+            self.located.push(AttentionSpan {
+                rows: span.rows.clone(),
+                position: span.first,
+                pages: &self.owned[span.slot.0],
+            });
+        }
+        (&mut self.pool, &self.located)
     }
 
     /// What the kernel makes of the memory, if it says.
@@ -163,7 +160,7 @@ mod tests {
     fn pages_have_one_owner_and_come_back() {
         let mut cache = KvCache::new(
             &config(),
-            Compute::F32,
+            KvType::F32,
             4 * PAGE,
             3,
             Some(5 * PAGE_BYTES + 1),
@@ -190,7 +187,7 @@ mod tests {
 
     #[test]
     fn slots_limit_the_batch() {
-        let mut cache = KvCache::new(&config(), Compute::F32, PAGE, 2, None).unwrap();
+        let mut cache = KvCache::new(&config(), KvType::F32, PAGE, 2, None).unwrap();
         assert_eq!(cache.bytes(), 2 * PAGE_BYTES);
         cache.reserve(1).unwrap();
         cache.reserve(1).unwrap();
@@ -200,7 +197,7 @@ mod tests {
     #[test]
     fn refuses_less_than_one_context() {
         let given = 4 * PAGE_BYTES - 1;
-        match KvCache::new(&config(), Compute::F32, 4 * PAGE, 3, Some(given)) {
+        match KvCache::new(&config(), KvType::F32, 4 * PAGE, 3, Some(given)) {
             Err(LoadError::KvBudget {
                 context,
                 needed,
@@ -214,11 +211,11 @@ mod tests {
 
     #[test]
     fn released_pages_forget_their_values() {
-        use casemate_kernels::attention::Attention;
+        use casemate_kernels::attention::{Attention, AttentionScratch};
         use casemate_kernels::team::Team;
 
         let team = Team::new(1).unwrap();
-        let mut cache = KvCache::new(&config(), Compute::F32, PAGE, 1, None).unwrap();
+        let mut cache = KvCache::new(&config(), KvType::F32, PAGE, 1, None).unwrap();
         let attention = Attention {
             layer: 1,
             heads: 1,
@@ -234,10 +231,11 @@ mod tests {
             };
             let (pool, spans) = cache.locate(std::slice::from_ref(&span));
             if write {
-                pool.write(&team, 1, &spans, &[1.0; 4], &[5.0; 4]);
+                pool.write(&team, 1, spans, &[1.0; 4], &[5.0; 4]);
             }
             let mut out = [9.0; 4];
-            attention.run(&team, pool, &spans, &[1.0; 4], &mut out);
+            let mut scratch = AttentionScratch::new(1, 1, 4, PAGE).unwrap();
+            attention.run(&team, pool, &mut scratch, spans, &[1.0; 4], &mut out);
             out
         };
         let first = cache.reserve(1).unwrap();

@@ -30,6 +30,7 @@ mod stop;
 mod tokenizer;
 mod weights;
 
+pub use casemate_kernels::attention::KvType;
 pub use chat::{CallFormat, ChatError, ChatMessage, ChatTemplate, FunctionCall, ToolCall};
 pub use constrain::{CallGrammar, Grammar, MaskMeter, OfferError, Offered, SchemaError};
 pub use control::{ControlNames, Prompt};

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 
 use casemate_container::ModelConfig;
-use casemate_kernels::attention::Attention;
+use casemate_kernels::attention::{Attention, AttentionScratch};
 use casemate_kernels::elementwise::{add, add_bias, silu_mul};
 use casemate_kernels::mem::{Purpose, Region};
 use casemate_kernels::norm::rmsnorm;
@@ -97,6 +97,7 @@ pub(crate) struct Model {
     eps: f32,
     window: Option<usize>,
     scratch: LinearScratch,
+    attention: AttentionScratch,
     buffers: Buffers,
     logit_rows: usize,
 }
@@ -163,6 +164,8 @@ impl Model {
             vocab,
             eps: config.norm_eps,
             window: config.sliding_window.map(|w| w as usize),
+            // One row of every request that generates.
+            attention: AttentionScratch::new(wanted, heads, head_dim, context)?,
             scratch: LinearScratch::new(rows, hidden.max(ffn).max(q)),
             buffers: Buffers {
                 stream: region(rows, hidden)?,
@@ -244,14 +247,14 @@ impl Model {
                     values[row * self.kv..][..self.kv].copy_from_slice(v);
                 }
             }
-            pool.write(team, index, &spans, keys, values);
+            pool.write(team, index, spans, keys, values);
             let attention = Attention {
                 layer: index,
                 heads: self.heads,
                 scale: 1.0 / (self.head_dim as f32).sqrt(),
                 window: self.window,
             };
-            attention.run(team, pool, &spans, queries, attended);
+            attention.run(team, pool, &mut self.attention, spans, queries, attended);
             layer
                 .attention_output
                 .forward(team, &mut self.scratch, attended, rows);

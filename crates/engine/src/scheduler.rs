@@ -437,8 +437,9 @@ mod tests {
     use crate::linear::{F32Linear, LinearLayer, LinearScratch};
     use crate::request::{Event, Limits, Request};
     use crate::tokenizer::Tokenizer;
-    use crate::weights::{Compute, Embedding, Layer, Weights};
+    use crate::weights::{Embedding, Layer, Weights};
     use casemate_container::{Family, ModelConfig, RopeLayout, RopeScaling};
+    use casemate_kernels::attention::KvType;
     use casemate_kernels::gemm::F32Matrix;
     use casemate_kernels::team::Team;
     use std::ops::ControlFlow;
@@ -554,7 +555,7 @@ mod tests {
             rope_factors: None,
             memory: None,
         };
-        let kv = KvCache::new(&config(), Compute::F32, 64, 4, None).unwrap();
+        let kv = KvCache::new(&config(), KvType::F32, 64, 4, None).unwrap();
         (Model::new(weights, &config(), 64, 64, 4, team).unwrap(), kv)
     }
 

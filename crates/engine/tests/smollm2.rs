@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 
-use casemate_engine::{Compute, EngineOptions};
+use casemate_engine::{Compute, EngineOptions, KvType};
 use casemate_testkit::data::cached;
 use support::{load, options};
 
@@ -66,7 +66,7 @@ struct Comparison {
     perplexity: f64,
 }
 
-fn compare(compute: Compute) -> Option<Comparison> {
+fn compare(compute: Compute, kv_type: Option<KvType>) -> Option<Comparison> {
     let file = cached("SmolLM2-135M-Instruct.Q4_1.gguf")?;
     assert_eq!(support::sha256_hex(&fs::read(&file).unwrap()), MODEL_SHA256);
     let fixture = fixture();
@@ -76,6 +76,7 @@ fn compare(compute: Compute) -> Option<Comparison> {
         &EngineOptions {
             max_batch: 1,
             max_context: 2048,
+            kv_type,
             ..options(compute)
         },
     );
@@ -108,7 +109,7 @@ fn compare(compute: Compute) -> Option<Comparison> {
     };
     eprintln!(
         "{}: {comparison:?}, perplexity {:.6}",
-        compute.name(),
+        engine.compute_name(),
         (-ours / seen as f64).exp()
     );
     Some(comparison)
@@ -116,7 +117,7 @@ fn compare(compute: Compute) -> Option<Comparison> {
 
 #[test]
 fn f32_agrees_with_the_reference() {
-    let Some(found) = compare(Compute::F32) else {
+    let Some(found) = compare(Compute::F32, None) else {
         return;
     };
     assert!(found.agreement >= 0.999, "{found:?}");
@@ -125,7 +126,7 @@ fn f32_agrees_with_the_reference() {
 
 #[test]
 fn int8_stays_close_to_the_reference() {
-    let Some(found) = compare(Compute::Int8) else {
+    let Some(found) = compare(Compute::Int8, None) else {
         return;
     };
     assert!(found.agreement >= 0.95, "{found:?}");
@@ -135,12 +136,39 @@ fn int8_stays_close_to_the_reference() {
 
 #[test]
 fn int8_by_rows_stays_close_to_the_reference() {
-    let Some(found) = compare(Compute::Int8Row) else {
+    let Some(found) = compare(Compute::Int8Row, None) else {
         return;
     };
     assert!(found.agreement >= 0.96, "{found:?}");
     assert!(found.perplexity.abs() <= 0.01, "{found:?}");
     assert!(found.widest_disagreement <= 1.0, "{found:?}");
+}
+
+#[test]
+fn f32_with_a_cache_of_8_bits_stays_close_to_the_reference() {
+    let Some(found) = compare(Compute::F32, Some(KvType::Int8)) else {
+        return;
+    };
+    assert!(found.agreement >= 0.985, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.002, "{found:?}");
+}
+
+#[test]
+fn f32_with_a_cache_of_bf16_stays_close_to_the_reference() {
+    let Some(found) = compare(Compute::F32, Some(KvType::Bf16)) else {
+        return;
+    };
+    assert!(found.agreement >= 0.985, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.001, "{found:?}");
+}
+
+#[test]
+fn int8_with_a_cache_of_8_bits_stays_close_to_the_reference() {
+    let Some(found) = compare(Compute::Int8, Some(KvType::Int8)) else {
+        return;
+    };
+    assert!(found.agreement >= 0.95, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.01, "{found:?}");
 }
 
 /// `What is the capital of France?` under the model's own template, and the reference's greedy answer

@@ -144,7 +144,7 @@ impl Service {
             max_context: 64,
             max_batch: 4,
             max_waiting: 16,
-            kv_bytes: None,
+            ..EngineOptions::default()
         };
         let engine = Engine::load(model, &options, &Silent).expect("a tiny engine");
         let runtime = tokio::runtime::Builder::new_current_thread()

@@ -68,6 +68,18 @@ impl Rotation {
         });
     }
 
+    /// [`Rotation::apply`] as a part of another kernel.
+    #[inline(always)]
+    pub(crate) fn apply_with<V: Simd>(&self, v: V, row: &mut [f32]) {
+        self.check(row.len());
+        Multiply(&self.diagonal, row).run(v);
+        Stages {
+            row,
+            block: self.block,
+        }
+        .run(v);
+    }
+
     /// Writes the rotated `row` to `out`, with the same bits as [`Rotation::apply`].
     ///
     /// # Panics
@@ -111,23 +123,24 @@ fn split_mix(state: &mut u64) -> u64 {
 }
 
 fn multiply(isa: Isa, factors: &[f32], row: &mut [f32]) {
-    struct Multiply<'a>(&'a [f32], &'a mut [f32]);
-
-    impl Kernel for Multiply<'_> {
-        type Output = ();
-
-        #[inline(always)]
-        fn run<V: Simd>(self, v: V) {
-            let (factors, factors_rest) = self.0.as_chunks::<LANES>();
-            let (row, row_rest) = self.1.as_chunks_mut::<LANES>();
-            for (factors, x) in factors.iter().zip(row) {
-                v.store(v.mul(v.load(x), v.load(factors)), x);
-            }
-            let product = v.mul(load_part(v, row_rest), load_part(v, factors_rest));
-            store_part(v, product, row_rest);
-        }
-    }
     isa.dispatch(Multiply(factors, row));
+}
+
+struct Multiply<'a>(&'a [f32], &'a mut [f32]);
+
+impl Kernel for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) {
+        let (factors, factors_rest) = self.0.as_chunks::<LANES>();
+        let (row, row_rest) = self.1.as_chunks_mut::<LANES>();
+        for (factors, x) in factors.iter().zip(row) {
+            v.store(v.mul(v.load(x), v.load(factors)), x);
+        }
+        let product = v.mul(load_part(v, row_rest), load_part(v, factors_rest));
+        store_part(v, product, row_rest);
+    }
 }
 
 /// Diagonal and all stages, from one row to another.

@@ -3,7 +3,11 @@
 
 mod support;
 
-use casemate_kernels::attention::{Attention, KvPool, KvShape, KvType, MAX_HEAD_DIM, PAGE, Span};
+use casemate_kernels::attention::{
+    Attention, AttentionScratch, KvPool, KvShape, KvType, MAX_HEAD_DIM, PAGE, SEGMENT, Span, Spans,
+};
+use casemate_kernels::cpu::Isa;
+use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
 use proptest::prelude::*;
 use support::{Random, assert_same_bits, describe, teams};
@@ -90,6 +94,21 @@ impl Case {
         out
     }
 
+    fn attend(
+        &self,
+        team: &Team,
+        pool: &KvPool,
+        spans: &[Span<'_>],
+        queries: &[f32],
+        out: &mut [f32],
+    ) {
+        let context = spans.iter().map(|s| s.position + s.rows.len()).max();
+        let mut scratch =
+            AttentionScratch::new(spans.len(), self.heads, self.dim, context.unwrap_or(0)).unwrap();
+        self.attention()
+            .run(team, pool, &mut scratch, &spans_of(spans), queries, out);
+    }
+
     /// Runs the sequence in pieces that end where `ends` says.
     fn run(
         &self,
@@ -112,17 +131,20 @@ impl Case {
             pool.write(
                 team,
                 1,
-                &span,
+                &spans_of(&span),
                 &t.keys[start * kv..end * kv],
                 &t.values[start * kv..end * kv],
             );
             let queries = &t.queries[start * q..end * q];
-            self.attention()
-                .run(team, &pool, &span, queries, &mut out[start * q..end * q]);
+            self.attend(team, &pool, &span, queries, &mut out[start * q..end * q]);
             start = *end;
         }
         out
     }
+}
+
+fn spans_of(spans: &[Span<'_>]) -> Spans {
+    spans.iter().cloned().collect()
 }
 
 #[track_caller]
@@ -214,30 +236,291 @@ fn agrees_with_softmax_in_f64_and_with_itself_on_every_machine() {
         let team = &teams[teams.len() - 3];
         let out = case.run(team, &tokens, KvType::F32, &pages, &one_by_one);
         assert_same_bits(&out, &first, &format!("{case:?} token by token"));
-        // Half precision: 11 bits of each key and value.
-        let out = case.run(team, &tokens, KvType::F16, &pages, &[case.tokens]);
-        assert_close(&out, &expected, 4e-3, &format!("{case:?} f16"));
+        // 11, 8 and at least 7 bits of each key and value; scores of up to 4 * dim / 3 / sqrt(dim)
+        // carry the error of keys.
+        for (kv_type, bound) in [
+            (KvType::F16, 4e-3),
+            (KvType::Bf16, 3e-2),
+            (KvType::Int8, 5e-2),
+        ] {
+            let out = case.run(team, &tokens, kv_type, &pages, &[case.tokens]);
+            assert_close(&out, &expected, bound, &format!("{case:?} {kv_type:?}"));
+        }
+    }
+}
+
+/// Contexts that end around every edge of a block and of a segment, heads whose width is no
+/// multiple of anything, groups that do not divide what is worked on together.
+#[test]
+fn every_type_has_the_same_bits_on_every_machine_in_whatever_pieces() {
+    let mut teams = teams();
+    teams.retain(|team| [1, 3].contains(&team.members()));
+    let mut random = Random(22);
+    for (heads, kv_heads, dim, window) in [
+        (8, 1, 64, None),
+        (6, 2, 24, Some(300)),
+        (3, 3, 80, None),
+        (5, 1, 130, Some(70)),
+    ] {
+        let case = Case {
+            heads,
+            kv_heads,
+            dim,
+            tokens: 2 * SEGMENT + 3,
+            window,
+        };
+        let tokens = case.tokens(&mut random);
+        let pages = pages_for(case.tokens);
+        // A prompt, then decoding, and a few tokens at once, across both kinds of edges.
+        let mut ends = vec![PAGE - 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE];
+        ends.extend(SEGMENT - 2..SEGMENT + 3);
+        ends.extend([SEGMENT + 5, 2 * SEGMENT - 1]);
+        ends.extend(2 * SEGMENT..=case.tokens);
+        for kv_type in KvType::ALL {
+            let mut first: Option<Vec<f32>> = None;
+            for team in &teams {
+                for ends in [&ends[..], &[case.tokens]] {
+                    let out = case.run(team, &tokens, kv_type, &pages, ends);
+                    assert_same_bits(
+                        &out,
+                        first.get_or_insert_with(|| out.clone()),
+                        &format!("{case:?} {kv_type:?} {} {}", describe(team), ends.len()),
+                    );
+                }
+            }
+        }
     }
 }
 
 #[test]
-fn half_precision_has_the_same_bits_on_every_machine() {
+fn a_context_is_shared_out_or_not_with_the_same_bits() {
     let case = Case {
-        heads: 4,
+        heads: 8,
         kv_heads: 2,
-        dim: 24,
-        tokens: 90,
+        dim: 32,
+        tokens: 3 * SEGMENT + 70,
         window: None,
     };
-    let tokens = case.tokens(&mut Random(22));
-    let mut first: Option<Vec<f32>> = None;
-    for team in teams() {
-        let out = case.run(&team, &tokens, KvType::F16, &pages_for(90), &[50, 90]);
-        assert_same_bits(
-            &out,
-            first.get_or_insert_with(|| out.clone()),
-            &describe(&team),
+    let t = case.tokens(&mut Random(25));
+    let pages = pages_for(case.tokens);
+    let team = Team::new(2).unwrap();
+    for kv_type in KvType::ALL {
+        let mut pool = KvPool::new(case.shape(kv_type), pages.len() + 3).unwrap();
+        let whole = [Span {
+            rows: 0..case.tokens,
+            position: 0,
+            pages: &pages,
+        }];
+        pool.write(&team, 1, &spans_of(&whole), &t.keys, &t.values);
+        let last = spans_of(&[Span {
+            rows: 0..2,
+            position: case.tokens - 2,
+            pages: &pages,
+        }]);
+        let queries = &t.queries[(case.tokens - 2) * 8 * 32..];
+        let run = |rows: usize| {
+            let mut scratch = AttentionScratch::new(rows, 8, 32, case.tokens).unwrap();
+            let mut out = vec![f32::NAN; queries.len()];
+            case.attention()
+                .run(&team, &pool, &mut scratch, &last, queries, &mut out);
+            out
+        };
+        assert_same_bits(&run(2), &run(0), &format!("{kv_type:?}"));
+    }
+}
+
+/// What the page says of int8, in plain loops.
+fn int8_definition(case: &Case, t: &Tokens) -> Vec<f32> {
+    let quantise = |x: &[f32]| -> (f32, Vec<i32>) {
+        let largest = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+        if largest < 1e-30 {
+            return (0.0, vec![0; x.len()]);
+        }
+        let scale = largest / 127.0;
+        let inverse = 1.0 / scale;
+        let quant = |x: &f32| (x * inverse).round_ties_even() as i32;
+        (scale, x.iter().map(quant).collect())
+    };
+    let head = |x: &[f32], heads: usize, token: usize, head: usize| {
+        quantise(&x[(token * heads + head) * case.dim..][..case.dim])
+    };
+    let rotation = Rotation::new(case.dim);
+    let rotated = |x: &[f32], heads: usize, token: usize, head: usize| {
+        let mut x = x[(token * heads + head) * case.dim..][..case.dim].to_vec();
+        rotation.apply(Isa::SCALAR, &mut x);
+        quantise(&x)
+    };
+    let scale = 1.0 / (case.dim as f32).sqrt();
+    let mut out = vec![];
+    for token in 0..case.tokens {
+        let first = case.window.map_or(0, |w| (token + 1).saturating_sub(w));
+        for h in 0..case.heads {
+            let kv = h / (case.heads / case.kv_heads);
+            let (query_scale, query) = rotated(&t.queries, case.heads, token, h);
+            let (mut largest, mut sum) = (f32::NEG_INFINITY, 0f32);
+            let mut total = vec![0f32; case.dim];
+            for segment in first / SEGMENT..=token / SEGMENT {
+                let seen = first.max(segment * SEGMENT)..(token + 1).min((segment + 1) * SEGMENT);
+                let score = |p: usize| {
+                    let (key_scale, key) = rotated(&t.keys, case.kv_heads, p, kv);
+                    let dot: i32 = key.iter().zip(&query).map(|(k, q)| k * q).sum();
+                    dot as f32 * key_scale * query_scale * scale
+                };
+                let scores: Vec<f32> = seen.clone().map(score).collect();
+                let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let weights: Vec<f32> = scores.iter().map(|s| exp(s - most)).collect();
+                let mut lanes = [0f32; 16];
+                for (p, w) in seen.clone().zip(&weights) {
+                    lanes[p % 16] += w;
+                }
+                for half in [8, 4, 2, 1] {
+                    for i in 0..half {
+                        lanes[i] += lanes[i + half];
+                    }
+                }
+                let values: Vec<_> = seen
+                    .map(|p| head(&t.values, case.kv_heads, p, kv))
+                    .collect();
+                let scaled: Vec<f32> = weights.iter().zip(&values).map(|(w, v)| w * v.0).collect();
+                let top = scaled.iter().copied().fold(0f32, f32::max);
+                let quants: Vec<i32> = scaled
+                    .iter()
+                    .map(|w| (w * (32767.0 / top)).round_ties_even() as i32)
+                    .collect();
+                let now = largest.max(most);
+                let (keep, add) = (exp(largest - now), exp(most - now));
+                sum = lanes[0].mul_add(add, sum * keep);
+                for (d, total) in total.iter_mut().enumerate() {
+                    let dot: i32 = quants.iter().zip(&values).map(|(q, v)| q * v.1[d]).sum();
+                    *total = (dot as f32 * (top / 32767.0)).mul_add(add, *total * keep);
+                }
+                largest = now;
+            }
+            out.extend(total.iter().map(|x| x * (1.0 / sum)));
+        }
+    }
+    out
+}
+
+/// The kernels' own e^x: `softmax` of two numbers gives it away.
+fn exp(x: f32) -> f32 {
+    if x == f32::NEG_INFINITY {
+        return 0.0;
+    }
+    const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = n.mul_add(-LN2[1], n.mul_add(-LN2[0], x));
+    let mut p = 1.987_569_1e-4f32;
+    for c in [
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        5e-1,
+    ] {
+        p = p.mul_add(r, c);
+    }
+    let p = p.mul_add(r * r, r + 1.0);
+    if x < -87.3 {
+        0.0
+    } else {
+        p * 2f32.powi(n as i32)
+    }
+}
+
+#[test]
+fn int8_is_what_it_is_defined_as() {
+    let mut random = Random(26);
+    for (heads, kv_heads, dim, tokens, window) in [
+        (8, 2, 64, SEGMENT + 40, None),
+        (3, 1, 30, 2 * SEGMENT + 1, Some(SEGMENT + 9)),
+        (1, 1, 1, 70, None),
+        (2, 1, MAX_HEAD_DIM, 66, None),
+    ] {
+        let case = Case {
+            heads,
+            kv_heads,
+            dim,
+            tokens,
+            window,
+        };
+        let t = case.tokens(&mut random);
+        let out = case.run(
+            &Team::new(2).unwrap(),
+            &t,
+            KvType::Int8,
+            &pages_for(tokens),
+            &[tokens],
         );
+        assert_same_bits(&out, &int8_definition(&case, &t), &format!("{case:?}"));
+    }
+}
+
+#[test]
+fn int8_survives_extremes_and_shows_what_is_not_a_number() {
+    let team = Team::new(1).unwrap();
+    let case = Case {
+        heads: 1,
+        kv_heads: 1,
+        dim: 20,
+        tokens: 4,
+        window: None,
+    };
+    // All weights equal, values at their largest: the sums of integers are as large as they get.
+    let tokens = 2 * SEGMENT;
+    let long = Case { tokens, ..case };
+    let t = Tokens {
+        queries: vec![0.0; tokens * 20],
+        keys: vec![1.0; tokens * 20],
+        values: vec![-3.0; tokens * 20],
+    };
+    let out = long.run(&team, &t, KvType::Int8, &pages_for(tokens), &[tokens]);
+    assert_close(&out, &vec![-3.0; tokens * 20], 1e-5, "equal weights");
+
+    let mut t = case.tokens(&mut Random(27));
+    t.values[..20].fill(0.0);
+    t.keys[..20].fill(0.0);
+    let pages = pages_for(4);
+    let clean = case.run(&team, &t, KvType::Int8, &pages, &[4]);
+    assert_eq!(clean[..20], [0.0; 20]);
+    assert!(clean.iter().all(|x| x.is_finite()));
+    for bad in [f32::NAN, f32::INFINITY] {
+        for what in 0..3 {
+            let mut t = Tokens {
+                queries: t.queries.clone(),
+                keys: t.keys.clone(),
+                values: t.values.clone(),
+            };
+            [&mut t.queries, &mut t.keys, &mut t.values][what][2 * 20 + 7] = bad;
+            let out = case.run(&team, &t, KvType::Int8, &pages, &[4]);
+            // Tokens before it do not see it, those behind do, save that a query is its own.
+            assert_same_bits(&out[..40], &clean[..40], "before");
+            assert!(out[40..60].iter().all(|x| x.is_nan()), "{what}: {out:?}");
+            assert_eq!(out[60..].iter().all(|x| x.is_nan()), what > 0);
+        }
+    }
+}
+
+#[test]
+fn a_number_that_is_none_does_not_reach_tokens_before_it() {
+    let team = Team::new(1).unwrap();
+    let case = Case {
+        heads: 3,
+        kv_heads: 1,
+        dim: 8,
+        tokens: 6,
+        window: None,
+    };
+    let mut t = case.tokens(&mut Random(28));
+    let pages = pages_for(6);
+    for kv_type in KvType::ALL {
+        let clean = case.run(&team, &t, kv_type, &pages, &[6]);
+        let (key, value) = (t.keys[4 * 8], t.values[4 * 8]);
+        (t.keys[4 * 8], t.values[4 * 8]) = (f32::NAN, f32::NAN);
+        let out = case.run(&team, &t, kv_type, &pages, &[6]);
+        assert_same_bits(&out[..4 * 24], &clean[..4 * 24], "before");
+        assert!(out[4 * 24..].iter().any(|x| x.is_nan()));
+        (t.keys[4 * 8], t.values[4 * 8]) = (key, value);
     }
 }
 
@@ -269,11 +552,11 @@ fn sequences_in_a_batch_do_not_see_each_other() {
         pool.write(
             &team,
             1,
-            &[Span {
+            &spans_of(&[Span {
                 rows: 0..64,
                 position: 0,
                 pages: &[page],
-            }],
+            }]),
             &poison,
             &poison,
         );
@@ -290,7 +573,7 @@ fn sequences_in_a_batch_do_not_see_each_other() {
         pool.write(
             &team,
             1,
-            &span,
+            &spans_of(&span),
             &t.keys[..done * 32],
             &t.values[..done * 32],
         );
@@ -303,10 +586,9 @@ fn sequences_in_a_batch_do_not_see_each_other() {
         keys.extend(&t.keys[done * 32..]);
         values.extend(&t.values[done * 32..]);
     }
-    pool.write(&team, 1, &spans, &keys, &values);
+    pool.write(&team, 1, &spans_of(&spans), &keys, &values);
     let mut out = vec![f32::NAN; 3 * 64];
-    base.attention()
-        .run(&team, &pool, &spans, &queries, &mut out);
+    base.attend(&team, &pool, &spans, &queries, &mut out);
     for (i, (case, t)) in cases.iter().zip(&all).enumerate() {
         let alone = case.run(
             &team,
@@ -339,10 +621,9 @@ fn rows_outside_every_span_are_left_alone() {
         position: 0,
         pages: &[0],
     }];
-    pool.write(&team, 1, &span, &[1.0; 12], &[3.0; 12]);
+    pool.write(&team, 1, &spans_of(&span), &[1.0; 12], &[3.0; 12]);
     let mut out = [-1.0; 24];
-    case.attention()
-        .run(&team, &pool, &span, &[1.0; 24], &mut out);
+    case.attend(&team, &pool, &span, &[1.0; 24], &mut out);
     assert_eq!(out[..8], [-1.0; 8]);
     assert_eq!(out[8..16], [3.0; 8]);
     assert_eq!(out[16..], [-1.0; 8]);
@@ -362,7 +643,7 @@ fn copied_pages_serve_the_copy_and_erased_pages_are_zero() {
     let mut pool = KvPool::new(case.shape(KvType::F32), 3).unwrap();
     let run = |pool: &KvPool, page: u32| {
         let mut out = vec![0.0; 32];
-        case.attention().run(
+        case.attend(
             &team,
             pool,
             &[Span {
@@ -378,11 +659,11 @@ fn copied_pages_serve_the_copy_and_erased_pages_are_zero() {
     pool.write(
         &team,
         1,
-        &[Span {
+        &spans_of(&[Span {
             rows: 0..2,
             position: 0,
             pages: &[1],
-        }],
+        }]),
         &t.keys,
         &t.values,
     );
@@ -410,6 +691,12 @@ fn impossible_shapes_have_no_pages() {
         .page_bytes(),
         Some(2 * 3 * 64 * (24 + 32) * 2)
     );
+    let int8 = KvShape {
+        head_dim: 23,
+        kv_type: KvType::Int8,
+        ..good
+    };
+    assert_eq!(int8.page_bytes(), Some(2 * 3 * 64 * (24 + 32 + 8)));
     for bad in [
         KvShape { layers: 0, ..good },
         KvShape {
@@ -445,7 +732,7 @@ fn run_with(pages: &[u32], rows: std::ops::Range<usize>, position: usize) {
         window: None,
     };
     let pool = KvPool::new(case.shape(KvType::F32), 2).unwrap();
-    case.attention().run(
+    case.attend(
         &team,
         &pool,
         &[Span {
@@ -493,7 +780,7 @@ fn spans_that_share_a_row_panic() {
         position: 0,
         pages: &[0],
     };
-    case.attention().run(
+    case.attend(
         &team,
         &pool,
         &[span.clone(), span],
@@ -504,6 +791,48 @@ fn spans_that_share_a_row_panic() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Ragged batches of sequences of any length, beyond 2048 positions too: every member of the
+    /// batch has the bits that it has alone, whatever the number of threads.
+    #[test]
+    fn batches_have_the_bits_of_their_members_alone(
+        kv_heads in 1usize..3, group in 1usize..5, dim in 1usize..40,
+        lengths in prop::collection::vec((1usize..2300, 1usize..20), 1..5),
+        window in proptest::option::of(1usize..600), threads in 1usize..9, kind in 0usize..4,
+        seed: u64
+    ) {
+        let kv_type = KvType::ALL[kind];
+        let base = Case { heads: kv_heads * group, kv_heads, dim, tokens: 0, window };
+        let (q, kv) = (base.heads * dim, kv_heads * dim);
+        let mut random = Random(seed);
+        let team = Team::new(threads).unwrap();
+        let pages = |length: usize, from: usize| -> Vec<u32> {
+            (0..length.div_ceil(PAGE)).map(|p| (p * 4 + from) as u32).collect()
+        };
+        let lists: Vec<_> = lengths.iter().enumerate().map(|(i, l)| pages(l.0, i)).collect();
+        let mut pool = KvPool::new(base.shape(kv_type), 4 * 36).unwrap();
+        let (mut queries, mut all_spans, mut alone) = (vec![], vec![], vec![]);
+        for ((length, last), pages) in lengths.iter().zip(&lists) {
+            let case = Case { tokens: *length, ..base };
+            let t = case.tokens(&mut random);
+            let whole = [Span { rows: 0..*length, position: 0, pages }];
+            pool.write(&team, 1, &spans_of(&whole), &t.keys, &t.values);
+            let last = *last.min(length);
+            let rows = queries.len() / q..queries.len() / q + last;
+            all_spans.push(Span { rows, position: length - last, pages });
+            queries.extend(&t.queries[(length - last) * q..]);
+            prop_assert_eq!(t.keys.len(), length * kv);
+            // One thread, so nothing is shared out.
+            let own = Span { rows: 0..last, position: length - last, pages };
+            let mut out = vec![f32::NAN; last * q];
+            let one = Team::new(1).unwrap();
+            case.attend(&one, &pool, &[own], &t.queries[(length - last) * q..], &mut out);
+            alone.extend(out);
+        }
+        let mut out = vec![f32::NAN; queries.len()];
+        base.attend(&team, &pool, &all_spans, &queries, &mut out);
+        assert_same_bits(&out, &alone, "batch");
+    }
 
     #[test]
     fn any_shape_agrees_with_softmax_in_f64(

@@ -66,7 +66,7 @@ pub(crate) fn until(ends_at: u64) -> Serving {
             digest: ModelDigest([3; 32]),
             name: "m".into(),
             version: 4,
-            compute: "f32",
+            compute: "f32".into(),
             attested_tls: true,
         },
         access: Arc::new(Access::new(

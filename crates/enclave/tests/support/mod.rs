@@ -76,7 +76,7 @@ fn api_over(model: Model, max_context: usize) -> Api {
         max_context,
         max_batch: 4,
         max_waiting: 16,
-        kv_bytes: None,
+        ..EngineOptions::default()
     };
     let engine = Engine::load(model, &options, &Silent).unwrap();
     Api::new(engine, "tiny".into(), "fp_0".into(), || NOW)

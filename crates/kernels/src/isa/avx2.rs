@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{LANES, Simd};
 use crate::cpu::Kernel;
@@ -57,6 +57,8 @@ unsafe impl Simd for Avx2 {
     type I = I;
     /// Signed weights.
     type W = I;
+    /// Lanes 0..8 and 8..16, two i16 each.
+    type P = I;
 
     const WIDE: bool = false;
 
@@ -124,6 +126,31 @@ unsafe impl Simd for Avx2 {
             F(
                 _mm256_cvtph_ps(_mm_loadu_si128(p)),
                 _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))),
+            )
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> F {
+        // SAFETY: AVX2 by `self`; bf16 is a transparent u16, so the reference covers both 16-byte
+        // halves.
+        unsafe {
+            let p: *const __m128i = x.as_ptr().cast();
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(1)));
+            F(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn pairs(self, x: &[i8; 2 * LANES]) -> I {
+        // SAFETY: AVX2 by `self`; the reference covers both 16-byte halves.
+        unsafe {
+            let p: *const __m128i = x.as_ptr().cast();
+            I(
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(p)),
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(p.add(1))),
             )
         }
     }
@@ -198,6 +225,13 @@ unsafe impl Simd for Avx2 {
             I(
                 _mm256_add_epi32(sum.0, _mm256_madd_epi16(low, ones)),
                 _mm256_add_epi32(sum.1, _mm256_madd_epi16(high, ones)),
+            )
+        }}
+        fn dot2(sum: I, x: I, a: i32) -> I {{
+            let a = _mm256_set1_epi32(a);
+            I(
+                _mm256_add_epi32(sum.0, _mm256_madd_epi16(x.0, a)),
+                _mm256_add_epi32(sum.1, _mm256_madd_epi16(x.1, a)),
             )
         }}
     }

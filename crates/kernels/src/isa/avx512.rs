@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{LANES, Simd};
 use crate::cpu::Kernel;
@@ -53,6 +53,7 @@ unsafe impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type W = __m512i;
+    type P = __m512i;
 
     const WIDE: bool = true;
 
@@ -89,6 +90,20 @@ unsafe impl Simd for Avx512 {
         // SAFETY: AVX-512F and AVX by `self`; f16 is a transparent u16, so the reference covers the
         // 32 bytes read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> __m512 {
+        // SAFETY: AVX-512F and AVX by `self`; bf16 is a transparent u16, so the reference covers the
+        // 32 bytes read.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    fn pairs(self, x: &[i8; 2 * LANES]) -> __m512i {
+        // SAFETY: AVX-512BW and AVX by `self`; the reference covers the 32 bytes read.
+        unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(x.as_ptr().cast())) }
     }
     #[inline(always)]
     fn weights(self, w: &[u8; 64]) -> __m512i {
@@ -144,5 +159,6 @@ unsafe impl Simd for Avx512 {
         // each, and the offset takes 128 times the activations back.
         fn dot_start(offset: i32) -> __m512i { _mm512_set1_epi32(offset) }
         fn dot4(sum: __m512i, w: __m512i, a: i32) -> __m512i { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a)) }
+        fn dot2(sum: __m512i, x: __m512i, a: i32) -> __m512i { _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi32(a)) }
     }
 }

@@ -28,6 +28,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     type I: Copy;
     /// 64 bytes of offset-128 weights (see `q8`), prepared for [`Simd::dot4`].
     type W: Copy;
+    /// Sixteen pairs of i8, prepared for [`Simd::dot2`].
+    type P: Copy;
 
     /// Whether there are registers for two vectors a row in a register-blocked product.
     const WIDE: bool;
@@ -40,6 +42,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     fn store(self, x: Self::F, to: &mut [f32; LANES]);
     /// Sixteen half-precision numbers, widened exactly.
     fn load_f16(self, x: &[half::f16; LANES]) -> Self::F;
+    /// Sixteen bfloat16 numbers, widened exactly.
+    fn load_bf16(self, x: &[half::bf16; LANES]) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -91,6 +95,12 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// packed in `a` (first in the lowest byte, none of them -128). Once a whole group has been
     /// added to [`Simd::dot_start`], the lane holds the exact sum.
     fn dot4(self, sum: Self::I, w: Self::W, a: i32) -> Self::I;
+
+    /// Takes two i8 for each lane.
+    fn pairs(self, x: &[i8; 2 * LANES]) -> Self::P;
+    /// Adds to each lane the dot product of its pair and the two i16 packed in `a` (first in the
+    /// lower half), exactly while the sum fits.
+    fn dot2(self, sum: Self::I, x: Self::P, a: i32) -> Self::I;
 }
 
 /// Loads fewer than sixteen numbers; the other lanes are zero.

@@ -1,7 +1,7 @@
 //! The portable twin: sixteen lanes as an array. It is the definition the other instruction sets
 //! are tested against.
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{LANES, Simd};
 
@@ -41,6 +41,7 @@ unsafe impl Simd for Scalar {
     type F = [f32; LANES];
     type I = [i32; LANES];
     type W = Weights;
+    type P = [i8; 2 * LANES];
 
     const WIDE: bool = false;
 
@@ -61,6 +62,10 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn load_f16(self, x: &[f16; LANES]) -> Self::F {
         x.map(f16::to_f32_const)
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::F {
+        x.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16))
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -190,6 +195,18 @@ unsafe impl Simd for Scalar {
         std::array::from_fn(|row| {
             let dot: i32 = (0..4).map(|i| i32::from(w.0[row * 4 + i]) * a[i]).sum();
             sum[row].wrapping_add(dot)
+        })
+    }
+    #[inline(always)]
+    fn pairs(self, x: &[i8; 2 * LANES]) -> Self::P {
+        *x
+    }
+    #[inline(always)]
+    fn dot2(self, sum: Self::I, x: Self::P, a: i32) -> Self::I {
+        let (low, high) = (i32::from(a as i16), a >> 16);
+        std::array::from_fn(|i| {
+            let dot = i32::from(x[2 * i]) * low + i32::from(x[2 * i + 1]) * high;
+            sum[i].wrapping_add(dot)
         })
     }
 }
