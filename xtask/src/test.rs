@@ -16,6 +16,7 @@ use crate::{fetch, licences, process, rooms, threats, workspace};
 const DEBIAN: &[(&str, &[&str])] = &[
     ("npm", &["npm", "--version"]),
     ("nginx-light", &["/usr/sbin/nginx", "-v"]),
+    ("strace", &["strace", "--version"]),
     ("python3-venv", &["python3", "-c", "import ensurepip, venv"]),
 ];
 

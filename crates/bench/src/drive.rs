@@ -96,7 +96,7 @@ pub(crate) fn run(
         let watch = watch.map(Arc::clone);
         let mut times = Vec::with_capacity(load.tokens);
         let submitted = Instant::now();
-        let sink = move |event| {
+        let sink = move |event: Event<'_>| {
             match event {
                 Event::Token { .. } => {
                     times.push(Instant::now());

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use casemate_container::{ModelConfig, ModelDigest, Progress};
 use casemate_kernels::attention::KvType;
 use casemate_kernels::mem::Granted;
-use casemate_kernels::team::Team;
+use casemate_kernels::team::{PATIENCE, Team};
 
 use crate::chat::ChatTemplate;
 use crate::error::{LoadError, SubmitError};
@@ -38,6 +38,9 @@ pub struct EngineOptions {
     pub kv_bytes: Option<u64>,
     /// How keys and values are stored. `None`: f32 beside the arithmetic of f32, otherwise f16.
     pub kv_type: Option<KvType>,
+    /// How many `pause` instructions the team's threads wait for each other before they sleep: the
+    /// longer, the fewer system calls, the more processor time.
+    pub patience: u32,
 }
 
 impl EngineOptions {
@@ -63,6 +66,7 @@ impl Default for EngineOptions {
             max_waiting: 256,
             kv_bytes: None,
             kv_type: None,
+            patience: PATIENCE,
         }
     }
 }
@@ -160,6 +164,7 @@ impl Engine {
         let (kv_bytes, kv_memory) = (kv.bytes(), kv.memory());
         let kv_bytes_per_position = kv.bytes_per_position();
         let team = Team::new(options.threads)?;
+        team.set_patience(options.patience);
         let weights = weights::load(model, &config, options.compute, &team, progress)?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
         let weight_memory = weights.memory;

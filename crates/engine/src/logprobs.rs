@@ -6,7 +6,7 @@
 pub const MAXIMUM_TOP: usize = 20;
 
 /// Log-probabilities at one position.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenLogprobs {
     /// Of the token that was chosen.
     pub chosen: f32,
@@ -26,8 +26,8 @@ impl Row {
         self.logits.extend_from_slice(logits);
     }
 
-    /// The log-probabilities of the kept row, which is finite.
-    pub(crate) fn logprobs(&self, chosen: u32, top: usize) -> TokenLogprobs {
+    /// Writes the log-probabilities of the kept row, which is finite.
+    pub(crate) fn logprobs(&self, chosen: u32, top: usize, to: &mut TokenLogprobs) {
         let maximum = self
             .logits
             .iter()
@@ -40,7 +40,9 @@ impl Row {
             .sum();
         let total = total.ln();
         let of = |logit: f32| (f64::from(logit - maximum) - total) as f32;
-        let mut likeliest: Vec<(u32, f32)> = Vec::with_capacity(top + 1);
+        let likeliest = &mut to.top;
+        likeliest.clear();
+        likeliest.reserve_exact(top + 1);
         if top > 0 {
             for (&logit, id) in self.logits.iter().zip(0u32..) {
                 if likeliest.len() == top && likeliest[top - 1].1 >= logit {
@@ -51,16 +53,13 @@ impl Row {
                 likeliest.truncate(top);
             }
         }
-        TokenLogprobs {
-            chosen: self
-                .logits
-                .get(chosen as usize)
-                .map_or(f32::NEG_INFINITY, |&l| of(l)),
-            top: likeliest
-                .into_iter()
-                .map(|(id, logit)| (id, of(logit)))
-                .collect(),
+        for (_, logit) in likeliest {
+            *logit = of(*logit);
         }
+        to.chosen = self
+            .logits
+            .get(chosen as usize)
+            .map_or(f32::NEG_INFINITY, |&l| of(l));
     }
 }
 
@@ -72,7 +71,9 @@ mod tests {
     fn logprobs(logits: &[f32], chosen: u32, top: usize) -> TokenLogprobs {
         let mut row = Row::default();
         row.keep(logits);
-        row.logprobs(chosen, top)
+        let mut found = TokenLogprobs::default();
+        row.logprobs(chosen, top, &mut found);
+        found
     }
 
     #[test]

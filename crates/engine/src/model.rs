@@ -53,6 +53,14 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
+    /// Room for so many rows and sequences.
+    pub(crate) fn with_capacity(rows: usize, sequences: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(rows),
+            spans: Vec::with_capacity(sequences),
+        }
+    }
+
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
         self.spans.clear();

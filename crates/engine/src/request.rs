@@ -1,6 +1,7 @@
 //! One request: what a caller asks for, what it is told, and the state between its tokens. Which
 //! requests run together is the scheduler's business.
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use crate::constrain::{Constraint, Grammar};
@@ -8,13 +9,16 @@ use crate::error::{RequestError, SubmitError};
 use crate::kv::Slot;
 use crate::logprobs::{MAXIMUM_TOP, TokenLogprobs};
 use crate::sampler::{Sampler, Sampling, Scratch};
-use crate::stop::{Progress, StopMatcher};
+use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
 /// Most stop strings of one request.
 pub const MAXIMUM_STOPS: usize = 16;
 /// Longest stop string, in bytes.
 pub const MAXIMUM_STOP_BYTES: usize = 1024;
+
+/// Bytes that hold the text of nearly every token.
+const USUAL_PIECE: usize = 256;
 
 /// What to generate.
 #[derive(Clone, Default)]
@@ -42,18 +46,20 @@ pub struct Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub(crate) u64);
 
-/// What a request's sink receives: one `Token` for each generated token, then one `Finished`.
+/// What a request's sink receives: one `Token` for each generated token, then one `Finished`. It
+/// borrows from the engine, which allocates nothing for a token; who keeps an event takes a copy by
+/// [`Event::into_owned`].
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub enum Event<'a> {
     /// The next token.
     Token {
         /// Its id; the last one may be an end token.
         id: u32,
         /// Text that is now certain. Empty while a character or a stop string may be incomplete;
         /// the last event carries what was held back.
-        text: String,
+        text: Cow<'a, str>,
         /// Where they were asked for, unless the token is an end token.
-        logprobs: Option<Box<TokenLogprobs>>,
+        logprobs: Option<Cow<'a, TokenLogprobs>>,
     },
     /// Nothing follows.
     Finished {
@@ -64,6 +70,29 @@ pub enum Event {
         /// Tokens generated: the number of `Token` events.
         completion_tokens: usize,
     },
+}
+
+impl Event<'_> {
+    /// The same, for as long as it is needed.
+    #[must_use]
+    pub fn into_owned(self) -> Event<'static> {
+        match self {
+            Event::Token { id, text, logprobs } => Event::Token {
+                id,
+                text: Cow::Owned(text.into_owned()),
+                logprobs: logprobs.map(|l| Cow::Owned(l.into_owned())),
+            },
+            Event::Finished {
+                reason,
+                prompt_tokens,
+                completion_tokens,
+            } => Event::Finished {
+                reason,
+                prompt_tokens,
+                completion_tokens,
+            },
+        }
+    }
 }
 
 /// Why a request ended.
@@ -81,7 +110,7 @@ pub enum FinishReason {
 
 /// Receives a request's events on the engine's thread, so it must not block. `Break` cancels the
 /// request; the sink is then dropped without another call.
-pub type Sink = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
+pub type Sink = Box<dyn FnMut(Event<'_>) -> ControlFlow<()> + Send>;
 
 /// Limits a request is checked against.
 pub(crate) struct Limits<'a> {
@@ -108,9 +137,19 @@ pub(crate) struct Sequence {
     constraint: Option<Box<Constraint>>,
     tokenizer: Tokenizer,
     sink: Sink,
+    /// What the event at hand lends to the sink; kept for their memory.
+    told: Told,
     pub(crate) slot: Option<Slot>,
     /// It has ended; the scheduler removes it.
     pub(crate) over: bool,
+}
+
+/// The last token's text before and after stop strings were looked for, and its likelihood.
+#[derive(Default)]
+struct Told {
+    piece: String,
+    text: String,
+    logprobs: TokenLogprobs,
 }
 
 /// What became of a request with its new logits.
@@ -208,6 +247,11 @@ impl Sequence {
             constraint,
             tokenizer: tokenizer.clone(),
             sink,
+            told: Told {
+                piece: String::with_capacity(USUAL_PIECE),
+                text: String::with_capacity(USUAL_PIECE),
+                logprobs: TokenLogprobs::default(),
+            },
             slot: None,
             over: false,
         })
@@ -273,29 +317,29 @@ impl Sequence {
             }
             _ => silent,
         };
+        let Told {
+            piece,
+            text,
+            logprobs,
+        } = &mut self.told;
         let logprobs = match self.logprobs {
-            Some(top) if !silent => Some(Box::new(scratch.row.logprobs(id, top))),
+            Some(top) if !silent => {
+                scratch.row.logprobs(id, top, logprobs);
+                Some(Cow::Borrowed(&*logprobs))
+            }
             _ => None,
         };
-        let piece = if silent {
-            String::new()
-        } else {
-            self.decoder.push(id)
-        };
-        let (mut text, stopped) = match self.stops.push(&piece) {
-            Progress::Continue(text) => (text, ended),
-            Progress::Stopped(text) => (text, true),
-        };
-        let full = self.tokens.len() == self.limit;
-        if ended || (full && !stopped) {
-            match self.stops.push(self.decoder.finish()) {
-                Progress::Continue(rest) => {
-                    text.push_str(&rest);
-                    text.push_str(&self.stops.finish());
-                }
-                Progress::Stopped(rest) => text.push_str(&rest),
-            }
+        piece.clear();
+        text.clear();
+        if !silent {
+            self.decoder.push_onto(id, piece);
         }
+        let stopped = self.stops.push(piece, text) || ended;
+        let full = self.tokens.len() == self.limit;
+        if (ended || (full && !stopped)) && !self.stops.push(self.decoder.finish(), text) {
+            self.stops.finish(text);
+        }
+        let text = Cow::Borrowed(text.as_str());
         if (self.sink)(Event::Token { id, text, logprobs }).is_break() {
             return Advance::Over;
         }

@@ -144,7 +144,7 @@ impl Scheduler {
             running: Vec::with_capacity(maximum_batch),
             waiting: VecDeque::new(),
             evaluations: VecDeque::new(),
-            batch: Batch::default(),
+            batch: Batch::with_capacity(PROMPT_ROWS + maximum_batch, maximum_batch),
             members: Vec::with_capacity(maximum_batch),
             scratch: Scratch::default(),
             turn: 0,
@@ -565,7 +565,7 @@ mod tests {
         Tokenizer::from_json(json.as_bytes(), VOCAB as u32, None).unwrap()
     }
 
-    fn request(id: u64, prompt: &[u32]) -> (Box<Sequence>, Receiver<Event>) {
+    fn request(id: u64, prompt: &[u32]) -> (Box<Sequence>, Receiver<Event<'static>>) {
         let (sender, receiver) = channel();
         let request = Request {
             prompt: prompt.to_vec(),
@@ -577,8 +577,8 @@ mod tests {
             vocab: VOCAB as u32,
             end_tokens: &[],
         };
-        let sink = Box::new(move |event| {
-            sender.send(event).unwrap();
+        let sink = Box::new(move |event: Event<'_>| {
+            sender.send(event.into_owned()).unwrap();
             ControlFlow::Continue(())
         });
         (
@@ -588,7 +588,7 @@ mod tests {
     }
 
     /// Runs requests in one batch and returns what each heard.
-    fn run(prompts: &[&[u32]]) -> (Vec<Vec<Event>>, usize) {
+    fn run(prompts: &[&[u32]]) -> (Vec<Vec<Event<'static>>>, usize) {
         let (model, kv) = fragile_model();
         let mailbox = Arc::new(Mailbox::new(8));
         let mut receivers = Vec::new();

@@ -3,15 +3,6 @@
 //! first ends the text (the longest of several ending there), and nothing from its first byte on is
 //! ever released.
 
-/// What may be shown after a piece of text arrived.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// No stop string so far; this text is certain to be shown (it may be empty).
-    Continue(String),
-    /// A stop string is complete; this is the rest of the text before it.
-    Stopped(String),
-}
-
 /// Watches one request's text for its stop strings.
 pub(crate) struct StopMatcher {
     stops: Vec<String>,
@@ -29,10 +20,12 @@ impl StopMatcher {
         }
     }
 
-    /// Takes the next piece of text.
-    pub(crate) fn push(&mut self, text: &str) -> Progress {
+    /// Takes the next piece of text and appends to `shown` what is now certain to be shown. True: a
+    /// stop string is complete, and nothing follows what was shown.
+    pub(crate) fn push(&mut self, text: &str, shown: &mut String) -> bool {
         if self.stops.is_empty() {
-            return Progress::Continue(text.to_owned());
+            shown.push_str(text);
+            return false;
         }
         self.held.push_str(text);
         let first = self
@@ -44,18 +37,22 @@ impl StopMatcher {
                     .map(|start| (start + stop.len(), start))
             })
             .min();
-        if let Some((_, start)) = first {
-            self.held.truncate(start);
-            return Progress::Stopped(std::mem::take(&mut self.held));
+        let certain = match first {
+            Some((_, start)) => start,
+            None => self.held.len() - self.longest_beginning_of_a_stop(),
+        };
+        shown.push_str(&self.held[..certain]);
+        match first {
+            Some(_) => self.held.clear(),
+            None => drop(self.held.drain(..certain)),
         }
-        let keep = self.longest_beginning_of_a_stop();
-        let kept = self.held.split_off(self.held.len() - keep);
-        Progress::Continue(std::mem::replace(&mut self.held, kept))
+        first.is_some()
     }
 
-    /// Releases what was held back, as no more text will come.
-    pub(crate) fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+    /// Appends to `shown` what was held back, as no more text will come.
+    pub(crate) fn finish(&mut self, shown: &mut String) {
+        shown.push_str(&self.held);
+        self.held.clear();
     }
 
     /// Length of the longest end of the held text that is a proper beginning of a stop string.
@@ -92,16 +89,25 @@ mod tests {
         let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect());
         let mut shown = String::new();
         for piece in pieces {
-            match matcher.push(piece) {
-                Progress::Continue(text) => shown.push_str(&text),
-                Progress::Stopped(text) => {
-                    shown.push_str(&text);
-                    return (shown, true);
-                }
+            if matcher.push(piece, &mut shown) {
+                return (shown, true);
             }
         }
-        shown.push_str(&matcher.finish());
+        matcher.finish(&mut shown);
         (shown, false)
+    }
+
+    /// What one more piece shows, where no stop string is complete.
+    fn push(matcher: &mut StopMatcher, piece: &str) -> String {
+        let mut shown = String::new();
+        assert!(!matcher.push(piece, &mut shown));
+        shown
+    }
+
+    fn finish(matcher: &mut StopMatcher) -> String {
+        let mut shown = String::new();
+        matcher.finish(&mut shown);
+        shown
     }
 
     #[test]
@@ -120,11 +126,11 @@ mod tests {
     #[test]
     fn holds_back_only_what_could_begin_a_stop() {
         let mut matcher = StopMatcher::new(vec!["aab".into()]);
-        assert_eq!(matcher.push("xaaa"), Progress::Continue("xa".into()));
-        assert_eq!(matcher.push("c"), Progress::Continue("aac".into()));
-        assert_eq!(matcher.push("aa"), Progress::Continue(String::new()));
-        assert_eq!(matcher.finish(), "aa");
-        assert_eq!(matcher.finish(), "");
+        assert_eq!(push(&mut matcher, "xaaa"), "xa");
+        assert_eq!(push(&mut matcher, "c"), "aac");
+        assert_eq!(push(&mut matcher, "aa"), "");
+        assert_eq!(finish(&mut matcher), "aa");
+        assert_eq!(finish(&mut matcher), "");
     }
 
     #[test]
@@ -136,17 +142,17 @@ mod tests {
     #[test]
     fn characters_of_several_bytes_stay_whole() {
         let mut matcher = StopMatcher::new(vec!["é!".into()]);
-        assert_eq!(matcher.push("aé"), Progress::Continue("a".into()));
-        assert_eq!(matcher.push("è"), Progress::Continue("éè".into()));
+        assert_eq!(push(&mut matcher, "aé"), "a");
+        assert_eq!(push(&mut matcher, "è"), "éè");
         // è and é share their first byte, which must not be held apart from the second.
         let mut matcher = StopMatcher::new(vec!["é".into()]);
-        assert_eq!(matcher.push("è"), Progress::Continue("è".into()));
+        assert_eq!(push(&mut matcher, "è"), "è");
     }
 
     #[test]
     fn without_stops_everything_passes_at_once() {
         let mut matcher = StopMatcher::new(vec![String::new()]);
-        assert_eq!(matcher.push("text"), Progress::Continue("text".into()));
+        assert_eq!(push(&mut matcher, "text"), "text");
     }
 
     /// The definition, by looking at every prefix of the whole text.

@@ -197,22 +197,28 @@ pub struct StreamDecoder {
 impl StreamDecoder {
     /// Takes the next token and returns the text that is now certain, possibly none.
     pub fn push(&mut self, id: u32) -> String {
+        let mut text = String::new();
+        self.push_onto(id, &mut text);
+        text
+    }
+
+    /// As [`StreamDecoder::push`], appended to `text`.
+    pub(crate) fn push_onto(&mut self, id: u32, text: &mut String) {
         self.pending
             .extend_from_slice(self.tokenizer.0.pieces.of(id));
-        let mut text = String::new();
         loop {
             match std::str::from_utf8(&self.pending) {
                 Ok(valid) => {
                     text.push_str(valid);
                     self.pending.clear();
-                    return text;
+                    return;
                 }
                 Err(e) => {
                     let valid = e.valid_up_to();
                     text.push_str(&String::from_utf8_lossy(&self.pending[..valid]));
                     let Some(wrong) = e.error_len() else {
                         self.pending.drain(..valid);
-                        return text;
+                        return;
                     };
                     text.push(char::REPLACEMENT_CHARACTER);
                     self.pending.drain(..valid + wrong);

@@ -13,19 +13,19 @@ use casemate_engine::{
 use support::tiny::{Tiny, llama};
 use support::{generate, greedy, load, options, reference};
 
-fn events(engine: &Engine, request: Request) -> Vec<Event> {
+fn events(engine: &Engine, request: Request) -> Vec<Event<'static>> {
     let (sender, receiver) = channel();
-    let sink = move |event| {
-        sender.send(event).unwrap();
+    let sink = move |event: Event<'_>| {
+        sender.send(event.into_owned()).unwrap();
         ControlFlow::Continue(())
     };
     engine.submit(request, Box::new(sink)).unwrap();
     receiver.iter().collect()
 }
 
-fn told(events: &[Event]) -> Vec<(u32, TokenLogprobs)> {
-    let of = |event: &Event| match event {
-        Event::Token { id, logprobs, .. } => Some((*id, *logprobs.clone()?)),
+fn told(events: &[Event<'_>]) -> Vec<(u32, TokenLogprobs)> {
+    let of = |event: &Event<'_>| match event {
+        Event::Token { id, logprobs, .. } => Some((*id, logprobs.clone()?.into_owned())),
         Event::Finished { .. } => None,
     };
     events.iter().filter_map(of).collect()
@@ -92,7 +92,7 @@ fn logprobs_change_no_token_and_are_absent_unless_asked_for() {
             ..request.clone()
         },
     );
-    let strip = |events: Vec<Event>| -> Vec<Event> {
+    let strip = |events: Vec<Event<'static>>| -> Vec<Event<'static>> {
         let without = |event| match event {
             Event::Token { id, text, .. } => Event::Token {
                 id,

@@ -183,8 +183,8 @@ fn a_sink_that_breaks_is_dropped_and_its_memory_freed() {
     let engine = engine(Compute::F32);
     let (sender, receiver) = channel();
     let mut left = 3;
-    let sink = move |event| {
-        sender.send(event).unwrap();
+    let sink = move |event: Event<'_>| {
+        sender.send(event.into_owned()).unwrap();
         left -= 1;
         if left == 0 {
             ControlFlow::Break(())
@@ -208,7 +208,7 @@ fn a_sink_that_breaks_is_dropped_and_its_memory_freed() {
 /// submitted meanwhile are certain to wait together.
 fn hold(engine: &Engine) -> std::sync::mpsc::Sender<()> {
     let (release, held) = channel();
-    let sink = move |_| {
+    let sink = move |_: Event<'_>| {
         let _ = held.recv();
         ControlFlow::Break(())
     };
@@ -249,7 +249,7 @@ fn cancelling_ends_running_and_waiting_requests() {
         let id = engine.submit(
             request,
             Box::new(move |event| {
-                let _ = sender.send(event);
+                let _ = sender.send(event.into_owned());
                 ControlFlow::Continue(())
             }),
         );
@@ -566,7 +566,7 @@ fn requests_wait_for_memory_in_order() {
             .submit(
                 greedy(&[1, 50 + name as u32], length),
                 Box::new(move |event| {
-                    let _ = sender.send((name, event));
+                    let _ = sender.send((name, event.into_owned()));
                     ControlFlow::Continue(())
                 }),
             )
@@ -616,7 +616,7 @@ fn a_long_prompt_does_not_hold_up_short_ones() {
                     ..greedy(&prompt, 10)
                 },
                 Box::new(move |event| {
-                    let _ = sender.send((name, event));
+                    let _ = sender.send((name, event.into_owned()));
                     ControlFlow::Continue(())
                 }),
             )

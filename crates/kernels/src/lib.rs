@@ -21,6 +21,7 @@ pub mod cpu;
 pub mod elementwise;
 pub mod gemm;
 pub mod hardening;
+pub mod heap;
 mod isa;
 pub mod mem;
 pub mod norm;

@@ -8,16 +8,16 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
 use crate::cpu::Isa;
 
-/// How many `pause` instructions a member waits before it parks: 0.3 to 1 ms on today's x86
-/// processors, longer than one sampling step between two tokens and shorter than anybody would
-/// notice on an idle machine.
-const SPINS: u32 = 20_000;
+/// How many `pause` instructions a member waits before it parks, unless told otherwise: 0.3 to 1 ms
+/// on today's x86 processors, longer than one sampling step between two tokens and shorter than
+/// anybody would notice on an idle machine.
+pub const PATIENCE: u32 = 20_000;
 
 /// Most members a team may have.
 pub const MAX_THREADS: usize = 1024;
@@ -40,9 +40,13 @@ struct Shared {
     /// Set from the moment a caller owns the team until its run is over.
     busy: AtomicBool,
     stop: AtomicBool,
+    /// How many `pause` instructions anybody waits before parking.
+    patience: AtomicU32,
     /// Whom the last member wakes; set by a caller that is about to park.
     caller: Mutex<Option<Thread>>,
     job: UnsafeCell<Option<&'static Job<'static>>>,
+    /// Set while `panic` holds something, so that a run without panics takes no lock.
+    panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -118,6 +122,13 @@ impl Team {
         Ok(team)
     }
 
+    /// Sets how many `pause` instructions members wait for work, and callers for members, before
+    /// they sleep. More saves system calls between runs that are further apart, at the price of
+    /// processor time.
+    pub fn set_patience(&self, pauses: u32) {
+        self.shared.patience.store(pauses, Ordering::Relaxed);
+    }
+
     /// Number of members, the caller included.
     pub fn members(&self) -> usize {
         self.shared.members
@@ -169,11 +180,12 @@ impl Team {
         self.start(job);
         let own = catch_unwind(AssertUnwindSafe(|| job(0, shared.members)));
         shared.finish(all);
-        let theirs = shared
-            .panic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let theirs = if shared.panicked.swap(false, Ordering::Relaxed) {
+            let mut panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            panic.take()
+        } else {
+            None
+        };
         shared.busy.store(false, Ordering::Release);
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
@@ -284,8 +296,10 @@ fn new_shared(members: usize) -> Shared {
         asleep: (0..members).map(|_| Line(AtomicBool::new(false))).collect(),
         busy: AtomicBool::new(false),
         stop: AtomicBool::new(false),
+        patience: AtomicU32::new(PATIENCE),
         caller: Mutex::new(None),
         job: UnsafeCell::new(None),
+        panicked: AtomicBool::new(false),
         panic: Mutex::new(None),
     }
 }
@@ -328,6 +342,8 @@ impl Shared {
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
                     .get_or_insert(payload);
+                // The caller sees it, as it sees that we have left.
+                self.panicked.store(true, Ordering::Relaxed);
             }
             let before = self.gate.0.fetch_sub(gate::INSIDE, Ordering::AcqRel);
             if gate::inside(before) == 1 {
@@ -362,7 +378,7 @@ impl Shared {
             let number = gate::number(self.gate.0.load(Ordering::Acquire));
             Some(number).filter(|number| *number != seen)
         };
-        if let Some(number) = spin(changed) {
+        if let Some(number) = self.spin(changed) {
             return number;
         }
         let asleep = &self.asleep[member].0;
@@ -388,7 +404,7 @@ impl Shared {
             let over = gate::inside(gate) == 0 && (!all || gate::entered(gate) == self.members - 1);
             over.then_some(())
         };
-        if spin(finished).is_none() {
+        if self.spin(finished).is_none() {
             *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
             let asleep = &self.asleep[0].0;
             asleep.store(true, Ordering::Relaxed);
@@ -400,16 +416,16 @@ impl Shared {
         }
         self.gate.0.fetch_or(gate::CLOSED, Ordering::AcqRel);
     }
-}
 
-fn spin<T>(ready: impl Fn() -> Option<T>) -> Option<T> {
-    for _ in 0..SPINS {
-        if let Some(value) = ready() {
-            return Some(value);
+    fn spin<T>(&self, ready: impl Fn() -> Option<T>) -> Option<T> {
+        for _ in 0..self.patience.load(Ordering::Relaxed) {
+            if let Some(value) = ready() {
+                return Some(value);
+            }
+            std::hint::spin_loop();
         }
-        std::hint::spin_loop();
+        ready()
     }
-    ready()
 }
 
 /// A slice whose disjoint parts several members write at once.

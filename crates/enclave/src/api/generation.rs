@@ -1,5 +1,6 @@
 //! Runs the engine for one API request: several choices at once, collected or streamed, cancelled when nobody reads.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
@@ -99,7 +100,7 @@ struct Reader {
 pub(super) struct Generation {
     api: Api,
     requests: Vec<RequestId>,
-    events: mpsc::UnboundedReceiver<(u32, Event)>,
+    events: mpsc::UnboundedReceiver<(u32, Event<'static>)>,
     running: u32,
     usage: Usage,
     parameters: Parameters,
@@ -153,11 +154,11 @@ impl Api {
                 let index = generation.running;
                 let meter = job.meter.clone();
                 // Counted where tokens are made: who does not read them has caused them all the same.
-                let sink = move |event| {
+                let sink = move |event: Event<'_>| {
                     if let Event::Token { .. } = event {
                         meter.generated();
                     }
-                    match sender.send((index, event)) {
+                    match sender.send((index, event.into_owned())) {
                         Ok(()) => ControlFlow::Continue(()),
                         Err(_) => ControlFlow::Break(()),
                     }
@@ -188,7 +189,7 @@ impl Reader {
         api: &Api,
         id: u32,
         text: &str,
-        logprobs: Option<Box<TokenLogprobs>>,
+        logprobs: Option<Cow<'_, TokenLogprobs>>,
     ) -> Piece {
         if let (Some(shown), Some(logprobs)) = (self.logprobs, logprobs) {
             let tokenizer = api.engine().tokenizer();

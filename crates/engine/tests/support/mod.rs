@@ -71,7 +71,7 @@ impl Answer {
 }
 
 /// A request under way.
-pub struct Pending(std::sync::mpsc::Receiver<Event>);
+pub struct Pending(std::sync::mpsc::Receiver<Event<'static>>);
 
 impl Pending {
     pub fn wait(self) -> Answer {
@@ -80,7 +80,7 @@ impl Pending {
             match event {
                 Event::Token { id, text, .. } => {
                     answer.ids.push(id);
-                    answer.pieces.push(text);
+                    answer.pieces.push(text.into_owned());
                 }
                 Event::Finished {
                     reason,
@@ -97,7 +97,7 @@ impl Pending {
 
 pub fn start(engine: &Engine, request: Request) -> Pending {
     let (sender, receiver) = channel();
-    let sink = move |event| match sender.send(event) {
+    let sink = move |event: Event<'_>| match sender.send(event.into_owned()) {
         Ok(()) => ControlFlow::Continue(()),
         Err(_) => ControlFlow::Break(()),
     };
