@@ -180,8 +180,11 @@ impl Transcript {
 pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
-            let escape =
-                c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            let escape = c.is_control()
+                || matches!(
+                    c,
+                    '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+                );
             let plain = (!escape).then_some(c);
             let escaped = escape.then(|| c.escape_default()).into_iter().flatten();
             plain.into_iter().chain(escaped)

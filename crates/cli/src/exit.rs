@@ -8,6 +8,8 @@ use casemate_container::{KeyFileError, OpenError, SealError, one_line};
 use casemate_import::ImportError;
 use serde_json::{Value, json};
 
+use crate::terminal::{printable, printable_json};
+
 /// What the codes mean, for `--help`.
 pub(crate) const CODES: &str = "\
 Exit codes:
@@ -112,7 +114,8 @@ pub(crate) fn report(done: Result<(), Failure>) -> ExitCode {
         let _ = print_json(&failure.value());
     }
     let mut stderr = io::stderr().lock();
-    let _ = writeln!(stderr, "casemate: {}", one_line(failure.error.as_ref()));
+    let message = one_line(failure.error.as_ref());
+    let _ = writeln!(stderr, "casemate: {}", printable(&message));
     if let Some(hint) = failure.hint.filter(|_| !failure.json) {
         let _ = writeln!(stderr, "casemate: {hint}");
     }
@@ -122,7 +125,7 @@ pub(crate) fn report(done: Result<(), Failure>) -> ExitCode {
 /// Prints one object on standard output.
 pub(crate) fn print_json(value: &Value) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).expect("a JSON value has a text");
-    print(&text)
+    print(&printable_json(&text))
 }
 
 /// Prints on standard output. A reader that left, as `head` does, has what it wanted: the exit code stays the verdict.

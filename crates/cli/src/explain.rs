@@ -1,5 +1,5 @@
-//! `casemate explain`: a refusal in plain words. Reading a transcript is [`reading`]'s, telling what else a file may be
-//! is [`kinds`]'s, and what each claim means stands in [`claims`].
+//! `casemate explain`: a refusal in plain words. Reading a transcript is `reading`'s, telling what else a file may be
+//! is `kinds`'s, and what each claim means stands in `claims`.
 
 mod claims;
 pub(crate) mod kinds;
@@ -14,6 +14,7 @@ use anyhow::{Context as _, anyhow};
 use serde_json::{Value, json};
 
 use crate::exit::{self, Class, Failure, InJson};
+use crate::terminal::printable;
 use reading::Finding;
 
 /// The longest input that is read; a log can have the end of it cut off.
@@ -162,16 +163,6 @@ fn to_json(finding: &Finding) -> Value {
         "said": finding.remedy,
         "context": finding.context,
     })
-}
-
-/// What comes from outside must not move the reader's cursor or colour a verdict.
-fn printable(text: &str) -> String {
-    let shown = |c: char| {
-        !c.is_control() && !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    text.chars()
-        .map(|c| if shown(c) { c } else { ' ' })
-        .collect()
 }
 
 #[cfg(test)]

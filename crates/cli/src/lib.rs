@@ -1,7 +1,7 @@
 //! `casemate`: the provider's and the user's command line.
 //!
 //! This file holds the list of commands and nothing else; each command is a file of its own. Exit codes and the shape
-//! of errors are in [`exit`].
+//! of errors are in `exit`.
 
 #![forbid(unsafe_code)]
 
@@ -24,6 +24,7 @@ mod seal;
 mod sealed;
 mod secret_file;
 mod service;
+mod terminal;
 mod verdict;
 mod verify;
 

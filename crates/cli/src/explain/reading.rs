@@ -1,6 +1,8 @@
 //! Finds the refusals in what programs printed, logged and answered. What it reads is for people to understand and comes
 //! from anywhere; nothing is decided by it.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 /// One refusal.
@@ -108,9 +110,10 @@ fn of_transcript(value: &Value) -> Vec<Finding> {
         true => &value["transcript"],
         false => value,
     };
+    let mut told: HashSet<String> = all.iter().map(|finding| finding.claim.clone()).collect();
     for check in transcript["checks"].as_array().into_iter().flatten() {
         let claim = text(check, "name");
-        if check["status"] == "failed" && all.iter().all(|finding| finding.claim != claim) {
+        if check["status"] == "failed" && told.insert(claim.clone()) {
             all.push(Finding {
                 by,
                 claim,
