@@ -184,3 +184,21 @@ fn a_file_that_is_no_report_is_malformed() {
     assert!(refused("{}", &path).contains("no report"));
     assert!(refused("not JSON", &path).contains("no report"));
 }
+
+#[test]
+fn opening_compares_three_ways_and_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().to_str().unwrap();
+    let arguments = ["open", "--size", "8MiB", "--rounds", "3", "--json", "--dir"];
+    let printed = printed(&[&arguments[..], &[place]].concat());
+    let result: Value = serde_json::from_str(&printed).unwrap();
+    for way in ["sealed", "unsealed", "unsealed_direct"] {
+        assert_eq!(result[way]["seconds"].as_array().unwrap().len(), 3);
+        assert!(
+            result[way]["peak_bytes"].as_u64().unwrap() >= 8 << 20,
+            "{way}: {result}"
+        );
+    }
+    assert!(result["ratio"].as_f64().unwrap() > 0.0);
+    assert_eq!(std::fs::read_dir(place).unwrap().count(), 0);
+}

@@ -317,22 +317,3 @@ fn a_seal_that_cannot_be_done_changes_nothing() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert_eq!(json(&place.check(&["--json"]))["version"], 4);
 }
-
-#[test]
-fn bench_open_compares_and_cleans_up() {
-    let place = Place::new();
-    let output = place.run(&[
-        "bench", "open", "--size", "8MiB", "--rounds", "3", "--dir", ".", "--json",
-    ]);
-    assert_eq!(code(&output), 0, "{}", stderr(&output));
-    let result = json(&output);
-    for way in ["sealed", "unsealed", "unsealed_direct"] {
-        assert_eq!(result[way]["seconds"].as_array().unwrap().len(), 3);
-        assert!(
-            result[way]["peak_bytes"].as_u64().unwrap() >= 8 << 20,
-            "{way}: {result}"
-        );
-    }
-    assert!(result["ratio"].as_f64().unwrap() > 0.0);
-    assert_eq!(place.names(), ["keys", "model.gguf"]);
-}

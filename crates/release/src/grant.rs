@@ -72,7 +72,7 @@ impl KeyGrant {
     /// Signs the grant and returns the envelope.
     ///
     /// # Errors
-    /// [`Malformed::Text`] when the model's name is not one that a manifest may have.
+    /// [`Malformed::Text`](crate::Malformed::Text) when the model's name is not one that a manifest may have.
     pub fn sign(&self, provider: &SigningKey) -> Result<Zeroizing<Vec<u8>>, ReleaseError> {
         check_model_name("grant.model_name", &self.model_name)?;
         let (access, api_keys) = api_key::to_wire(&self.access);
