@@ -1,7 +1,7 @@
 //! Attention over a paged cache of keys and values.
 //!
 //! A page holds [`PAGE`] consecutive positions of one sequence, for all layers and heads
-//! ([`pool`] has the layouts). The caller decides which page belongs to whom (a list of page
+//! (`pool` has the layouts). The caller decides which page belongs to whom (a list of page
 //! numbers per sequence) and may share pages between sequences; nothing here allocates or frees
 //! them.
 //!
