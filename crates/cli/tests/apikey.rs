@@ -150,3 +150,61 @@ fn what_cannot_be_removed_changes_nothing() {
     assert!(said.contains("take \"a\" out by hand"), "{said}");
     assert_eq!(read(&folder), inline);
 }
+
+/// A key's file where the list belongs is the easiest thing to mistake; whatever its content looks like, the key is not shown.
+#[test]
+fn an_api_key_in_the_place_of_the_list_is_not_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = apikey(folder.path(), &["new", "bob"]);
+    let key = text(&made).trim();
+    let digits = key.strip_prefix("cm-").unwrap();
+    let file = folder.path().join("bob.key");
+    let grant: Vec<_> = "--data-key k --signing-key k --model m --out g --api-keys bob.key"
+        .split(' ')
+        .collect();
+    for content in [
+        format!("{key}\n"),
+        format!("API_KEY={key}\n"),
+        format!("{key} = 1\n"),
+        format!("key = \"{key}\"\n"),
+        format!("[[key]]\nname = \"{key}\"\nsha256 = \"{digits}\"\n"),
+        format!("[[key]]\nname = \"bob\"\nsha256 = \"{key}\"\n"),
+        format!("[[key]]\nname = \"bob\"\nrequests_per_minute = \"{key}\"\n"),
+    ] {
+        std::fs::write(&file, &content).unwrap();
+        let outputs = [
+            apikey(folder.path(), &["list", "--file", "bob.key"]),
+            apikey(folder.path(), &["list", "--json", "--file", "bob.key"]),
+            apikey(folder.path(), &["new", "eve", "--file", "bob.key"]),
+            apikey(folder.path(), &["remove", "eve", "--file", "bob.key"]),
+            Command::new(env!("CARGO_BIN_EXE_casemate"))
+                .current_dir(folder.path())
+                .arg("grant")
+                .args(&grant)
+                .output()
+                .unwrap(),
+        ];
+        for output in outputs {
+            assert_eq!(output.status.code(), Some(10), "{content}");
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8(said).unwrap();
+            assert!(!said.contains(digits), "{said}");
+            let told = "bob.key: this is an API key; the list is api-keys.toml";
+            assert!(said.contains(told), "{said}");
+        }
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), content);
+    }
+}
+
+#[test]
+fn a_list_that_is_wrong_is_told_by_place_and_not_quoted() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("api-keys.toml");
+    std::fs::write(&file, "[[key]]\nname = \"bob\" CANARY\n").unwrap();
+    let output = apikey(folder.path(), &["list"]);
+    assert_eq!(output.status.code(), Some(10));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("api-keys.toml: line 2, column "), "{said}");
+    assert!(!said.contains("CANARY"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use axum::http::uri::Authority;
+use casemate_attest::TomlFault;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::{Compute, KvType};
+use casemate_release::api_key;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
@@ -23,17 +25,12 @@ const MAX_BYTES: u64 = 64 << 10;
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("cannot read the configuration {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    #[error("cannot read the configuration: {0}")]
+    Io(#[from] std::io::Error),
     /// The file is larger than any configuration.
     #[error("the configuration is larger than {MAX_BYTES} bytes")]
     TooLarge,
-    /// Not TOML of the documented shape; the parser's message names line and field.
+    /// Not TOML of the documented shape; the message names line and field, and quotes no line.
     #[error("the configuration is not valid: {0}")]
     Malformed(String),
 }
@@ -253,15 +250,9 @@ pub enum Tee {
 impl MeasuredConfig {
     /// Reads the file once; the bytes that are parsed are the bytes that are compared with the evidence.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let io = |source| ConfigError::Io {
-            path: path.to_owned(),
-            source,
-        };
         let mut bytes = Vec::new();
-        let file = std::fs::File::open(path).map_err(io)?;
-        file.take(MAX_BYTES + 1)
-            .read_to_end(&mut bytes)
-            .map_err(io)?;
+        let file = std::fs::File::open(path)?;
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
         Self::parse(bytes)
     }
 
@@ -272,7 +263,12 @@ impl MeasuredConfig {
         }
         let text = std::str::from_utf8(&bytes)
             .map_err(|_| ConfigError::Malformed("it is not UTF-8".into()))?;
-        let config = toml::from_str(text).map_err(|e| ConfigError::Malformed(e.to_string()))?;
+        let config = toml::from_str(text).map_err(|error| {
+            ConfigError::Malformed(match api_key::is_in(text) {
+                true => "this is an API key, or holds one".into(),
+                false => TomlFault::new(text, &error).to_string(),
+            })
+        })?;
         Ok(Self { config, bytes })
     }
 }

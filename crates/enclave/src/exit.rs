@@ -32,7 +32,7 @@ pub fn code(error: &anyhow::Error) -> u8 {
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<ConfigError>() {
         return Some(match error {
-            ConfigError::Io { .. } => SYSTEM,
+            ConfigError::Io(_) => SYSTEM,
             ConfigError::TooLarge | ConfigError::Malformed(_) => MALFORMED,
         });
     }
@@ -111,10 +111,7 @@ mod tests {
     #[test]
     fn codes_tell_who_has_to_do_something() {
         let unverified = || ReleaseError::from(Unverified::Grant);
-        let io = ConfigError::Io {
-            path: "x".into(),
-            source: std::io::ErrorKind::NotFound.into(),
-        };
+        let io = ConfigError::Io(std::io::ErrorKind::NotFound.into());
         let cases: [(anyhow::Error, u8); 11] = [
             (denied("malformed").into(), 10),
             (denied("not_genuine").into(), 20),

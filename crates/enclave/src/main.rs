@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use casemate_container::one_line;
 use casemate_enclave::config::MeasuredConfig;
 use casemate_enclave::denial::StartDenial;
@@ -55,7 +56,8 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = MeasuredConfig::read(&arguments.config)?;
+    let config = MeasuredConfig::read(&arguments.config)
+        .with_context(|| arguments.config.display().to_string())?;
     let runtime = |name: &str| {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

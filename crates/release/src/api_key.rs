@@ -155,6 +155,16 @@ pub fn generate(random: &dyn Random) -> Result<Zeroizing<String>, ReleaseError> 
     Ok(text)
 }
 
+/// Whether something of an API key's form is in a text, which is not shown to anybody then. Digits may be large, as
+/// somebody may have typed them.
+#[must_use]
+pub fn is_in(text: &str) -> bool {
+    text.match_indices(PREFIX).any(|(at, prefix)| {
+        let digits = text.as_bytes()[at + prefix.len()..].iter();
+        digits.take_while(|byte| byte.is_ascii_hexdigit()).count() >= 64
+    })
+}
+
 /// What is kept of an API key: the SHA-256 of its text.
 #[must_use]
 pub fn hash(key: &[u8]) -> [u8; 32] {
@@ -250,6 +260,21 @@ mod tests {
         }
         assert_ne!(keys[0], keys[1]);
         assert_ne!(hash(keys[0].as_bytes()), hash(keys[1].as_bytes()));
+    }
+
+    #[test]
+    fn a_key_is_recognised_in_a_text() {
+        let key = generate(&SystemRandom).unwrap();
+        for text in [
+            key.to_string(),
+            format!("cm-cm-x = \"{}\"\n", &*key),
+            format!("cm-{}", &key[3..].to_uppercase()),
+        ] {
+            assert!(is_in(&text), "{text}");
+        }
+        for text in ["", "cm-", &key[..66], &key[3..], "cm-list = 1"] {
+            assert!(!is_in(text), "{text}");
+        }
     }
 
     #[test]

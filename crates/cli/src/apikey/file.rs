@@ -6,7 +6,8 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::anyhow;
-use casemate_release::api_key::{ApiKey, ApiKeys, Limits};
+use casemate_attest::TomlFault;
+use casemate_release::api_key::{self, ApiKey, ApiKeys, Limits};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{Class, Failure};
@@ -140,7 +141,21 @@ fn text(path: &Path) -> io::Result<String> {
 }
 
 fn parse(path: &Path, text: &str) -> Result<Vec<ApiKey>, Failure> {
-    let list: List = toml::from_str(text).map_err(|error| malformed(path, error))?;
+    parse_list(path, text).map_err(|failure| {
+        // Easily mistaken for the list. Nothing of it may be shown, not even by what is wrong with a name or value.
+        if !api_key::is_in(text) {
+            return failure;
+        }
+        let error = anyhow!(
+            "this is an API key; the list is api-keys.toml, or what `casemate apikey new --file` named"
+        );
+        malformed(path, error)
+    })
+}
+
+fn parse_list(path: &Path, text: &str) -> Result<Vec<ApiKey>, Failure> {
+    let list: List = toml::from_str(text)
+        .map_err(|error| malformed(path, anyhow!("{}", TomlFault::new(text, &error))))?;
     let mut keys = Vec::with_capacity(list.key.len());
     for entry in list.key {
         let mut hash = [0; 32];

@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Extraction, String> {
-        toml::from_str(text).map_err(|error| error.to_string())
+        toml::from_str(text).map_err(|error| error.message().to_owned())
     }
 
     #[test]
