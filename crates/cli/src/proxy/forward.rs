@@ -3,10 +3,13 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, HttpBody as _, to_bytes};
 use axum::extract::{Path, Request, State};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
@@ -76,7 +79,29 @@ pub(super) fn router(session: Arc<Session>, saver: Option<Saver>, address: Socke
             Refusal::new(StatusCode::NOT_FOUND, "not_found", message)
         })
         .method_not_allowed_fallback(async || method_not_allowed())
+        .layer(middleware::from_fn(say_that_it_closes))
         .with_state(shared)
+}
+
+/// The server closes a connection on which a request was answered before its body was read to the end. A client that is
+/// not told would send its next request on it, and lose that.
+async fn say_that_it_closes(request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let ended = Arc::new(AtomicBool::new(body.is_end_stream()));
+    let end = stream::poll_fn({
+        let ended = Arc::clone(&ended);
+        move |_| {
+            ended.store(true, Ordering::Relaxed);
+            Poll::Ready(None)
+        }
+    });
+    let body = Body::from_stream(body.into_data_stream().chain(end));
+    let mut response = next.run(Request::from_parts(parts, body)).await;
+    if !ended.load(Ordering::Relaxed) {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+    }
+    response
 }
 
 async fn ready(State(shared): State<Shared>) -> Response {

@@ -281,6 +281,41 @@ async fn refuses_a_request_that_is_too_large() {
 }
 
 #[tokio::test]
+async fn says_so_when_it_closes_the_connection() {
+    let setup = Setup::new().await;
+    let post = async |path, size, origin: Option<&'static str>| {
+        let mut request = setup.client.post(setup.url(path)).body(vec![b'a'; size]);
+        if let Some(origin) = origin {
+            request = request.header("origin", origin);
+        }
+        let response = request.send().await.unwrap();
+        let connection = response.headers().get("connection").cloned();
+        let closes = connection.is_some_and(|value| value == "close");
+        (response.status(), closes)
+    };
+    let large = 5 * 1024 * 1024;
+    let refused = [
+        ("/v1/echo", None, StatusCode::PAYLOAD_TOO_LARGE),
+        (
+            "/v1/echo",
+            Some("http://evil.example"),
+            StatusCode::FORBIDDEN,
+        ),
+        ("/v1/attestation", None, StatusCode::METHOD_NOT_ALLOWED),
+        ("/metrics", None, StatusCode::NOT_FOUND),
+    ];
+    for (path, origin, status) in refused {
+        assert_eq!(post(path, large, origin).await, (status, true), "{path}");
+        // The client's next request does not fall into a connection that has ended, and its own stays open.
+        assert_eq!(post("/v1/echo", 1, None).await, (StatusCode::OK, false));
+    }
+    for path in ["/v1/echo", "/livez", "/metrics"] {
+        let response = setup.get(path).await;
+        assert_eq!(response.headers().get("connection"), None, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn shows_the_verified_transcript_and_that_it_is_no_tee() {
     let setup = Setup::new().await;
     let verdict: Value = setup.get("/v1/attestation").await.json().await.unwrap();
