@@ -23,7 +23,7 @@ const MAX_INPUT: u64 = 16 << 20;
 /// Explain a refusal in plain words: what was claimed, found and expected, the likely cause, and what to do.
 ///
 /// Reads the output of `verify --json`, `check --json` and the other commands' `--json`, what the proxy, the broker or
-/// an enclave answered, `casemate-broker admin log show`, and the log of an enclave that did not start.
+/// an enclave answered, `casemate-broker admin log show --json`, and the log of an enclave that did not start.
 ///
 /// Exits 0 if everything in the input was explained, or if nothing in it was refused; 10 if it is not the record of a
 /// refusal, and says then what it looks like; 40 if it cannot be read.

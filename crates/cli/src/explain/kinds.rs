@@ -1,7 +1,35 @@
 //! What a file looks like that is not what a command expected, and which command takes it. It goes by the beginning and
 //! by names of fields, decides nothing, and never repeats contents.
 
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use casemate_attest::UnixTime;
 use serde_json::Value;
+
+/// So much of a file is read to tell what it is; all of what is JSON and not a model.
+const LOOKED_AT: u64 = 1 << 20;
+const SOME_TEXT: &str = "this is text without a refusal that casemate knows";
+
+/// The beginning of a file for [`describe`]; nothing of what cannot be read, which whoever opens it will say.
+pub(crate) fn beginning(path: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if path.is_file()
+        && let Ok(file) = File::open(path)
+    {
+        let _ = file.take(LOOKED_AT).read_to_end(&mut bytes);
+    }
+    bytes
+}
+
+/// One sentence about a file that was taken for something else, if there is anything to say; `expected` is what it was
+/// taken for, as [`describe`] says it.
+pub(crate) fn instead_of(expected: &str, bytes: &[u8]) -> Option<&'static str> {
+    let described = describe(bytes);
+    let rest = described.strip_prefix("this is ").unwrap_or(described);
+    (described != SOME_TEXT && !rest.starts_with(expected)).then_some(described)
+}
 
 /// One sentence about the file.
 pub(crate) fn describe(bytes: &[u8]) -> &'static str {
@@ -32,6 +60,18 @@ pub(crate) fn describe(bytes: &[u8]) -> &'static str {
 }
 
 fn describe_text(text: &str) -> &'static str {
+    // First, as evidence has certificates in it.
+    if let Ok(value) = serde_json::from_str::<Value>(text) {
+        return describe_json(&value);
+    }
+    if text.trim_start().starts_with('{')
+        && text
+            .lines()
+            .nth(1)
+            .is_none_or(|line| !line.starts_with('{'))
+    {
+        return "this begins as JSON does, but is not whole, or something else is in it";
+    }
     if text.contains("-----BEGIN CASEMATE DATA KEY") {
         return "this is a data key, which is secret; `casemate seal`, `check` and `grant` take it as --data-key";
     }
@@ -43,9 +83,6 @@ fn describe_text(text: &str) -> &'static str {
     }
     if text.contains("-----BEGIN CERTIFICATE") {
         return "these are certificates; `casemate verify` takes certificate authorities as --ca";
-    }
-    if let Ok(value) = serde_json::from_str::<Value>(text) {
-        return describe_json(&value);
     }
     let has = |field: &str| {
         text.lines()
@@ -60,10 +97,24 @@ fn describe_text(text: &str) -> &'static str {
     if text.contains("passed  ") || text.contains("FAILED  ") {
         return "this is a transcript for people; run the command again with --json and give that";
     }
-    if text.contains("casemate: ") || text.contains("error: ") {
+    if text.lines().any(is_log_line) {
+        return "these are lines of the broker's log for people; run `casemate-broker admin log show --json` and give that";
+    }
+    if text.lines().any(|line| line.starts_with("error: ")) {
+        return "this is a program's log without a denial; its line that begins with \"error: \" says already what is known";
+    }
+    if text.contains("casemate: ") {
         return "this is a message for people, which says already what is known; with --json, commands say more";
     }
-    "this is text without a refusal that casemate knows"
+    SOME_TEXT
+}
+
+/// Position and time, as `casemate-broker admin log show` begins a line.
+fn is_log_line(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let position = words.next().and_then(|word| word.parse::<u64>().ok());
+    let time = words.next().and_then(|word| word.parse::<UnixTime>().ok());
+    position.is_some() && time.is_some() && words.count() >= 2
 }
 
 fn describe_json(value: &Value) -> &'static str {
@@ -104,12 +155,32 @@ mod tests {
             (b"[model]\n[broker]\n", "casemate measure"),
             (b"{\"tee\":\"tdx\",\"quote\":\"\"}", "--evidence"),
             (b"{\"receipt\":1}", "receipt verify"),
+            (b"{\"receipt\":", "not whole"),
             (b"FAILED   debug   on", "--json"),
+            (
+                b"     3  2026-11-21T17:06:11Z  attest          development  policy=1\n",
+                "admin log show --json",
+            ),
+            (b"casemate: no such file\n", "with --json"),
             (b"", "empty"),
             (b"\xff\xfe\0\0\0\0\0\0\0", "binary"),
         ] {
             let described = describe(bytes);
             assert!(described.contains(command), "{command}: {described}");
         }
+        // An enclave has no --json.
+        let log =
+            b"2026-11-21T17:12:22Z  INFO evidence source\nerror: cannot listen on 127.0.0.1:80\n";
+        let described = describe(log);
+        assert!(described.contains("says already"), "{described}");
+        assert!(!described.contains("--json"), "{described}");
+    }
+
+    #[test]
+    fn says_what_was_given_instead_only_where_that_helps() {
+        let policy = b"version = 1\ntee = [\"tdx\"]\n";
+        assert_eq!(instead_of("a policy", policy), None);
+        assert!(instead_of("a receipt", policy).is_some());
+        assert_eq!(instead_of("a policy", b"hello"), None);
     }
 }

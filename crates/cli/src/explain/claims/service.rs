@@ -43,7 +43,7 @@ pub(super) const TABLE: &[Explanation] = &[
         &["credential.validity"],
         "The credential is valid now.",
         "A clock is wrong, or the enclave could not renew its credential since the broker does not answer or refuses it.",
-        "Compare clocks, then see the broker's log (`casemate-broker admin log show`) for a refusal.",
+        "Compare clocks, then see the broker's log (`casemate-broker admin log show --json`) for a refusal.",
     ),
     about(
         &["credential.keyset", "credential.binding"],

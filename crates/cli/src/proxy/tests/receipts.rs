@@ -8,6 +8,7 @@ use casemate_attest::Policy;
 use casemate_channel::receipt::{Bundle, Exchange, RequestBytes, verify_bundle};
 
 use super::*;
+use crate::explain::kinds;
 
 /// Asks for an answer with a receipt; returns its id.
 async fn ask(setup: &Setup) -> String {
@@ -86,6 +87,24 @@ async fn a_receipt_whose_evidence_is_not_kept_is_refused_by_name() {
     setup.enclave.advance(MAXIMUM_AGE);
     let expected = (StatusCode::NOT_FOUND, "evidence_not_kept".to_owned());
     assert_eq!(setup.refusal(&path(&id)).await, expected);
+}
+
+#[tokio::test]
+async fn what_a_bundle_consists_of_is_called_by_its_name() {
+    let setup = Setup::new().await;
+    let id = ask(&setup).await;
+    let bundle: Value = setup.get(&path(&id)).await.json().await.unwrap();
+    for (part, name) in [
+        (&bundle, "this is a receipt"),
+        (&bundle["attestation"], "this is a service's attestation"),
+        (&bundle["attestation"]["evidence"], "this is evidence"),
+    ] {
+        // All three have certificates in them.
+        let json = part.to_string();
+        assert!(json.contains("-----BEGIN CERTIFICATE"), "{name}");
+        let described = kinds::describe(json.as_bytes());
+        assert!(described.starts_with(name), "{name}: {described}");
+    }
 }
 
 #[tokio::test]
