@@ -68,6 +68,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, granted: Hardening) -> Result<(), Failure> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("CASEMATE_LOG")
                 .unwrap_or_else(|_| "casemate=info".into()),
