@@ -1,33 +1,49 @@
 //! Places for requests whose body is arriving, and who loses one.
 //!
-//! Anybody may begin a request and send no more of it, so a place is kept only by arriving. A sender is *behind* by as
-//! much time as its body has been coming for longer than [`RATE`] allows. Who is behind by more than [`ALLOWANCE`] is given
-//! up; and when all places are taken, whoever is furthest behind gives way to a newcomer. Who holds places with bodies that
-//! trickle in therefore loses them to people whose bodies come at an ordinary pace, and not the other way round.
+//! Anybody may begin a request and send no more of it, so a place, and the room for what came, are kept only by arriving.
+//! Two things are asked of a sender:
+//!
+//! - On the whole a body comes at [`RATE`]. Who is behind that by more than [`ALLOWANCE`], or is not done after
+//!   [`ARRIVAL`], is given up, whether anybody needs the place or not.
+//! - At every moment it keeps its *pace*: [`RATE`], or a [`ARRIVAL`]th of what has come for each second, whichever is
+//!   more. Who came early is on time for [`AHEAD`] at most, so a burst buys no rest. Only when places, or bytes, are short
+//!   does it matter: then whoever is furthest behind its pace gives way.
+//!
+//! A body that comes evenly and within the time is never behind its pace. Who holds places or bytes with bodies that
+//! trickle in, or have stopped, loses them to people whose bodies come at an ordinary pace, and not the other way round.
 //!
 //! All times are `tokio::time`, so tests pause and advance them.
 
 use std::collections::HashMap;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::Bytes;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+
+use crate::bodies::{Full, Room};
 
 /// The least rate at which a body must come, in bytes per second.
 pub const RATE: u64 = 4 << 10;
-/// How far behind that a sender may fall.
+/// How far behind that rate a sender may fall on the whole.
 pub const ALLOWANCE: Duration = Duration::from_secs(5);
 /// The longest time for a request to arrive, at whatever rate.
 pub const ARRIVAL: Duration = Duration::from_secs(30);
+/// How long what came early keeps a sender on time. With [`UNHURRIED`] it is less than a newcomer waits, so no burst, of
+/// whatever size, turns anybody away by itself: to hold a place is to send all the time.
+const AHEAD: Duration = Duration::from_millis(500);
 /// Nobody who is less behind gives way to a newcomer, who rather waits as long.
 const UNHURRIED: Duration = Duration::from_millis(250);
 /// How often a newcomer asks for a place, that long each time, before it is told to come back.
 const ATTEMPTS: u32 = 4;
+
+const _: () = assert!(
+    AHEAD.as_millis() + UNHURRIED.as_millis() < ATTEMPTS as u128 * UNHURRIED.as_millis(),
+    "a newcomer waits for longer than a burst lasts"
+);
 
 /// The places.
 pub struct Arrivals {
@@ -41,18 +57,112 @@ struct Table {
     senders: HashMap<u64, Arc<Sender>>,
 }
 
+impl Table {
+    /// Gives up whoever is furthest behind.
+    fn give_one_up(&self) {
+        let now = Instant::now();
+        let late = self.senders.values().filter_map(|sender| {
+            let late = sender.progress().late(now)?;
+            Some((late, sender))
+        });
+        if let Some((_, sender)) = late.max_by_key(|(late, _)| *late) {
+            sender.give_up();
+        }
+    }
+
+    /// Gives up those who have held most for longest beyond their time, until that many bytes will be free. Nobody, and
+    /// false, if all who are behind do not hold as much.
+    fn give_up_bytes(&self, wanted: usize) -> bool {
+        let now = Instant::now();
+        let wanted = wanted as u64;
+        let (mut leaving, mut behind) = (0_u64, 0_u64);
+        let mut late_ones = Vec::new();
+        for sender in self.senders.values() {
+            let progress = sender.progress();
+            if progress.given_up {
+                leaving += progress.bytes;
+            } else if let Some(late) = progress.late(now) {
+                behind += progress.bytes;
+                let weight = late.as_millis() * u128::from(progress.bytes);
+                late_ones.push((weight, progress.bytes, sender));
+            }
+        }
+        if leaving + behind < wanted {
+            return false;
+        }
+        late_ones.sort_unstable_by_key(|(weight, ..)| std::cmp::Reverse(*weight));
+        for (_, bytes, sender) in late_ones {
+            if leaving >= wanted {
+                break;
+            }
+            sender.give_up();
+            leaving += bytes;
+        }
+        true
+    }
+}
+
 /// One body.
 struct Sender {
     since: Instant,
-    bytes: AtomicU64,
-    given_up: Notify,
+    progress: Mutex<Progress>,
+    told: Notify,
+}
+
+/// What has come of it.
+struct Progress {
+    bytes: u64,
+    /// Until when it keeps its pace if nothing more comes.
+    on_time_until: Instant,
+    /// It is leaving.
+    given_up: bool,
+}
+
+impl Progress {
+    /// How far behind its pace it is, if so far that it gives way and does not already.
+    fn late(&self, now: Instant) -> Option<Duration> {
+        let late = now.saturating_duration_since(self.on_time_until);
+        (late >= UNHURRIED && !self.given_up).then_some(late)
+    }
 }
 
 impl Sender {
-    /// Until when what has come is enough.
-    fn on_time_until(&self) -> Instant {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        self.since + Duration::from_millis(bytes.saturating_mul(1000) / RATE)
+    fn new() -> Sender {
+        let since = Instant::now();
+        Sender {
+            since,
+            progress: Mutex::new(Progress {
+                bytes: 0,
+                on_time_until: since,
+                given_up: false,
+            }),
+            told: Notify::new(),
+        }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        lock(&self.progress)
+    }
+
+    fn came(&self, bytes: usize) {
+        let bytes = bytes as u64;
+        let mut progress = self.progress();
+        progress.bytes += bytes;
+        let pace = RATE.max(progress.bytes / ARRIVAL.as_secs());
+        let earned = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / pace);
+        let most = Instant::now() + AHEAD;
+        progress.on_time_until = (progress.on_time_until + earned).min(most);
+    }
+
+    /// When it is given up if nothing more comes, whether anybody needs the place or not.
+    fn due(&self) -> Instant {
+        let enough = Duration::from_millis(self.progress().bytes.saturating_mul(1000) / RATE);
+        self.since + (enough + ALLOWANCE).min(ARRIVAL)
+    }
+
+    fn give_up(&self) {
+        self.progress().given_up = true;
+        self.told.notify_one();
     }
 }
 
@@ -69,11 +179,7 @@ impl Arrivals {
     /// A place: a free one, or that of the sender who is furthest behind. Nothing if all hurry.
     pub async fn enter(&self) -> Option<Arriving> {
         let place = self.place().await?;
-        let sender = Arc::new(Sender {
-            since: Instant::now(),
-            bytes: AtomicU64::new(0),
-            given_up: Notify::new(),
-        });
+        let sender = Arc::new(Sender::new());
         let mut table = lock(&self.arriving);
         let key = table.next;
         table.next += 1;
@@ -94,27 +200,12 @@ impl Arrivals {
         }
         let mut free = pin!(Arc::clone(&self.places).acquire_owned());
         for _ in 0..ATTEMPTS {
-            self.give_one_up();
+            lock(&self.arriving).give_one_up();
             if let Ok(place) = timeout(UNHURRIED, &mut free).await {
                 return place.ok();
             }
         }
         None
-    }
-
-    fn give_one_up(&self) {
-        let mut table = lock(&self.arriving);
-        let furthest = table
-            .senders
-            .iter()
-            .map(|(key, sender)| (sender.on_time_until(), *key))
-            .min();
-        if let Some((until, key)) = furthest
-            && until + UNHURRIED <= Instant::now()
-            && let Some(sender) = table.senders.remove(&key)
-        {
-            sender.given_up.notify_one();
-        }
     }
 
     /// Places that nobody holds.
@@ -124,8 +215,8 @@ impl Arrivals {
     }
 }
 
-fn lock(arriving: &Mutex<Table>) -> MutexGuard<'_, Table> {
-    arriving.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A body that is arriving, in its place.
@@ -144,23 +235,41 @@ impl Arriving {
         let sender = Arc::clone(&self.sender);
         transport.inspect(move |piece| {
             if let Ok(piece) = piece {
-                sender
-                    .bytes
-                    .fetch_add(piece.len() as u64, Ordering::Relaxed);
+                sender.came(piece.len());
             }
         })
     }
 
-    /// Returns when there is no use in waiting for the rest: it comes too slowly, or the place is needed.
+    /// The body's bytes, counted as they come and kept in `room`; others who are behind give way to them if there is none.
+    pub fn kept<S, E>(
+        &self,
+        room: &Arc<Room>,
+        transport: S,
+    ) -> impl Stream<Item = Result<Bytes, E>> + use<S, E>
+    where
+        S: Stream<Item = Result<Bytes, E>>,
+        E: From<Full>,
+    {
+        let (table, room) = (Arc::clone(&self.entry.arriving), Arc::clone(room));
+        self.counted(transport).then(move |piece| {
+            let (table, room) = (Arc::clone(&table), Arc::clone(&room));
+            async move {
+                let piece = piece?;
+                grow(&table, &room, piece.len()).await?;
+                Ok(piece)
+            }
+        })
+    }
+
+    /// Returns when there is no use in waiting for the rest: it comes too slowly, or what it holds is needed.
     pub async fn overdue(&self) {
         loop {
-            let last = self.sender.since + ARRIVAL;
-            let due = (self.sender.on_time_until() + ALLOWANCE).min(last);
+            let due = self.sender.due();
             if due <= Instant::now() {
                 return;
             }
             tokio::select! {
-                () = self.sender.given_up.notified() => return,
+                () = self.sender.told.notified() => return,
                 () = sleep_until(due) => {}
             }
         }
@@ -170,6 +279,23 @@ impl Arriving {
     pub fn arrived(self) -> OwnedSemaphorePermit {
         drop(self.entry);
         self.place
+    }
+}
+
+/// Takes room for that many bytes more. Waits only for those who leave for it, and refuses at once if nobody does.
+async fn grow(table: &Mutex<Table>, room: &Room, by: usize) -> Result<(), Full> {
+    let patience = Instant::now() + ATTEMPTS * UNHURRIED;
+    loop {
+        // Made before it is asked, so that nothing that is given back in between is missed.
+        let given_back = room.given_back();
+        let Err(full) = room.grow(by) else {
+            return Ok(());
+        };
+        if !lock(table).give_up_bytes(full.missing)
+            || timeout_at(patience, given_back).await.is_err()
+        {
+            return Err(full);
+        }
     }
 }
 
@@ -186,89 +312,4 @@ impl Drop for Entry {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::convert::Infallible;
-
-    use futures::stream;
-    use tokio::time::sleep;
-
-    use super::*;
-
-    async fn sends(arriving: &Arriving, bytes: usize) {
-        let piece = Ok::<_, Infallible>(Bytes::from(vec![0; bytes]));
-        let _ = arriving.counted(stream::iter([piece])).count().await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn uploads_that_trickle_lock_nobody_out() {
-        let arrivals = Arc::new(Arrivals::new(8));
-        for _ in 0..8 {
-            let hostile = arrivals.enter().await.unwrap();
-            tokio::spawn(async move {
-                let trickle = async {
-                    loop {
-                        sends(&hostile, 1).await;
-                        sleep(Duration::from_millis(100)).await;
-                    }
-                };
-                tokio::select! {
-                    () = trickle => {}
-                    () = hostile.overdue() => {}
-                }
-            });
-        }
-        sleep(Duration::from_secs(1)).await;
-        // All places at once, without waiting for any limit, and no honest one is given up for another.
-        let start = Instant::now();
-        let mut honest = Vec::new();
-        for _ in 0..8 {
-            let arriving = arrivals.enter().await.unwrap();
-            sends(&arriving, 64 << 10).await;
-            honest.push(arriving);
-        }
-        assert!(start.elapsed() < UNHURRIED);
-        sleep(Duration::from_secs(1)).await;
-        assert!(arrivals.enter().await.is_none(), "all hurry");
-        for arriving in honest {
-            assert!(timeout(UNHURRIED, arriving.overdue()).await.is_err());
-        }
-        assert_eq!(arrivals.free(), 8);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_has_arrived_or_left_is_not_asked_to_give_way() {
-        let arrivals = Arc::new(Arrivals::new(2));
-        drop(arrivals.enter().await.unwrap());
-        let _arrived = arrivals.enter().await.unwrap().arrived();
-        sleep(Duration::from_secs(1)).await;
-        let hostile = arrivals.enter().await.unwrap();
-        tokio::spawn(async move { hostile.overdue().await });
-        sleep(Duration::from_secs(1)).await;
-        let start = Instant::now();
-        assert!(arrivals.enter().await.is_some());
-        assert!(start.elapsed() < UNHURRIED);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_sends_too_slowly_is_given_up() {
-        let arrivals = Arrivals::new(1);
-        let start = Instant::now();
-        arrivals.enter().await.unwrap().overdue().await;
-        assert_eq!(start.elapsed(), ALLOWANCE);
-
-        // A second's worth for each second is enough, up to the longest time.
-        let arriving = arrivals.enter().await.unwrap();
-        let start = Instant::now();
-        let steady = async {
-            loop {
-                sends(&arriving, RATE as usize).await;
-                sleep(Duration::from_secs(1)).await;
-            }
-        };
-        tokio::select! {
-            () = steady => {}
-            () = arriving.overdue() => {}
-        }
-        assert_eq!(start.elapsed(), ARRIVAL);
-    }
-}
+mod tests;

@@ -5,11 +5,15 @@
 //! and any number of requests may wait for a thread. So bytes are counted. Nobody waits for room: whoever would need more
 //! than there is, is refused at once and may come back. So nobody holds some while it waits for others' room, and
 //! nobody's large body stands before small ones in a queue. Of each budget, what is large leaves a quarter to what is not.
+//! Bodies that arrive may have the room of senders who have stopped sending ([`crate::arrival`]): for those, who leave
+//! at once, they do wait.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::body::Bytes;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// What bodies may hold while they arrive, in bytes, and again what those may hold that have arrived. A body is at most
 /// 4 MiB, and 8 MiB padded and encrypted: five of those find room at once, beside 128 that are small. It is little beside
@@ -29,12 +33,17 @@ const _: () = assert!(
 #[derive(Default)]
 pub struct Bodies {
     held: AtomicUsize,
+    /// Told when somebody's room is given back.
+    given_back: Notify,
 }
 
 /// There is no room for more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("too much is held already")]
-pub struct Full;
+#[error("too much is held already: {missing} bytes must go first")]
+pub struct Full {
+    /// How many bytes others would have to give back.
+    pub missing: usize,
+}
 
 impl Bodies {
     /// Room for a body of which nothing is there yet.
@@ -79,8 +88,15 @@ impl Room {
                 self.bytes.fetch_add(by, Ordering::Relaxed);
                 Ok(())
             }
-            Err(_) => Err(Full),
+            Err(held) => Err(Full {
+                missing: held.saturating_add(by) - most,
+            }),
         }
+    }
+
+    /// Completes when any body gives its room back after this was called.
+    pub fn given_back(&self) -> Notified<'_> {
+        self.bodies.given_back.notified()
     }
 
     /// The body, which keeps its room until the last reference to its bytes is dropped.
@@ -94,6 +110,7 @@ impl Drop for Room {
     fn drop(&mut self) {
         let bytes = self.bytes.load(Ordering::Relaxed);
         self.bodies.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.bodies.given_back.notify_waiters();
     }
 }
 
@@ -120,7 +137,7 @@ mod tests {
             let room = bodies.room();
             match room.grow(each) {
                 Ok(()) => rooms.push(room),
-                Err(Full) => return rooms,
+                Err(Full { .. }) => return rooms,
             }
         }
     }
@@ -137,7 +154,7 @@ mod tests {
         drop(small);
         let growing = bodies.room();
         growing.grow(SMALL).unwrap();
-        assert_eq!(growing.grow(1), Err(Full));
+        assert_eq!(growing.grow(1), Err(Full { missing: SMALL + 1 }));
         drop(large);
         growing.grow(1).unwrap();
         assert_eq!(bodies.held(), SMALL + 1);
@@ -164,7 +181,9 @@ mod tests {
         let bodies = Arc::new(Bodies::default());
         let room = bodies.room();
         room.grow(1).unwrap();
-        assert_eq!(room.grow(usize::MAX), Err(Full));
+        let most = MOST - RESERVED;
+        let missing = usize::MAX - most;
+        assert_eq!(room.grow(usize::MAX), Err(Full { missing }));
         assert_eq!(bodies.held(), 1);
     }
 }

@@ -30,8 +30,10 @@ use crate::workers::Workers;
 /// Largest encapsulated request, in bytes: the API's limit, padded to the next power of two, and room for framing.
 pub const MAX_ENCAPSULATED: u64 = 2 * (MAX_REQUEST_BYTES as u64) + (64 << 10);
 
-/// Requests that may be arriving at the same time, each with its buffer.
-pub const ARRIVING: usize = 64;
+/// Requests that may be arriving at the same time, where the doors have connections enough. What they hold is counted by
+/// [`Bodies`], and a place is little beside its connection, so there are as many as leave half of the smaller door's
+/// connections to newcomers: somebody gives way only to who can connect and ask.
+pub const ARRIVING: usize = 512;
 
 /// What the gateway needs.
 #[derive(Clone)]
@@ -161,15 +163,8 @@ impl Gateway {
     ) -> Result<(T, Arc<Room>), Refusal> {
         let arriving = self.arrivals.enter().await.ok_or(Refusal::NoPlace)?;
         let room = Arc::new(self.arriving.room());
-        let held = Arc::clone(&room);
-        let transport = arriving
-            .counted(body.into_data_stream())
-            .map_err(TransportError::from)
-            .map(move |piece| {
-                let piece = piece?;
-                held.grow(piece.len())?;
-                Ok(piece)
-            });
+        let transport = body.into_data_stream().map_err(TransportError::from);
+        let transport = arriving.kept(&room, transport);
         tokio::select! {
             read = read(transport.boxed()) => Ok((read?, room)),
             () = arriving.overdue() => Err(Refusal::TooSlow),

@@ -129,7 +129,7 @@ pub async fn run(measured: MeasuredConfig, workers: Workers) -> Result<()> {
     std::io::stdout().flush()?;
 
     let ready = tokio::select! {
-        ready = prepare(measured, quoter, workers, metrics) => ready?,
+        ready = prepare(measured, quoter, workers, metrics, arriving(prompts, by_tls)) => ready?,
         _ = termination() => return Ok(()),
     };
     let serving = Arc::clone(&ready.serving);
@@ -164,6 +164,16 @@ fn places(budget: usize, attested: bool) -> (usize, usize) {
     (budget.saturating_sub(by_tls).clamp(1, CONNECTIONS), by_tls)
 }
 
+/// How many requests may be arriving, at both doors together: of each door's connections half stay free of them even if
+/// all come by that one.
+fn arriving(prompts: usize, by_tls: usize) -> usize {
+    let smaller = match by_tls {
+        0 => prompts,
+        by_tls => prompts.min(by_tls),
+    };
+    (smaller / 2).clamp(1, gateway::ARRIVING)
+}
+
 /// Connections on which a token does not wait for the next one to fill a packet.
 fn prompt(listener: TcpListener) -> impl axum::serve::Listener<Io = TcpStream, Addr = SocketAddr> {
     listener.tap_io(|stream| {
@@ -193,6 +203,7 @@ async fn prepare(
     quoter: Arc<dyn QuoteProvider>,
     workers: Workers,
     metrics: Arc<Metrics>,
+    arriving: usize,
 ) -> Result<Ready> {
     let MeasuredConfig { config, bytes } = measured;
     let provisioner = Provisioner::new(&config, FileDigest::of(&bytes), quoter)?;
@@ -257,7 +268,7 @@ async fn prepare(
         access,
         api: receipts::wrap(api::router(api.clone()), Arc::clone(&receipts)),
         workers,
-        arrivals: Arc::new(Arrivals::new(gateway::ARRIVING)),
+        arrivals: Arc::new(Arrivals::new(arriving)),
         arriving: Arc::default(),
         waiting,
         peers: Arc::new(peers),
@@ -386,5 +397,20 @@ mod tests {
             places(usize::MAX, true),
             (CONNECTIONS, ATTESTED_CONNECTIONS)
         );
+    }
+
+    #[test]
+    fn requests_that_arrive_leave_connections_to_newcomers() {
+        for budget in [8, 448, 960, 3000, 4096, usize::MAX] {
+            let (prompts, by_tls) = places(budget, true);
+            let most = arriving(prompts, by_tls);
+            assert!(2 * most <= by_tls && by_tls <= prompts, "{budget}");
+        }
+        assert_eq!(
+            arriving(CONNECTIONS, ATTESTED_CONNECTIONS),
+            gateway::ARRIVING
+        );
+        assert_eq!(arriving(960, 0), 480);
+        assert_eq!(arriving(1, 1), 1);
     }
 }

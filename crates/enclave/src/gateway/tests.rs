@@ -279,6 +279,19 @@ fn hurried(bytes: impl Into<Bytes>) -> impl futures::Stream<Item = io::Result<By
     stream::iter([Ok(bytes.into())]).chain(stream::pending())
 }
 
+/// These bytes, somewhat faster than they must come.
+fn steady(mut bytes: Bytes) -> impl futures::Stream<Item = io::Result<Bytes>> + Send {
+    let pieces = std::iter::from_fn(move || {
+        let piece = bytes.split_to(bytes.len().min(1 << 10));
+        (!piece.is_empty()).then_some(piece)
+    });
+    let pieces = stream::iter(pieces).then(async |piece| {
+        sleep(Duration::from_millis(200)).await;
+        Ok(piece)
+    });
+    pieces.chain(stream::pending())
+}
+
 fn trickle() -> impl futures::Stream<Item = io::Result<Bytes>> + Send {
     stream::unfold((), |()| async {
         sleep(Duration::from_millis(100)).await;
@@ -317,10 +330,10 @@ async fn a_newcomer_is_told_to_come_back_while_all_hurry_at_either_door() {
             .map(|_| {
                 let body = door.unfinished(&gateway, 100 << 10);
                 let gateway = gateway.clone();
-                tokio::spawn(async move { door.offer(&gateway, hurried(body)).await })
+                tokio::spawn(async move { door.offer(&gateway, steady(body)).await })
             })
             .collect();
-        eventually("both arrive", || gateway.arriving.held() >= 200 << 10).await;
+        eventually("both arrive", || gateway.arriving.held() >= 10 << 10).await;
         let answer = door.offer(&gateway, hurried("x")).await;
         door.refuses(answer, 503, "overloaded").await;
         assert_eq!(figure(&gateway, "casemate_requests_refused_total"), 1);
@@ -365,6 +378,43 @@ fn others(bodies: &Arc<Bodies>, less: usize) -> Room {
 }
 
 const LARGE: usize = 200 << 10;
+
+/// Bodies that came in one burst each and then stopped have shut neither door, by places or by bytes.
+#[tokio::test(start_paused = true)]
+async fn bursts_that_stop_shut_neither_door() {
+    for door in DOORS {
+        for short_of_places in [true, false] {
+            let mut gateway = counting();
+            let places = if short_of_places { 4 } else { 8 };
+            gateway.arrivals = Arc::new(Arrivals::new(places));
+            let uploads: Vec<_> = (0..4)
+                .map(|_| {
+                    let body = door.unfinished(&gateway, 128 << 10);
+                    let gateway = gateway.clone();
+                    tokio::spawn(async move { door.offer(&gateway, hurried(body)).await })
+                })
+                .collect();
+            eventually("all arrive", || gateway.arriving.held() >= 512 << 10).await;
+            let held = gateway.arriving.held();
+            let others = (!short_of_places).then(|| others(&gateway.arriving, held));
+            sleep(Duration::from_secs(1)).await;
+            let size = if short_of_places { 2 } else { LARGE };
+            let answer = door.ask(&gateway, &vec![b' '; size]).await;
+            assert_eq!(answer.0, StatusCode::OK, "{door:?} {short_of_places}");
+            // Some made way, others did not have to.
+            let gone: Vec<_> = uploads
+                .into_iter()
+                .filter(|task| task.is_finished())
+                .collect();
+            assert!((1..4).contains(&gone.len()), "{door:?} {}", gone.len());
+            for upload in gone {
+                door.refuses(upload.await.unwrap(), 408, "request_timeout")
+                    .await;
+            }
+            drop(others);
+        }
+    }
+}
 
 #[tokio::test]
 async fn a_body_that_finds_no_room_to_arrive_is_refused_at_either_door() {
