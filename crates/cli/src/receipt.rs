@@ -14,6 +14,7 @@ use casemate_channel::receipt::{
 use serde_json::{Value, json};
 
 use crate::exit::{self, Class, Failure, InJson};
+use crate::explain::kinds;
 use crate::verdict::{Trusted, Verdict};
 use crate::verify::{read_limited, read_policy};
 use statement::Statement;
@@ -93,12 +94,12 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     };
     let (policy, bundle, request, answer) = read().in_json(args.json)?;
     let subject = args.bundle.display().to_string();
-    let bundle = match Bundle::from_json(&bundle) {
+    let bundle = match parse(&bundle) {
         Ok(bundle) => bundle,
         Err(error) => {
             let denial = Denial::malformed(
                 "bundle.structure",
-                error.to_string(),
+                error,
                 "a bundle of format 1",
                 "give the file that `casemate proxy` saved, unchanged",
             );
@@ -163,6 +164,19 @@ fn verdict<'a>(
     }
 }
 
+/// Reads a bundle, of which at most one byte over the limit was read, or says what the file is instead.
+fn parse(bytes: &[u8]) -> Result<Bundle, String> {
+    let error = match Bundle::from_json(bytes) {
+        Ok(bundle) => return Ok(bundle),
+        Err(_) if bytes.len() > MAX_BUNDLE => format!("more than {MAX_BUNDLE} bytes"),
+        Err(error) => error.to_string(),
+    };
+    Err(match kinds::instead_of("a receipt", bytes) {
+        Some(other) => format!("{error}; {other}"),
+        None => error,
+    })
+}
+
 fn read_body(path: &Path) -> Result<Vec<u8>, Failure> {
     let bytes = read_limited(path, MAX_BODY)?;
     if bytes.len() > MAX_BODY {
@@ -189,10 +203,14 @@ fn usual_target(bundle: &Bundle) -> Result<String, Failure> {
 }
 
 fn show(args: &ShowArgs) -> Result<(), Failure> {
-    let malformed = |error| Failure::new(Class::Malformed, "bundle", anyhow::Error::new(error));
+    let malformed = |error: String| {
+        let error = anyhow::anyhow!("{}: {error}", args.bundle.display());
+        Failure::new(Class::Malformed, "bundle", error)
+    };
     let bytes = read_limited(&args.bundle, MAX_BUNDLE)?;
-    let bundle = Bundle::from_json(&bytes).map_err(malformed)?;
-    let signed = SignedReceipt::parse(&bundle.fetched.receipt).map_err(malformed)?;
+    let bundle = parse(&bytes).map_err(malformed)?;
+    let signed = SignedReceipt::parse(&bundle.fetched.receipt)
+        .map_err(|error| malformed(error.to_string()))?;
     let claims = statement::claims(signed.unverified());
     let attestation = &bundle.attestation;
     if args.json {

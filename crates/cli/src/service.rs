@@ -17,6 +17,7 @@ use casemate_channel::verify::{
     verify_service,
 };
 use reqwest::{Certificate, Client, Response, StatusCode, Url, header, redirect};
+use tokio_rustls::rustls;
 
 use crate::direct::{ConnectError, Direct, DirectBody, SendError, Verified};
 use crate::exit::{Class, Failure};
@@ -264,7 +265,7 @@ impl Service {
         };
         let (connection, json) = match asked {
             Ok(asked) => asked,
-            Err(ConnectError::Unreachable(reason)) => return Err(NotVerified::Unreachable(reason)),
+            Err(ConnectError::Unreachable(reason)) => return Err(self.unreachable(&reason)),
             Err(ConnectError::Handshake(found)) => {
                 return Ok(denied(Denial::not_genuine(
                     "tls.handshake",
@@ -344,7 +345,7 @@ impl Service {
         let json = tokio::time::timeout(ATTESTATION_TIMEOUT, self.ask(client, &challenge))
             .await
             .unwrap_or_else(|_| Err(format!("no answer in {ATTESTATION_TIMEOUT:?}")))
-            .map_err(NotVerified::Unreachable)?;
+            .map_err(|reason| self.unreachable(&reason))?;
         let verified_at = self.now();
         let (transcript, outcome, attestation) = match AttestationResponse::from_json(&json) {
             Ok(response) => {
@@ -371,6 +372,11 @@ impl Service {
             began,
             started,
         })
+    }
+
+    /// Nobody answered there as a service does.
+    fn unreachable(&self, reason: &str) -> NotVerified {
+        NotVerified::Unreachable(format!("{}: {reason}", self.url))
     }
 
     async fn ask(&self, client: &Client, challenge: &Challenge) -> Result<Vec<u8>, String> {
@@ -470,12 +476,28 @@ fn direct_authority(url: &Url) -> Option<String> {
 fn describe(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut text = error.to_string();
+    let mut no_tls = false;
     let mut cause = std::error::Error::source(&error);
     while let Some(error) = cause {
         text.push_str(&format!(": {error}"));
+        no_tls |= matches!(of_tls(error), Some(rustls::Error::InvalidMessage(_)));
         cause = error.source();
     }
+    if no_tls {
+        text.push_str("; does it speak http instead of https?");
+    }
     text
+}
+
+/// What TLS says that errors of input and output are wrapped around.
+fn of_tls<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    while let Some(inner) = error
+        .downcast_ref::<std::io::Error>()
+        .and_then(std::io::Error::get_ref)
+    {
+        error = inner;
+    }
+    error.downcast_ref()
 }
 
 #[cfg(test)]

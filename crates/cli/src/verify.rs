@@ -14,6 +14,7 @@ use casemate_attest::{
 };
 
 use crate::exit::{self, Failure, InJson};
+use crate::explain::kinds;
 use crate::service::{NotVerified, Service};
 use crate::verdict::{Trusted, Verdict};
 
@@ -118,13 +119,22 @@ fn run_evidence(args: &Args, path: &Path, report_data: ReportData) -> Result<(),
 
 /// Reads a policy file. One that cannot be used is the user's mistake, not the evidence's.
 pub(crate) fn read_policy(path: &Path) -> Result<Policy, Failure> {
+    let bytes = read_limited(path, MAX_POLICY)?;
     let unusable = |error: anyhow::Error| {
+        let error = match kinds::instead_of("a policy", &bytes) {
+            Some(other) => error.context(other),
+            None => error,
+        };
         let error = error.context(path.display().to_string());
         Failure::new(exit::Class::Usage, "policy", error)
     };
-    let bytes = read_limited(path, MAX_POLICY)?;
-    let text = String::from_utf8(bytes).map_err(|error| unusable(error.into()))?;
-    Policy::from_toml(&text).map_err(|error| unusable(error.into()))
+    if bytes.len() > MAX_POLICY {
+        return Err(unusable(anyhow!(
+            "more than {MAX_POLICY} bytes, which no policy has"
+        )));
+    }
+    let text = std::str::from_utf8(&bytes).map_err(|error| unusable(error.into()))?;
+    Policy::from_toml(text).map_err(|error| unusable(error.into()))
 }
 
 /// The time now.

@@ -129,11 +129,62 @@ fn verify_reports_a_service_that_is_not_there() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(40));
-    assert!(
-        String::from_utf8(output.stderr)
-            .unwrap()
-            .contains("unreachable")
-    );
+    let text = String::from_utf8(output.stderr).unwrap();
+    let expected = format!("unreachable: http://{gone}/: ");
+    assert!(text.contains(&expected), "{text}");
+}
+
+#[test]
+fn verify_knows_a_plain_port_that_was_asked_for_tls() {
+    let setup = Setup::new();
+    let ca = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let file = setup.folder.path().join("ca.pem");
+    std::fs::write(&file, ca.cert.pem()).unwrap();
+    let url = setup.url.replace("http://", "https://");
+    let ca = file.to_str().unwrap();
+    let mut command = setup.casemate(&["verify", "--service", &url, "--ca", ca]);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(40));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("does it speak http"), "{text}");
+}
+
+#[test]
+fn a_wrong_file_is_named_with_what_it_is() {
+    let setup = Setup::new();
+    let put = |name: &str, bytes: &[u8]| {
+        let path = setup.folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let said = |command: &mut Command, code: i32| {
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let (out, err) = (output.stdout, output.stderr);
+        String::from_utf8([out, err].concat()).unwrap()
+    };
+    let model = put("model.gguf", &[&b"GGUF"[..], &[0; 4 << 20]].concat());
+    let answer = put("answer.json", br#"{"id":"chatcmpl-0","choices":[]}"#);
+    for (file, name, kind) in [
+        (&model, "model.gguf", "this is a GGUF model"),
+        (&answer, "answer.json", "this is an answer of a model"),
+    ] {
+        let program = || Command::new(env!("CARGO_BIN_EXE_casemate"));
+        let shown = said(program().args(["receipt", "show"]).arg(file), 10);
+        let verified = said(setup.casemate(&["receipt", "verify"]).arg(file), 10);
+        let by_it = program()
+            .args(["verify", "--service", &setup.url, "--policy"])
+            .arg(file)
+            .output()
+            .unwrap();
+        assert_eq!(by_it.status.code(), Some(2));
+        let judged = String::from_utf8(by_it.stderr).unwrap();
+        for text in [shown, verified, judged] {
+            assert!(text.contains(name) && text.contains(kind), "{text}");
+            // Only so much of it was read.
+            assert_eq!(text.contains("more than"), file == &model, "{text}");
+        }
+    }
 }
 
 #[test]
