@@ -225,9 +225,10 @@ fn keep(
     println!("  from openai import OpenAI");
     println!(
         "  print(OpenAI(base_url=\"{}/v1\", api_key=\"-\").chat.completions.create(model=\"{model}\", \
-         messages=[{{\"role\": \"user\", \"content\": \"Hello!\"}}]).choices[0].message.content)\n",
+         temperature=0, messages=[{{\"role\": \"user\", \"content\": \"Hello!\"}}]).choices[0].message.content)\n",
         proxy.url
     );
+    println!("  without --model it is a small model, which never learnt to call tools\n");
     println!("  files and logs: {}", deployment.work_dir().display());
     println!("  Ctrl-C ends it and removes them");
     runtime.block_on(async {
