@@ -123,6 +123,31 @@ async fn answers_follow_a_schema() {
         message.contains("'pattern'") && message.contains("schema.properties.a"),
         "{message}"
     );
+    // What would become far more than it is: a long name that many places refer to, and many values.
+    let mut inner = json!({"$ref": "#/$defs/o"});
+    for _ in 0..24 {
+        inner = json!({"anyOf": [inner]});
+    }
+    let object = |properties: Value| json!({"type": "object", "additionalProperties": false, "properties": properties});
+    let places = (0..37).map(|n| (format!("p{n}"), json!({"$ref": "#/$defs/w"})));
+    let mut bad = object(places.collect());
+    bad["$defs"] = json!({"o": object(json!({"k".repeat(60_000): {"type": "null"}})), "w": inner});
+    let values: Vec<u32> = (0..1024).collect();
+    let places = (0..37).map(|n| (format!("p{n}"), json!({"$ref": "#/$defs/v"})));
+    let mut many = object(places.collect());
+    many["$defs"] = json!({"v": {"enum": values}});
+    for (bad, reason) in [
+        (bad, "has a name of more than 256 bytes"),
+        (
+            many,
+            "more than 262144 bytes of names, listed values and schemas",
+        ),
+    ] {
+        let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": bad}});
+        let (param, message) = refused(&router, &json!({"response_format": format})).await;
+        assert_eq!(param, "response_format");
+        assert!(message.contains(reason), "{message}");
+    }
     let stopped = json!({"response_format": {"type": "json_object"}, "stop": "x"});
     assert_eq!(refused(&router, &stopped).await.0, "stop");
 }

@@ -271,7 +271,9 @@ impl Automaton {
         let frame = *self.stack.last()?;
         let object = self.top()?.object.as_ref()?;
         let keys = &object.keys;
-        let (from, to) = narrow(low, high, at, byte, |n| &keys[usize::from(n)].text);
+        let (from, to) = narrow(low, high, at, byte, |n| {
+            self.rules.text(keys[usize::from(n)].text)
+        });
         if from < to {
             let unseen = (from..to).any(|n| frame.seen & (1 << n) == 0);
             let declared = At::Declared {
@@ -284,7 +286,10 @@ impl Automaton {
         // The shortest of those that begin so comes first.
         let key = keys.get(usize::from(low))?;
         let bit = 1 << low;
-        if byte != b'"' || key.text.len() != usize::from(at) || frame.seen & bit != 0 {
+        if byte != b'"'
+            || self.rules.text(key.text).len() != usize::from(at)
+            || frame.seen & bit != 0
+        {
             return None;
         }
         let node = key.node;
@@ -293,14 +298,12 @@ impl Automaton {
     }
 
     fn literal(&self, node: u16, low: u16, high: u16, at: u16, byte: u8) -> Option<At> {
-        let literals = &self.rules.node(node).literals;
-        let (low, high) = narrow(low, high, at, byte, |n| &literals[usize::from(n)]);
+        let listed = |n| self.listed(node, n);
+        let (low, high) = narrow(low, high, at, byte, listed);
         let at = at + 1;
         match high - low {
             0 => None,
-            1 if literals[usize::from(low)].len() == usize::from(at) => {
-                Some(At::After { blanks: 0 })
-            }
+            1 if listed(low).len() == usize::from(at) => Some(At::After { blanks: 0 }),
             _ => Some(At::Literal {
                 node,
                 low,
@@ -311,8 +314,13 @@ impl Automaton {
     }
 
     fn literal_ends(&self, node: u16, low: u16, at: u16) -> bool {
-        let literals = &self.rules.node(node).literals;
-        literals[usize::from(low)].len() == usize::from(at)
+        self.listed(node, low).len() == usize::from(at)
+    }
+
+    /// A listed value of a node.
+    fn listed(&self, node: u16, n: u16) -> &[u8] {
+        self.rules
+            .text(self.rules.node(node).literals[usize::from(n)])
     }
 
     fn text(&self, key: Option<u16>, part: Part, byte: u8) -> Option<At> {

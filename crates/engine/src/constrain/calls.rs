@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::automaton::{self, Automaton, blank, narrow};
-use super::schema::{Rules, SchemaError, quoted, wrong};
+use super::schema::{ALLOCATION, MAX_NAME, Rules, SchemaError, quoted, wrong};
 use super::trie::{Machine, Trie};
 use crate::chat::CallFormat;
 
@@ -17,6 +17,8 @@ pub(super) const OPEN: &[u8] = b"<tool_call>";
 const CLOSE: &[u8] = b"</tool_call>";
 /// Most kinds of values in the arguments of all functions together.
 const MAX_NODES: usize = 4096;
+/// Most bytes of a grammar with all its functions.
+pub(super) const MAX_BYTES: usize = 1 << 20;
 
 /// A function that may be called.
 #[derive(Clone, Copy)]
@@ -54,18 +56,42 @@ struct Function {
     arguments: Rules,
 }
 
+/// Itself, the counts of who holds it, two allocations.
+const OWN_BYTES: usize = size_of::<Inner>() + 2 * size_of::<usize>() + 2 * ALLOCATION;
+
+impl Function {
+    fn bytes(&self) -> usize {
+        let names = self.name.capacity() + self.quoted.len() + 2 * ALLOCATION;
+        size_of::<Self>() + names + self.arguments.bytes()
+    }
+}
+
+/// Whether the mark that ends a call is in a text. One step a byte.
+fn holds_close(text: &[u8]) -> bool {
+    let mut there = 0;
+    text.iter().any(|&byte| {
+        there = progress(CLOSE, there, byte);
+        usize::from(there) == CLOSE.len()
+    })
+}
+
 impl CallGrammar {
     /// Calls of these functions as a model with this format writes them.
     ///
     /// # Errors
     /// [`OfferError`]: a schema that cannot be enforced.
     pub fn new(format: CallFormat, offered: &[Offered<'_>]) -> Result<Self, OfferError> {
-        let mut functions = Vec::with_capacity(offered.len());
-        let mut nodes = 0;
+        let mut functions: Vec<Function> = Vec::with_capacity(offered.len().min(MAX_NODES));
+        let (mut nodes, mut bytes) = (0, OWN_BYTES);
+        let any = Rules::json_object();
         for (index, function) in offered.iter().enumerate() {
             let refused = |reason| OfferError { index, reason };
+            if function.name.len() > MAX_NAME {
+                let reason = format!("the function's name has more than {MAX_NAME} bytes");
+                return Err(refused(wrong("name", reason)));
+            }
             let arguments = match function.arguments {
-                None => Rules::json_object(),
+                None => any.clone(),
                 Some(schema) => Rules::from_schema(schema).map_err(refused)?,
             };
             nodes += arguments.nodes();
@@ -73,16 +99,25 @@ impl CallGrammar {
                 let reason = format!("more than {MAX_NODES} schemas in all functions together");
                 return Err(refused(wrong("schema", reason)));
             }
-            if format == CallFormat::Tagged && arguments.hold(CLOSE) {
+            if format == CallFormat::Tagged && holds_close(arguments.all_texts()) {
                 let reason = "has a key or a value with '</tool_call>', which ends a call";
                 return Err(refused(wrong("schema", reason)));
             }
-            functions.push(Function {
+            let function = Function {
                 name: function.name.to_owned(),
                 quoted: quoted(function.name),
                 arguments,
-            });
+            };
+            bytes += function.bytes();
+            if bytes > MAX_BYTES {
+                let reason = format!(
+                    "more than {MAX_BYTES} bytes of names, listed values and schemas in all functions together"
+                );
+                return Err(refused(wrong("schema", reason)));
+            }
+            functions.push(function);
         }
+        functions.shrink_to_fit();
         functions.sort_by(|a, b| a.quoted.cmp(&b.quoted));
         Ok(Self(Arc::new(Inner { format, functions })))
     }
@@ -113,6 +148,14 @@ impl CallGrammar {
         calls
             .is_complete()
             .then(|| (name.as_str(), text[from..to].trim_start()))
+    }
+
+    /// The memory that it takes, with what allocations add; functions that share the grammar of their arguments
+    /// count it each.
+    pub(super) fn bytes(&self) -> usize {
+        let unused = self.0.functions.capacity() - self.0.functions.len();
+        let functions: usize = self.0.functions.iter().map(Function::bytes).sum();
+        OWN_BYTES + unused * size_of::<Function>() + functions
     }
 
     fn quoted(&self, function: u16) -> &[u8] {

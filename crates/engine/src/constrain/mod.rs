@@ -9,6 +9,7 @@
 mod automaton;
 mod calls;
 mod schema;
+mod texts;
 mod trie;
 
 use std::sync::Arc;
@@ -42,6 +43,19 @@ enum Kind {
 }
 
 impl Grammar {
+    /// Most bytes that a grammar takes: one of calls with all its functions. One of a schema takes a quarter.
+    pub const MAX_BYTES: usize = calls::MAX_BYTES;
+
+    /// The memory that it takes, in bytes, with what allocations add: at most [`Self::MAX_BYTES`]. Clones share
+    /// it. A request holds it from when it is submitted to when its answer has ended.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Kind::Value(rules) => rules.bytes(),
+            Kind::Call(calls) | Kind::TextWithCalls(calls) => calls.bytes(),
+        }
+    }
+
     /// Any JSON object.
     #[must_use]
     pub fn json_object() -> Self {
@@ -51,7 +65,7 @@ impl Grammar {
     /// What a schema describes; at its root, an object.
     ///
     /// # Errors
-    /// [`SchemaError`]: a keyword that cannot be enforced, or a schema that contradicts itself.
+    /// [`SchemaError`]: a keyword that cannot be enforced, a schema that contradicts itself, or one that is too large.
     pub fn from_schema(schema: &Value) -> Result<Self, SchemaError> {
         Ok(Self(Kind::Value(Rules::from_schema(schema)?)))
     }
@@ -220,5 +234,7 @@ impl MaskMeter {
 
 #[cfg(test)]
 mod call_tests;
+#[cfg(test)]
+mod size_tests;
 #[cfg(test)]
 mod tests;

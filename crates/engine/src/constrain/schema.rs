@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::automaton::MAX_DEPTH;
+use super::texts::{Text, Texts};
 
 /// Where schemas keep what `$ref` names, at their root.
 const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
@@ -17,9 +18,15 @@ const ROOT: &str = "schema";
 const MAX_NODES: usize = 1024;
 /// Most keys of one object: they are counted in the bits of a word.
 const MAX_KEYS: usize = 64;
-/// Most listed values of one `enum`, and their bytes over all of a schema.
+/// Most listed values of one `enum`.
 const MAX_LITERALS: usize = 1024;
-const MAX_LITERAL_BYTES: usize = 64 << 10;
+/// Longest name of a property or a definition, in bytes.
+pub(super) const MAX_NAME: usize = 256;
+/// Most bytes of what one schema becomes: names, listed values and kinds of values, each kind counted at
+/// every place that refers to it. A grammar is kept for as long as its answer waits.
+pub(super) const MAX_BYTES: usize = 256 << 10;
+/// Most that an allocation takes beyond what was asked for.
+pub(super) const ALLOCATION: usize = 24;
 /// Keywords that say nothing about which values are valid.
 const ANNOTATIONS: &[&str] = &[
     "$comment",
@@ -39,18 +46,19 @@ const ANNOTATIONS: &[&str] = &[
 pub(super) struct Rules(Arc<Inner>);
 
 struct Inner {
-    nodes: Vec<Node>,
+    nodes: Box<[Node]>,
+    texts: Texts,
     root: u16,
 }
 
 /// One kind of value.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(super) struct Node {
     pub(super) kinds: Kinds,
     pub(super) object: Option<Object>,
     pub(super) array: Option<Array>,
     /// The value may be one of these, too: none of another kind begins as one of them does. Sorted.
-    pub(super) literals: Vec<Box<[u8]>>,
+    pub(super) literals: Vec<Text>,
 }
 
 /// Which scalars.
@@ -63,7 +71,6 @@ pub(super) struct Kinds {
     pub(super) null: bool,
 }
 
-#[derive(Clone)]
 pub(super) struct Object {
     /// Any key, with values of this kind; there are no declared ones then.
     pub(super) open: Option<u16>,
@@ -73,10 +80,10 @@ pub(super) struct Object {
     pub(super) required: u64,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(super) struct Key {
     /// As JSON writes it, without its quotes.
-    pub(super) text: Box<[u8]>,
+    pub(super) text: Text,
     pub(super) node: u16,
 }
 
@@ -89,7 +96,7 @@ pub(super) struct Array {
 
 impl Node {
     /// A bit for each type of its values.
-    fn types(&self) -> u8 {
+    fn types(&self, texts: &Texts) -> u8 {
         let kinds = self.kinds;
         let listed = |literal: &[u8]| match literal.first() {
             Some(b'"') => 0,
@@ -108,8 +115,28 @@ impl Node {
             self.array.is_some(),
         ];
         let kinds = (0..).zip(kinds).map(|(bit, has)| u8::from(has) << bit);
-        let listed = self.literals.iter().map(|literal| 1 << listed(literal));
+        let listed = self
+            .literals
+            .iter()
+            .map(|&literal| 1 << listed(texts.get(literal)));
         kinds.chain(listed).fold(0, |all, bit| all | bit)
+    }
+
+    /// What it takes beyond its own size.
+    fn held(&self) -> usize {
+        let keys = self
+            .object
+            .as_ref()
+            .map_or(0, |object| object.keys.capacity());
+        list_bytes::<Key>(keys) + list_bytes::<Text>(self.literals.capacity())
+    }
+}
+
+/// What a list of so many takes.
+fn list_bytes<T>(entries: usize) -> usize {
+    match entries * size_of::<T>() {
+        0 => 0,
+        bytes => bytes + ALLOCATION,
     }
 }
 
@@ -146,8 +173,7 @@ impl Rules {
     /// What a schema describes; at its root, an object.
     pub(super) fn from_schema(schema: &Value) -> Result<Self, SchemaError> {
         let mut compiler = Compiler::of(schema)?;
-        let root = compiler.compile(schema, ROOT, 0)?;
-        let node = &compiler.nodes[usize::from(root)];
+        let node = compiler.describe(schema, ROOT, 0)?;
         let scalar = node.kinds.string
             || node.kinds.number
             || node.kinds.integer
@@ -156,6 +182,7 @@ impl Rules {
         if node.object.is_none() || node.array.is_some() || scalar {
             return Err(wrong(ROOT, "its root must be of type \"object\" alone"));
         }
+        let root = compiler.add(node);
         Ok(compiler.finish(root))
     }
 
@@ -171,17 +198,25 @@ impl Rules {
         &self.0.nodes[usize::from(node)]
     }
 
-    /// Whether a key or a listed value holds this text.
-    pub(super) fn hold(&self, text: &[u8]) -> bool {
-        let holds = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text);
-        self.0.nodes.iter().any(|node| {
-            let keys = node.object.iter().flat_map(|object| &object.keys);
-            keys.map(|key| &key.text)
-                .chain(&node.literals)
-                .any(|text| holds(text))
-        })
+    pub(super) fn text(&self, text: Text) -> &[u8] {
+        self.0.texts.get(text)
+    }
+
+    /// Every key and every listed value, with a zero byte behind each.
+    pub(super) fn all_texts(&self) -> &[u8] {
+        self.0.texts.all()
+    }
+
+    /// The memory that it takes, with what allocations add.
+    pub(super) fn bytes(&self) -> usize {
+        let nodes = list_bytes::<Node>(self.0.nodes.len());
+        let lists: usize = self.0.nodes.iter().map(Node::held).sum();
+        OWN_BYTES + nodes + lists + self.0.texts.bytes()
     }
 }
+
+/// Of every grammar: itself, the counts of who holds it, three allocations.
+const OWN_BYTES: usize = size_of::<Inner>() + 2 * size_of::<usize>() + 3 * ALLOCATION;
 
 pub(super) fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
     // A place is made of a client's own keys; it is cut because it came from outside.
@@ -194,8 +229,14 @@ pub(super) fn wrong(place: &str, reason: impl Into<String>) -> SchemaError {
 #[derive(Default)]
 struct Compiler<'a> {
     nodes: Vec<Node>,
+    texts: Texts,
+    /// Where the texts of keys are: each is there once.
+    names: BTreeMap<&'a str, Text>,
     any: Option<u16>,
-    literal_bytes: usize,
+    /// Schemas so far, with those that became a part of another.
+    schemas: usize,
+    /// What it counts towards [`MAX_BYTES`] so far.
+    bytes: usize,
     /// What `$ref` can name.
     definitions: BTreeMap<String, &'a Value>,
     /// The definitions that the place at hand is inside of.
@@ -214,6 +255,7 @@ impl<'a> Compiler<'a> {
                 .as_object()
                 .ok_or_else(|| wrong(ROOT, format!("'{section}' must be an object")))?;
             for (name, definition) in found {
+                short(name, ROOT)?;
                 // In a pointer, these two are escaped.
                 let name = name.replace('~', "~0").replace('/', "~1");
                 definitions.insert(format!("#/{section}/{name}"), definition);
@@ -221,18 +263,35 @@ impl<'a> Compiler<'a> {
         }
         Ok(Self {
             definitions,
+            bytes: OWN_BYTES + size_of::<Node>() + ALLOCATION,
             ..Self::default()
         })
     }
 
     fn finish(self, root: u16) -> Rules {
-        let nodes = self.nodes;
-        Rules(Arc::new(Inner { nodes, root }))
+        Rules(Arc::new(Inner {
+            nodes: self.nodes.into_boxed_slice(),
+            texts: self.texts.shrunk(),
+            root,
+        }))
+    }
+
+    /// Counts what is about to be kept.
+    fn count(&mut self, bytes: usize, place: &str) -> Result<(), SchemaError> {
+        self.bytes += bytes;
+        if self.bytes <= MAX_BYTES {
+            return Ok(());
+        }
+        let reason = format!(
+            "more than {MAX_BYTES} bytes of names, listed values and schemas in it, each schema at every place \
+             that refers to it"
+        );
+        Err(wrong(place, reason))
     }
 
     fn add(&mut self, node: Node) -> u16 {
         self.nodes.push(node);
-        // `compile` refuses more than MAX_NODES.
+        // `describe` refuses more than MAX_NODES.
         (self.nodes.len() - 1) as u16
     }
 
@@ -275,11 +334,18 @@ impl<'a> Compiler<'a> {
         place: &str,
         depth: usize,
     ) -> Result<u16, SchemaError> {
+        let node = self.describe(schema, place, depth)?;
+        Ok(self.add(node))
+    }
+
+    fn describe(
+        &mut self,
+        schema: &'a Value,
+        place: &str,
+        depth: usize,
+    ) -> Result<Node, SchemaError> {
         if depth == MAX_DEPTH {
             return Err(wrong(place, format!("nested deeper than {MAX_DEPTH}")));
-        }
-        if self.nodes.len() >= MAX_NODES {
-            return Err(wrong(place, format!("more than {MAX_NODES} schemas in it")));
         }
         let schema = schema
             .as_object()
@@ -288,6 +354,11 @@ impl<'a> Compiler<'a> {
             only(schema, place, &["$ref"])?;
             return self.definition(target, place, depth);
         }
+        if self.schemas == MAX_NODES {
+            return Err(wrong(place, format!("more than {MAX_NODES} schemas in it")));
+        }
+        self.schemas += 1;
+        self.count(size_of::<Node>(), place)?;
         if let Some(list) = schema.get("anyOf") {
             only(schema, place, &["anyOf"])?;
             return self.any_of(list, place, depth);
@@ -295,10 +366,10 @@ impl<'a> Compiler<'a> {
         if schema.contains_key("enum") || schema.contains_key("const") {
             only(schema, place, &["enum", "const", "type"])?;
             let literals = self.literals(schema, place)?;
-            return Ok(self.add(Node {
+            return Ok(Node {
                 literals,
                 ..Node::default()
-            }));
+            });
         }
         let mut node = Node::default();
         let mut allowed = vec!["type"];
@@ -321,7 +392,7 @@ impl<'a> Compiler<'a> {
             }
         }
         only(schema, place, &allowed)?;
-        Ok(self.add(node))
+        Ok(node)
     }
 
     /// What a `$ref` names, compiled anew for this place: so the bounds of depth and size hold for
@@ -331,7 +402,7 @@ impl<'a> Compiler<'a> {
         target: &'a Value,
         place: &str,
         depth: usize,
-    ) -> Result<u16, SchemaError> {
+    ) -> Result<Node, SchemaError> {
         let target = target.as_str().unwrap_or_default();
         let Some(definition) = self.definitions.get(target).copied() else {
             let reason = "'$ref' must name what '$defs' at the root of the schema has, as in \"#/$defs/name\"";
@@ -341,7 +412,7 @@ impl<'a> Compiler<'a> {
             return Err(wrong(place, "'$ref' names what it is a part of"));
         }
         self.inside.push(target);
-        let node = self.compile(definition, place, depth + 1);
+        let node = self.describe(definition, place, depth + 1);
         self.inside.pop();
         node
     }
@@ -383,11 +454,15 @@ impl<'a> Compiler<'a> {
         if properties.len() > MAX_KEYS {
             return Err(wrong(place, format!("has more than {MAX_KEYS} properties")));
         }
-        let mut sorted = BTreeMap::new();
+        self.count(list_bytes::<Key>(properties.len()), place)?;
+        let mut sorted = Vec::with_capacity(properties.len());
         for (name, value) in properties {
+            short(name, place)?;
             let node = self.compile(value, &format!("{place}.properties.{name}"), depth + 1)?;
-            sorted.insert(quoted(name), (name, node));
+            let text = self.key(name, place)?;
+            sorted.push((name, Key { text, node }));
         }
+        sorted.sort_unstable_by_key(|(_, key)| self.texts.get(key.text));
         let mut required = 0;
         let names = strings(schema, "required", place)?;
         if names.len() > properties.len() {
@@ -395,20 +470,38 @@ impl<'a> Compiler<'a> {
         }
         for name in names {
             let at = sorted
-                .values()
+                .iter()
                 .position(|(property, _)| *property == name)
                 .ok_or_else(|| wrong(place, "'required' names what 'properties' does not have"))?;
             required |= 1 << at;
         }
-        let keys = sorted
-            .into_iter()
-            .map(|(text, (_, node))| Key { text, node })
-            .collect();
+        let mut keys = Vec::with_capacity(sorted.len());
+        keys.extend(sorted.into_iter().map(|(_, key)| key));
         Ok(Object {
             open: None,
             keys,
             required,
         })
+    }
+
+    /// The text of a key.
+    fn key(&mut self, name: &'a str, place: &str) -> Result<Text, SchemaError> {
+        if let Some(&text) = self.names.get(name) {
+            return Ok(text);
+        }
+        let text = self.keep(&quoted(name), place)?;
+        self.names.insert(name, text);
+        Ok(text)
+    }
+
+    fn keep(&mut self, text: &[u8], place: &str) -> Result<Text, SchemaError> {
+        let cost = text.len() + 1;
+        self.count(cost, place)?;
+        let long = || {
+            let most = u16::MAX;
+            wrong(place, format!("lists a value of more than {most} bytes"))
+        };
+        self.texts.push(text).ok_or_else(long)
     }
 
     fn array(
@@ -435,16 +528,15 @@ impl<'a> Compiler<'a> {
     }
 
     /// Alternatives that differ in the type of the value, so that its first byte says which.
-    fn any_of(&mut self, list: &'a Value, place: &str, depth: usize) -> Result<u16, SchemaError> {
+    fn any_of(&mut self, list: &'a Value, place: &str, depth: usize) -> Result<Node, SchemaError> {
         let list = list
             .as_array()
             .filter(|list| !list.is_empty())
             .ok_or_else(|| wrong(place, "'anyOf' must be a list of schemas"))?;
         let mut all = Node::default();
         for (index, schema) in list.iter().enumerate() {
-            let node = self.compile(schema, &format!("{place}.anyOf[{index}]"), depth + 1)?;
-            let node = self.nodes[usize::from(node)].clone();
-            if all.types() & node.types() != 0 {
+            let node = self.describe(schema, &format!("{place}.anyOf[{index}]"), depth + 1)?;
+            if all.types(&self.texts) & node.types(&self.texts) != 0 {
                 let reason = "the alternatives of 'anyOf' must differ in their types";
                 return Err(wrong(place, reason));
             }
@@ -460,15 +552,15 @@ impl<'a> Compiler<'a> {
             all.array = all.array.or(node.array);
             all.literals.extend(node.literals);
         }
-        all.literals.sort();
-        Ok(self.add(all))
+        self.sort(&mut all.literals);
+        Ok(all)
     }
 
     fn literals(
         &mut self,
         schema: &Map<String, Value>,
         place: &str,
-    ) -> Result<Vec<Box<[u8]>>, SchemaError> {
+    ) -> Result<Vec<Text>, SchemaError> {
         let values = match (schema.get("enum"), schema.get("const")) {
             (Some(Value::Array(list)), None) if !list.is_empty() => list.as_slice(),
             (None, Some(value)) => std::slice::from_ref(value),
@@ -489,22 +581,23 @@ impl<'a> Compiler<'a> {
                 format!("lists more than {MAX_LITERALS} values"),
             ));
         }
+        self.count(list_bytes::<Text>(values.len()), place)?;
         let mut literals = Vec::with_capacity(values.len());
         for value in values {
             if !types.is_empty() && !types.iter().any(|name| is_of(value, name)) {
                 return Err(wrong(place, "lists a value that is not of its 'type'"));
             }
-            let text = value.to_string().into_bytes();
-            self.literal_bytes += text.len();
-            literals.push(text.into_boxed_slice());
+            literals.push(self.keep(value.to_string().as_bytes(), place)?);
         }
-        if self.literal_bytes > MAX_LITERAL_BYTES {
-            let reason = format!("more than {MAX_LITERAL_BYTES} bytes of listed values");
-            return Err(wrong(place, reason));
-        }
-        literals.sort();
-        literals.dedup();
+        self.sort(&mut literals);
         Ok(literals)
+    }
+
+    /// Each listed value once, and no memory beyond them.
+    fn sort(&self, literals: &mut Vec<Text>) {
+        literals.sort_unstable_by_key(|&literal| self.texts.get(literal));
+        literals.dedup_by_key(|literal| self.texts.get(*literal));
+        literals.shrink_to_fit();
     }
 }
 
@@ -514,6 +607,17 @@ fn open(node: u16) -> Object {
         keys: Vec::new(),
         required: 0,
     }
+}
+
+/// Refuses a long name.
+fn short(name: &str, place: &str) -> Result<(), SchemaError> {
+    if name.len() <= MAX_NAME {
+        return Ok(());
+    }
+    Err(wrong(
+        place,
+        format!("has a name of more than {MAX_NAME} bytes"),
+    ))
 }
 
 /// Refuses what is neither in `allowed` nor an annotation.
