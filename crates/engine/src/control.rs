@@ -22,6 +22,34 @@ const END: char = '\u{fdd1}';
 /// Says that the text around it is a client's.
 const MARK: char = '\u{fdd2}';
 
+/// Most control tokens of a model. Those that are served have up to some thousand.
+const MAX_NAMES: usize = 4096;
+/// Longest name of one, in bytes.
+const MAX_NAME: usize = 256;
+
+/// Why control tokens cannot be kept apart from ordinary text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlNameError {
+    /// A name of one character or none would be found everywhere.
+    #[error("a control token's name is a single character")]
+    Short,
+    /// A name is longer than is searched for.
+    #[error("a control token's name has {bytes} bytes, more than {MAX_NAME}")]
+    Long {
+        /// Its length.
+        bytes: usize,
+    },
+    /// There are more names than are searched for.
+    #[error("there are {names} names of control tokens, more than {MAX_NAMES}")]
+    Many {
+        /// How many.
+        names: usize,
+    },
+    /// The search could not be prepared.
+    #[error("the names of control tokens cannot be searched for")]
+    Search,
+}
+
 /// The names of a model's control tokens. Cheap to clone.
 #[derive(Clone)]
 pub struct ControlNames(Arc<Names>);
@@ -32,33 +60,42 @@ struct Names {
     internal: Vec<String>,
     /// Finds what the encoder must see as a control token: the longest name that begins first.
     exact: AhoCorasick,
-    /// Finds every name, overlapping ones too, in any case of its letters: templates may change it.
+    /// Finds where names begin, overlapping ones too, in any case of their letters: templates may change it. Where
+    /// several begin, only the shortest is looked for, so that a place is found once.
     any_case: AhoCorasick,
 }
 
 impl ControlNames {
-    /// Names in any order; repeated ones count once. `None` if one is a single character, which
-    /// cannot be told from ordinary text, or if there are more than can be searched for.
-    #[must_use]
-    pub fn new(names: impl IntoIterator<Item = String>) -> Option<Self> {
+    /// At most 4096 names of at most 256 bytes in any order; repeated ones count once.
+    ///
+    /// # Errors
+    /// [`ControlNameError`]: one is a single character, which cannot be told from ordinary text, or too long, or there
+    /// are too many.
+    pub fn new(names: impl IntoIterator<Item = String>) -> Result<Self, ControlNameError> {
         let names: Vec<String> = names
             .into_iter()
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
         if names.iter().any(|name| name.chars().nth(1).is_none()) {
-            return None;
+            return Err(ControlNameError::Short);
+        }
+        if let Some(long) = names.iter().find(|name| name.len() > MAX_NAME) {
+            return Err(ControlNameError::Long { bytes: long.len() });
+        }
+        if names.len() > MAX_NAMES {
+            return Err(ControlNameError::Many { names: names.len() });
         }
         let exact = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(&names)
-            .ok()?;
+            .map_err(|_| ControlNameError::Search)?;
         let any_case = AhoCorasick::builder()
             .ascii_case_insensitive(true)
-            .build(&names)
-            .ok()?;
+            .build(shortest(&names))
+            .map_err(|_| ControlNameError::Search)?;
         let internal = (0..names.len()).map(|n| format!("{BEGIN}{n}{END}"));
-        Some(Self(Arc::new(Names {
+        Ok(Self(Arc::new(Names {
             internal: internal.collect(),
             names,
             exact,
@@ -156,6 +193,20 @@ impl ControlNames {
         text.retain(|c| c != MARK);
         text
     }
+}
+
+/// The names, in lower case, that do not begin with another.
+fn shortest(names: &[String]) -> BTreeSet<String> {
+    let lower: BTreeSet<String> = names.iter().map(|name| name.to_ascii_lowercase()).collect();
+    let mut kept: BTreeSet<String> = BTreeSet::new();
+    // What begins with a name comes behind it, before anything else does.
+    for name in lower {
+        let longer = |kept: &String| name.starts_with(kept.as_str());
+        if !kept.last().is_some_and(longer) {
+            kept.insert(name);
+        }
+    }
+    kept
 }
 
 /// Text of a client for the encoder: the noncharacters that mean something here become U+FFFD.
@@ -272,8 +323,42 @@ mod tests {
 
     #[test]
     fn names_of_one_character_are_refused() {
-        assert!(ControlNames::new(["é".to_owned()]).is_none());
-        assert!(ControlNames::new(["éa".to_owned()]).is_some());
+        let error = ControlNames::new(["é".to_owned()]).err();
+        assert_eq!(error, Some(ControlNameError::Short));
+        assert!(ControlNames::new(["éa".to_owned()]).is_ok());
+    }
+
+    #[test]
+    fn names_are_bounded_in_number_and_length() {
+        let many = |count: usize| ControlNames::new((0..count).map(|n| format!("<{n}>"))).err();
+        assert_eq!(many(4096), None);
+        let error = many(4097).unwrap();
+        assert_eq!(
+            error.to_string(),
+            "there are 4097 names of control tokens, more than 4096"
+        );
+        let long = |bytes: usize| ControlNames::new(["x".repeat(bytes)]).err();
+        assert_eq!(long(256), None);
+        assert_eq!(
+            long(257).unwrap().to_string(),
+            "a control token's name has 257 bytes, more than 256"
+        );
+    }
+
+    #[test]
+    fn names_inside_of_each_other_are_found_once() {
+        let nested = (2..=256).map(|n| "aA".repeat(128)[..n].to_owned());
+        let names = ControlNames::new(nested.chain(["ab>".to_owned()])).unwrap();
+        let text = "a".repeat(4096);
+        let found = names.0.any_case.find_overlapping_iter(&text).count();
+        assert_eq!(found, 4095);
+        // The first and the last letter could be a part of a name with what is around the text.
+        let guarded = names.guard(&text).into_owned();
+        assert_eq!(
+            guarded,
+            format!("{MARK}{}", format!("a{MARK}").repeat(4096))
+        );
+        assert_eq!(names.translate(&Prompt(guarded)), text);
     }
 
     proptest! {

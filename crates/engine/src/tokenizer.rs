@@ -10,7 +10,7 @@ use casemate_tokenizer::{Decoder, TokenizerFile, TokenizerFileError};
 use serde_json::Value;
 
 use crate::constrain::Trie;
-use crate::control::{ControlNames, Prompt, plain};
+use crate::control::{ControlNameError, ControlNames, Prompt, plain};
 
 /// The model's tokenizer. Cheap to clone.
 #[derive(Clone)]
@@ -45,10 +45,8 @@ pub enum TokenizerError {
         vocab: u32,
     },
     /// A control token could not be told from ordinary text.
-    #[error(
-        "tokenizer.json has a control token whose name is a single character, or too many of them"
-    )]
-    ControlName,
+    #[error("tokenizer.json: {0}")]
+    ControlName(#[from] ControlNameError),
     /// The text could not be encoded.
     #[error("the text cannot be encoded")]
     Encode,
@@ -77,8 +75,7 @@ impl Tokenizer {
     ) -> Result<Self, TokenizerError> {
         let mut file = TokenizerFile::parse(json)?;
         let decoder = file.decoder().clone();
-        let control = ControlNames::new(control_names(file.json(), control))
-            .ok_or(TokenizerError::ControlName)?;
+        let control = ControlNames::new(control_names(file.json(), control))?;
         file.rename(|name| control.internal(name));
         let mut encoder = file.load()?;
         // The library remembers words, and how it took them apart, for as long as it lives: of every user's prompt, and so
