@@ -101,7 +101,8 @@ impl Failure {
     }
 
     fn value(&self) -> Value {
-        json!({ "error": { "class": self.class.name(), "code": self.code, "message": format!("{:#}", self.error) } })
+        let message = one_line(self.error.as_ref());
+        json!({ "error": { "class": self.class.name(), "code": self.code, "message": message } })
     }
 }
 

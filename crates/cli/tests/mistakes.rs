@@ -201,3 +201,14 @@ fn names(place: &Place) -> Vec<String> {
     names.sort();
     names
 }
+
+#[test]
+fn json_says_what_standard_error_says() {
+    let place = Place::new();
+    let output = place.run(&["inspect", "nofile", "--json"]);
+    let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let message = shown["error"]["message"].as_str().unwrap();
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(line, format!("casemate: {message}\n"));
+    assert_eq!(message.matches("os error 2").count(), 1, "{message}");
+}
