@@ -63,7 +63,7 @@ fn the_enclave_says_who_may_ask_and_a_removed_key_ends_with_a_renewal() {
     stage.deployment.admit_model().unwrap();
     until(&url, Some(&bob), 401);
     until(&url, Some(&alice), 200);
-    assert_eq!(said(&stage), ["2 API keys", "1 API key"]);
+    assert_eq!(said(&stage), ["2 API keys", "1 API key, changed"]);
 
     // Renewed by somebody who forgot the list.
     fs::remove_file(stage.path("api-keys.toml")).unwrap();

@@ -135,13 +135,19 @@ fn seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis().div_ceil(1000)).unwrap_or(u32::MAX)
 }
 
-/// Logs who may ask: once at the start, and whenever a newer grant says something else.
+/// Logs who may ask, at the start. The log is the host's: it learns how many keys there are, and not whose.
 pub fn announce(access: &api_key::Access) {
+    log(access, "");
+}
+
+fn log(access: &api_key::Access, changed: &str) {
     match access {
         api_key::Access::Open => {
-            warn!("access: {access}, no API key is asked for; so the provider's grant says");
+            warn!(
+                "access: {access}{changed}, no API key is asked for; so the provider's grant says"
+            );
         }
-        api_key::Access::Keyed(_) => info!("access: {access}"),
+        api_key::Access::Keyed(_) => info!("access: {access}{changed}"),
     }
 }
 
@@ -164,13 +170,13 @@ impl Access {
         }
     }
 
-    /// Takes what a newer grant says. Keys that stay, with the limits that they had, keep what they have used.
+    /// Takes what a newer grant says, and logs that it is something else than before if it is. Keys that stay, with the limits that they had, keep what they have used.
     /// Requests that are being answered are not interrupted.
     pub fn replace(&self, access: &api_key::Access) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let newer = Table::new(access, Some(&table), (self.clock)());
-        if newer.keys() != table.keys() {
-            announce(access);
+        if !newer.says_the_same_as(&table) {
+            log(access, ", changed");
         }
         *table = Arc::new(newer);
     }

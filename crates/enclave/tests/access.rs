@@ -288,6 +288,52 @@ async fn a_newer_grant_decides_and_forgets_nothing() {
     assert_eq!(door.ask(1, "").await.2["caller"], "renamed");
 }
 
+/// Lines of the log about a grant that takes the place of one with two keys.
+fn logged(grant: &api_key::Access) -> Vec<String> {
+    let door = Door::new(two_keys(), mirror());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(Arc::new(file.reopen().unwrap()))
+        .finish();
+    tracing::subscriber::with_default(subscriber, || door.access.replace(grant));
+    let log = std::fs::read_to_string(file.path()).unwrap();
+    let lines = log
+        .lines()
+        .map(|line| line.split_once(" access: ").unwrap().1.to_owned());
+    lines.collect()
+}
+
+fn two_keys() -> Vec<ApiKey> {
+    let limits = Limits {
+        requests_per_minute: at_most(3),
+        ..Limits::default()
+    };
+    vec![key("alice", 1, limits), key("bob", 2, limits)]
+}
+
+#[test]
+fn another_list_is_logged_even_if_it_is_as_long() {
+    assert_eq!(logged(&keyed(two_keys())), [""; 0]);
+    let changed = |change: fn(&mut ApiKey)| {
+        let mut keys = two_keys();
+        change(&mut keys[1]);
+        logged(&keyed(keys))
+    };
+    let told = ["2 API keys, changed"];
+    assert_eq!(changed(|bob| bob.name = "carol".into()), told);
+    assert_eq!(changed(|bob| bob.hash = [9; 32]), told);
+    assert_eq!(changed(|bob| bob.limits.concurrency = at_most(1)), told);
+    assert_eq!(changed(|bob| bob.limits.requests_per_minute = None), told);
+    assert_eq!(
+        logged(&keyed(two_keys()[..1].to_vec())),
+        ["1 API key, changed"]
+    );
+    let open = logged(&api_key::Access::Open);
+    assert_eq!(open.len(), 1);
+    assert!(open[0].starts_with("open to anybody, changed"), "{open:?}");
+}
+
 fn model() -> Router {
     let options = EngineOptions {
         compute: Compute::F32,

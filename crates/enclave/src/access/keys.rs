@@ -142,11 +142,17 @@ impl Table {
         Self::Keyed(keys.as_slice().iter().map(key).collect())
     }
 
-    /// How many keys there are; none of access that is open.
-    pub(super) fn keys(&self) -> Option<usize> {
-        match self {
-            Self::Open => None,
-            Self::Keyed(keys) => Some(keys.len()),
+    /// Whether both let in the same holders with the same keys, as often. A list is in the order of its names.
+    pub(super) fn says_the_same_as(&self, other: &Table) -> bool {
+        let same = |(a, b): (&Arc<Key>, &Arc<Key>)| {
+            (&a.name, a.hash, a.limits) == (&b.name, b.hash, b.limits)
+        };
+        match (self, other) {
+            (Self::Open, Self::Open) => true,
+            (Self::Keyed(these), Self::Keyed(those)) => {
+                these.len() == those.len() && these.iter().zip(those).all(same)
+            }
+            (Self::Open, Self::Keyed(_)) | (Self::Keyed(_), Self::Open) => false,
         }
     }
 }
