@@ -35,13 +35,13 @@ pub(crate) struct New {
     #[arg(long, value_name = "FILE", default_value = "api-keys.toml")]
     file: PathBuf,
     /// Requests for answers per minute [default: not limited]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = limit)]
     requests_per_minute: Option<NonZeroU32>,
     /// Tokens of prompts and answers per minute [default: not limited]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = limit)]
     tokens_per_minute: Option<NonZeroU32>,
     /// Requests answered at the same time [default: not limited]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = limit)]
     concurrency: Option<NonZeroU32>,
     /// Print the result as JSON
     #[arg(long)]
@@ -77,6 +77,15 @@ pub(crate) struct Remove {
     json: bool,
 }
 
+fn limit(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| {
+        format!(
+            "a limit is a whole number from 1 to {}; without this option there is none",
+            u32::MAX
+        )
+    })
+}
+
 pub(crate) fn run(command: &Command) -> Result<(), Failure> {
     match command {
         Command::New(args) => new(args).in_json(args.json),
@@ -86,6 +95,10 @@ pub(crate) fn run(command: &Command) -> Result<(), Failure> {
 }
 
 fn new(args: &New) -> Result<(), Failure> {
+    if !api_key::is_name(&args.name) {
+        let error = anyhow!("the name of an API key is {}", api_key::NAME_RULE);
+        return Err(Failure::new(Class::Usage, "name", error));
+    }
     let key = api_key::generate(&SystemRandom)
         .map_err(|error| Failure::new(Class::Io, "randomness", error))?;
     let entry = ApiKey {
@@ -158,6 +171,11 @@ fn limits(limits: &Limits) -> String {
 }
 
 fn remove(args: &Remove) -> Result<(), Failure> {
+    if api_key::is_in(&args.name) {
+        let error =
+            anyhow!("this is an API key; name whose it is: `casemate apikey list` shows the names");
+        return Err(Failure::new(Class::Usage, "no-such-key", error));
+    }
     let left = file::remove(&args.file, &args.name)?.ok_or_else(|| {
         let error = anyhow!(
             "{} lists no API key of the name {:?}; `casemate apikey list` shows those it has",

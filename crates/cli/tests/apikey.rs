@@ -208,3 +208,46 @@ fn a_list_that_is_wrong_is_told_by_place_and_not_quoted() {
     assert!(!said.contains("CANARY"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
 }
+
+#[test]
+fn what_a_new_key_cannot_be_is_a_mistake_of_the_command() {
+    let folder = list();
+    let before = read(&folder);
+    let refused = |arguments: &[&str]| {
+        let output = apikey(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert_eq!(text(&output), "", "no key is shown that is in no list");
+        assert_eq!(read(&folder), before);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(
+        refused(&["new", "bob"]),
+        "casemate: api-keys.toml already has a key 'bob'; `casemate apikey remove bob` takes it out\n"
+    );
+    let told = "the name of an API key is 1 to 32 letters, digits, '.', '_' or '-'";
+    for name in ["Dr. House", "", "ü"] {
+        let said = refused(&["new", name]);
+        assert!(said.contains(told), "{said}");
+    }
+    for number in ["0", "-1", "x", "4294967296"] {
+        let option = format!("--requests-per-minute={number}");
+        let said = refused(&["new", "eve", &option]);
+        assert!(
+            said.contains("a whole number from 1 to 4294967295"),
+            "{said}"
+        );
+    }
+    let key = format!("cm-{}", "5".repeat(64));
+    for command in ["new", "remove"] {
+        let said = refused(&[command, &key]);
+        assert!(!said.contains(&key), "{said}");
+    }
+
+    let mut full = String::new();
+    for number in 0..256 {
+        full += &format!("[[key]]\nname = \"k{number}\"\nsha256 = \"{number:064x}\"\n");
+    }
+    std::fs::write(folder.path().join("full.toml"), full).unwrap();
+    let said = refused(&["new", "eve", "--file", "full.toml"]);
+    assert!(said.contains("full.toml has 256 keys already"), "{said}");
+}

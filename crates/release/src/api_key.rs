@@ -21,6 +21,8 @@ use crate::random::Random;
 pub const MAX_API_KEYS: usize = 256;
 /// Most characters of an API key's name.
 pub const MAX_NAME_BYTES: usize = 32;
+/// What an API key's name may be, in words.
+pub const NAME_RULE: &str = "1 to 32 letters, digits, '.', '_' or '-'";
 /// Most bytes of an encoded entry: its head, name, hash and limits.
 pub(crate) const MAX_ENTRY_BYTES: usize = 1 + (3 + MAX_NAME_BYTES) + (3 + 32) + 3 * (1 + 5);
 /// What every API key begins with, so that people and scanners recognise one.
@@ -106,6 +108,13 @@ impl ApiKeys {
     }
 }
 
+/// Whether an API key may have this name: [`NAME_RULE`].
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed)
+}
+
 fn check(keys: &[ApiKey]) -> Result<(), Malformed> {
     let unsupported = |what, found: &str, expected| Malformed::Unsupported {
         what,
@@ -117,13 +126,8 @@ fn check(keys: &[ApiKey]) -> Result<(), Malformed> {
         return Err(unsupported(what, &keys.len().to_string(), "1 to 256"));
     }
     for key in keys {
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        if !(1..=MAX_NAME_BYTES).contains(&key.name.len()) || !key.name.bytes().all(allowed) {
-            return Err(unsupported(
-                "name of an API key",
-                &key.name,
-                "1 to 32 letters, digits, '.', '_' or '-'",
-            ));
+        if !is_name(&key.name) {
+            return Err(unsupported("name of an API key", &key.name, NAME_RULE));
         }
     }
     if let Some(two) = keys.windows(2).find(|two| two[0].name >= two[1].name) {

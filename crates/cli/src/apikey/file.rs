@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::anyhow;
 use casemate_attest::TomlFault;
-use casemate_release::api_key::{self, ApiKey, ApiKeys, Limits};
+use casemate_release::api_key::{self, ApiKey, ApiKeys, Limits, MAX_API_KEYS};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{Class, Failure};
@@ -55,6 +55,18 @@ pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
         Err(error) => return Err(io_failure(path, error)),
     };
     let mut keys = parse(path, &text)?;
+    let shown = path.display();
+    if keys.iter().any(|known| known.name == key.name) {
+        let name = &key.name;
+        let error = anyhow!(
+            "{shown} already has a key '{name}'; `casemate apikey remove {name}` takes it out"
+        );
+        return Err(Failure::new(Class::Usage, "key-exists", error));
+    }
+    if keys.len() == MAX_API_KEYS {
+        let error = anyhow!("{shown} has {MAX_API_KEYS} keys already, the most that a grant takes");
+        return Err(Failure::new(Class::Usage, "too-many-keys", error));
+    }
     let added = List {
         key: vec![Entry {
             name: key.name.clone(),
