@@ -94,7 +94,7 @@ mod tests {
 
     fn denied(class: &str) -> ProvisionError {
         let text = format!(
-            r#"{{"type":"evidence_denied","detail":"no","denial":{{"class":"{class}",
+            r#"{{"type":"evidence_denied","detail":"evidence denied: rtmr1 is a, expected b","denial":{{"class":"{class}",
             "claim":"rtmr1","found":"a","expected":"b","remedy":"c"}}}}"#
         );
         refused(401, &text)
@@ -139,6 +139,7 @@ mod tests {
         let told = "claim rtmr1: found a, expected b; c";
         assert!(shown.ends_with(told), "{shown}");
         assert!(!shown.contains('{'), "{shown}");
+        assert_eq!(shown.matches("expected b").count(), 1, "{shown}");
         assert!(refused(502, "<html>").to_string().ends_with("502: <html>"));
     }
 }

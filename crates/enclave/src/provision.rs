@@ -78,7 +78,7 @@ pub enum ProvisionError {
     ConfigurationNotMeasured,
 }
 
-/// A denial in words, and anything else as it is.
+/// A denial in words, of which the detail beside it is a summary; anything else as it is.
 fn said(text: &str) -> String {
     let Ok(information) = serde_json::from_str::<ErrorInformation>(text) else {
         return text.to_owned();
@@ -87,7 +87,7 @@ fn said(text: &str) -> String {
     match denial {
         None => detail,
         Some(denial) => format!(
-            "{detail}: claim {}: found {}, expected {}; {}",
+            "claim {}: found {}, expected {}; {}",
             denial.claim, denial.found, denial.expected, denial.remedy
         ),
     }

@@ -6,11 +6,12 @@
 //! half and the whole. A broker that comes back is thus neither overrun, nor found too late: with a credential of the
 //! usual 15 minutes there are more than six minutes, and ten attempts, until users would notice.
 
-use std::fmt::Display;
+use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use casemate_container::one_line;
 use tracing::{error, info};
 
 use crate::clock::SteadyClock;
@@ -94,7 +95,7 @@ impl Schedule {
 /// What is renewed.
 pub trait Renewable: Send + Sync {
     /// Why it was not.
-    type Error: Display;
+    type Error: Error + 'static;
 
     /// The time for which it holds.
     fn life(&self) -> Life;
@@ -123,6 +124,7 @@ pub async fn keep_fresh<R: Renewable>(what: Arc<R>, clock: &SteadyClock, chance:
             }
             Err(error) => {
                 let again_in = schedule.failed(clock.now());
+                let error = one_line(&error);
                 error!(%error, again_in, "keyset and credential could not be renewed");
             }
         }
@@ -232,8 +234,12 @@ mod tests {
         }
     }
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("away")]
+    struct Away(#[source] std::io::Error);
+
     impl Renewable for Identity {
-        type Error = &'static str;
+        type Error = Away;
 
         fn life(&self) -> Life {
             self.state.lock().unwrap().life
@@ -243,11 +249,11 @@ mod tests {
             self.state.lock().unwrap().used_up
         }
 
-        async fn renew(&self, now: u64) -> Result<(), &'static str> {
+        async fn renew(&self, now: u64) -> Result<(), Away> {
             let mut state = self.state.lock().unwrap();
             state.attempts.push(now - START);
             if state.away.contains(&(now - START)) {
-                return Err("away");
+                return Err(Away(std::io::Error::other("no route")));
             }
             state.used_up = false;
             state.life = Life {
@@ -291,6 +297,22 @@ mod tests {
         );
         // It never expired: what was obtained at the start holds until 900.
         assert_eq!(identity.life().until, START + 1275 + 900);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_log_says_why_there_was_no_renewal() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(Arc::new(file.reopen().unwrap()))
+            .finish();
+        let _default = tracing::subscriber::set_default(subscriber);
+        after(&Identity::new(400..800), 452).await;
+        let log = std::fs::read_to_string(file.path()).unwrap();
+        assert!(
+            log.contains("could not be renewed error=away: no route again_in="),
+            "{log}"
+        );
     }
 
     #[tokio::test(start_paused = true)]

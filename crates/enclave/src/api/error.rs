@@ -63,7 +63,7 @@ impl ApiError {
         Self::invalid(
             Some(param),
             "unsupported_parameter",
-            format!("Unsupported parameter: '{param}' {why}"),
+            format!("'{param}' {why}"),
         )
     }
 
