@@ -85,7 +85,7 @@ pub enum Rejection {
     #[error("no policy is in force; set one with `casemate-broker admin policy set`")]
     NoPolicy,
     /// The policy offered cannot be read.
-    #[error("policy: {0}")]
+    #[error(transparent)]
     Policy(#[from] PolicyError),
     /// The rollback offered does not verify.
     #[error("rollback: {0}")]

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use casemate_broker::clock::{Clock, SystemClock};
 use casemate_broker::state::State;
+use casemate_container::one_line;
 use casemate_container::signing::VerifyingKey;
 use casemate_kernels::hardening;
 use casemate_release::random::SystemRandom;
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("casemate-broker: {error:#}");
+            eprintln!("casemate-broker: {}", one_line(error.as_ref()));
             ExitCode::from(exit::code(&error))
         }
     }

@@ -351,6 +351,7 @@ fn a_client_without_a_broker_says_so() {
         .output()
         .unwrap();
     failed(&output, IO, "is casemate-broker serving");
+    assert_eq!(stderr(&output).matches("os error").count(), 1);
     failed(&run(["admin", "status"]), USAGE, "--socket PATH is needed");
 }
 
