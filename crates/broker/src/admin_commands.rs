@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::MAX_POLICY;
-use casemate_broker::admin::{self, AdminClient};
+use casemate_broker::admin::{self, AdminClient, AdminError};
 use casemate_broker::log::Anchor;
 use casemate_broker::state::{database, issuer_public_key};
 use casemate_broker::store::{self, MAX_RESOURCE_BYTES, NewResource};
@@ -80,17 +80,8 @@ enum ResourceCommand {
     Put {
         /// repository/type/tag, for example default/model/smollm2.
         path: ResourcePath,
-        /// A key grant made by `casemate grant`.
-        #[arg(
-            long,
-            value_name = "FILE",
-            required_unless_present = "opaque",
-            conflicts_with = "opaque"
-        )]
-        grant: Option<PathBuf>,
-        /// Any other secret; it is released under the policy's measurements alone.
-        #[arg(long, value_name = "FILE")]
-        opaque: Option<PathBuf>,
+        #[command(flatten)]
+        secret: Secret,
         /// Name under which the service may be credentialed [default: the tag].
         #[arg(long, value_name = "NAME")]
         service: Option<String>,
@@ -111,9 +102,21 @@ enum ResourceCommand {
     },
 }
 
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Secret {
+    /// A key grant made by `casemate grant`.
+    #[arg(long, value_name = "FILE")]
+    grant: Option<PathBuf>,
+    /// Any other secret; it is released under the policy's measurements alone.
+    #[arg(long, value_name = "FILE")]
+    opaque: Option<PathBuf>,
+}
+
 #[derive(Subcommand)]
 enum LogCommand {
-    /// Prints entries, one JSON object a line; `casemate explain` tells why the denied ones were.
+    /// Prints entries, one a line: in words, or with --json as one JSON object. `casemate explain` tells why the denied
+    /// ones were.
     Show {
         /// Position of the first entry.
         #[arg(long, value_name = "N", default_value_t = 0)]
@@ -164,7 +167,8 @@ pub(crate) async fn administer(options: Admin) -> Result<()> {
             let toml = String::from_utf8(toml.to_vec())
                 .map_err(|_| Fault::Malformed(format!("{} is not text", file.display())))?;
             let rollback = read_rollback(rollback.as_deref())?;
-            let reply = client.set_policy(toml, rollback.as_deref()).await?;
+            let reply = client.set_policy(toml, rollback.as_deref()).await;
+            let reply = reply.map_err(|error| about(&file, error))?;
             print(&reply, json);
         }
         AdminCommand::Policy(PolicyCommand::Show) => {
@@ -176,33 +180,34 @@ pub(crate) async fn administer(options: Admin) -> Result<()> {
         }
         AdminCommand::Resource(ResourceCommand::Put {
             path,
-            grant,
-            opaque,
+            secret,
             service,
             rollback,
             open,
         }) => {
             let rollback = read_rollback(rollback.as_deref())?;
             let bytes;
-            let resource = match (grant, opaque) {
+            let (file, resource) = match (secret.grant, secret.opaque) {
                 (Some(file), _) => {
                     let what = "a key grant, as `casemate grant --out` writes it,";
                     bytes = read(&file, MAX_GRANT_BYTES, what)?;
-                    NewResource::Grant {
+                    let grant = NewResource::Grant {
                         envelope: &bytes,
                         rollback: rollback.as_deref(),
                         open,
-                    }
+                    };
+                    (file, grant)
                 }
                 (None, Some(file)) => {
                     bytes = read(&file, MAX_RESOURCE_BYTES, "a resource")?;
-                    NewResource::Opaque(&bytes)
+                    (file, NewResource::Opaque(&bytes))
                 }
                 (None, None) => {
                     return Err(Fault::Usage("--grant or --opaque is needed".into()).into());
                 }
             };
-            let reply = client.put_resource(&path, service, resource).await?;
+            let reply = client.put_resource(&path, service, resource).await;
+            let reply = reply.map_err(|error| about(&file, error))?;
             print(&reply, json);
         }
         AdminCommand::Resource(ResourceCommand::List) => {
@@ -302,6 +307,16 @@ fn envelope_in(bytes: &[u8]) -> Option<Vec<u8>> {
     }
     let value: Value = serde_json::from_str(text).ok()?;
     STANDARD.decode(value["credential"].as_str()?).ok()
+}
+
+/// A refusal, with the name of the file where the broker says that it is not what it should be.
+fn about(file: &Path, error: AdminError) -> anyhow::Error {
+    let malformed = matches!(&error, AdminError::Refused { kind, .. } if kind == "malformed");
+    let error = anyhow::Error::from(error);
+    match malformed {
+        true => error.context(file.display().to_string()),
+        false => error,
+    }
 }
 
 fn read_rollback(file: Option<&Path>) -> Result<Option<Vec<u8>>> {

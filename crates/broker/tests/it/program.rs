@@ -491,12 +491,22 @@ fn files_that_are_something_else_are_named_as_such() {
     );
     let small = files.write("small", b"text");
     let put = ["resource", "put", "a/b/c", "--grant", &small];
-    failed(&serving.admin(&put), MALFORMED, "key grant");
+    let output = serving.admin(&put);
+    failed(&output, MALFORMED, "key grant");
+    failed(&output, MALFORMED, &small);
+    let policy = files.write("wrong.toml", b"version = 1\nCANARY");
+    let output = serving.admin(&["policy", "set", &policy]);
+    failed(&output, MALFORMED, &format!("{policy}: policy, line 2: "));
+    assert!(!stderr(&output).contains("CANARY"));
+    let output = serving.admin(&["resource", "put", "a/b/c"]);
+    failed(&output, USAGE, "<--grant <FILE>|--opaque <FILE>>");
     let stranger = files.write("stranger", &grant(&SigningKey::generate(), 1));
     let put = ["resource", "put", "a/b/c", "--grant", &stranger];
     failed(&serving.admin(&put), REFUSED, "this broker's provider is");
     let output = serving.admin(&["resource", "delete", "a/../c"]);
     failed(&output, USAGE, "repository/type/tag, each 1 to 64");
+    let help = stdout(&run(["admin", "resource", "put", "--help"]));
+    assert!(help.contains("<--grant <FILE>|--opaque <FILE>>"), "{help}");
     let help = stdout(&run(["admin", "--help"]));
     assert!(
         help.contains("admin --socket <PATH> [--json] <COMMAND>"),
