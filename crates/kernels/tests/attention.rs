@@ -220,6 +220,20 @@ fn agrees_with_softmax_in_f64_and_with_itself_on_every_machine() {
             tokens: 200,
             window: Some(100),
         },
+        Case {
+            heads: 4,
+            kv_heads: 2,
+            dim: 12,
+            tokens: 2 * SEGMENT + 40,
+            window: None,
+        },
+        Case {
+            heads: 2,
+            kv_heads: 1,
+            dim: 20,
+            tokens: 2 * SEGMENT + 3,
+            window: Some(SEGMENT + 7),
+        },
     ] {
         let tokens = case.tokens(&mut random);
         let expected = case.reference(&tokens);
