@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use casemate_attest::ReportData;
@@ -87,6 +88,25 @@ fn says_that_it_is_no_tee_and_keeps_its_root_over_restarts() {
         !said.contains(&announced),
         "another installation has another root"
     );
+}
+
+#[test]
+fn a_socket_that_is_taken_is_told_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let (_first, _) = start(&directory.path().join("state"), &socket);
+    let output = Command::new(env!("CARGO_BIN_EXE_casemate-fake-tee"))
+        .arg("--state")
+        .arg(directory.path().join("other"))
+        .arg("--socket")
+        .arg(&socket)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(40));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.matches("in use").count(), 1, "{said}");
+    let shown = socket.display().to_string();
+    assert_eq!(said.matches(&shown).count(), 1, "{said}");
 }
 
 #[test]

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
-use casemate_testkit::fake_tee::FakeTee;
+use casemate_container::one_line;
 use casemate_testkit::fake_tee::server::{Event, Options, Server};
+use casemate_testkit::fake_tee::{FakeTee, FakeTeeError};
 use clap::Parser;
 
 /// Signs quotes for whoever connects, under a root of trust made on this machine. NOT A TEE: it protects nothing.
@@ -34,9 +35,17 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("casemate-fake-tee: {error:#}");
-            ExitCode::FAILURE
+            eprintln!("casemate-fake-tee: {}", one_line(error.as_ref()));
+            ExitCode::from(code(&error))
         }
+    }
+}
+
+/// As those of `casemate`: 10 for files that are not what they should be, 40 for the system.
+fn code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref() {
+        Some(FakeTeeError::Damaged { .. }) => 10,
+        _ => 40,
     }
 }
 
@@ -54,8 +63,8 @@ fn run() -> Result<()> {
         mode: arguments.listen_mode,
         ..Options::new(arguments.socket.clone())
     };
-    let server = Server::start(tee, options, Box::new(now), Box::new(report))
-        .with_context(|| format!("cannot serve on {}", arguments.socket.display()))?;
+    let server =
+        Server::start(tee, options, Box::new(now), Box::new(report)).context("cannot serve")?;
     println!("listening on {}", arguments.socket.display());
     server.wait();
     Ok(())
