@@ -304,15 +304,17 @@ async fn calls_of_strict_functions_are_valid_where_the_model_is_free_to_call() {
     )
     .await;
     // Where a call is forced, each of several functions keeps its own schema.
-    let forced = json!({"tools": tools, "tool_choice": "required", "temperature": 1, "n": 8, "max_tokens": 120, "logit_bias": bias});
     let mut names = std::collections::BTreeSet::new();
-    for choice in answered(&router, &forced).await["choices"]
-        .as_array()
-        .unwrap()
-    {
-        if choice["finish_reason"] == "tool_calls" {
-            check_call(&choice["message"]["tool_calls"][0]);
-            names.insert(choice["message"]["tool_calls"][0]["function"]["name"].to_string());
+    for seed in 1..=4 {
+        let forced = json!({"tools": tools, "tool_choice": "required", "temperature": 1, "seed": seed, "n": 8, "max_tokens": 120, "logit_bias": bias});
+        for choice in answered(&router, &forced).await["choices"]
+            .as_array()
+            .unwrap()
+        {
+            if choice["finish_reason"] == "tool_calls" {
+                check_call(&choice["message"]["tool_calls"][0]);
+                names.insert(choice["message"]["tool_calls"][0]["function"]["name"].to_string());
+            }
         }
     }
     assert_eq!(names.len(), 2, "{names:?}");

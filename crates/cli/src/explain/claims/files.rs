@@ -224,4 +224,16 @@ pub(super) const TABLE: &[Explanation] = &[
         "Only `casemate` was built or copied. What runs models is a program of its own, so that `casemate` need not hold an engine.",
         "Build it, `cargo build --release -p casemate-bench`, or copy casemate-bench into the same directory.",
     ),
+    about(
+        &["key-exists"],
+        "Each API key has a name of its own.",
+        "The list has a key of that name already.",
+        "Give the new key another name, or take the old one out first: casemate apikey remove.",
+    ),
+    about(
+        &["too-many-keys"],
+        "A grant lists at most 256 API keys.",
+        "The list is full.",
+        "Take out what nobody uses: casemate apikey list shows them, casemate apikey remove takes one out.",
+    ),
 ];
