@@ -6,7 +6,7 @@
 //! - On the whole a body comes at [`RATE`]. Who is behind that by more than [`ALLOWANCE`], or is not done after
 //!   [`ARRIVAL`], is given up, whether anybody needs the place or not.
 //! - At every moment it keeps its *pace*: [`RATE`], or a [`ARRIVAL`]th of what has come for each second, whichever is
-//!   more. Who came early is on time for [`AHEAD`] at most, so a burst buys no rest. Only when places, or bytes, are short
+//!   more. Who came early is on time for `AHEAD` at most, so a burst buys no rest. Only when places, or bytes, are short
 //!   does it matter: then whoever is furthest behind its pace gives way.
 //!
 //! A body that comes evenly and within the time is never behind its pace. Who holds places or bytes with bodies that
