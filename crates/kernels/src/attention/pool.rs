@@ -243,7 +243,9 @@ impl KvPool {
             .copy_within(from * bytes..(from + 1) * bytes, to * bytes);
     }
 
-    /// Overwrites a page with zeros and gives its memory back to the system.
+    /// Overwrites a page with zeros. Its memory stays: pages share huge pages, which would fall to
+    /// pieces if a part of one was given back, and then the next sequence's keys and values would
+    /// lie in small ones.
     ///
     /// # Panics
     /// If there is no such page.
@@ -251,7 +253,7 @@ impl KvPool {
         let bytes = self.page_bytes();
         let page = page as usize;
         assert!(page < self.pages, "page {page} of {}", self.pages);
-        self.region.release(page * bytes..(page + 1) * bytes);
+        self.region.clear(page * bytes..(page + 1) * bytes);
     }
 
     fn page_bytes(&self) -> usize {

@@ -244,9 +244,32 @@ impl Region {
         self.view()
     }
 
+    /// Overwrites a range with zeros and keeps its memory, as it was granted. Pages that were never
+    /// touched stay so.
+    ///
+    /// # Panics
+    /// If the range does not lie in the region.
+    pub fn clear(&mut self, range: Range<usize>) {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "clear {range:?} of a region of {}",
+            self.len
+        );
+        let first = range.start.next_multiple_of(PAGE);
+        let last = range.end / PAGE * PAGE;
+        if first >= last {
+            self[range].fill(0);
+            return;
+        }
+        self[range.start..first].fill(0);
+        self.wipe(first..last);
+        self[last..range.end].fill(0);
+    }
+
     /// Gives the pages that lie wholly inside `range` back to the system, after overwriting them,
     /// and returns how many bytes that were. The whole range reads as zeros afterwards; writing to
-    /// it takes fresh pages.
+    /// it takes fresh pages, which are locked as those before, but may be small ones where they
+    /// were a part of a huge one.
     ///
     /// # Panics
     /// If the range does not lie in the region.
@@ -285,7 +308,11 @@ impl Region {
             if self.report.locked {
                 libc::munlock(p, last - first);
             }
-            libc::madvise(p, last - first, libc::MADV_DONTNEED) == 0
+            let dropped = libc::madvise(p, last - first, libc::MADV_DONTNEED) == 0;
+            if self.report.locked {
+                self.report.locked = libc::mlock2(p, last - first, libc::MLOCK_ONFAULT) == 0;
+            }
+            dropped
         };
         if dropped { last - first } else { 0 }
     }
@@ -501,6 +528,40 @@ mod tests {
         assert_eq!(r[4096], 1, "released pages can be used again");
         assert_eq!(r.release(10..20), 0);
         assert_eq!(r.release(0..0), 0);
+    }
+
+    #[test]
+    fn cleared_memory_is_zero_and_stays_what_it_was() {
+        let mut r = Region::zeroed(4 * HUGE_PAGE, Purpose::State).unwrap();
+        r[..3 * HUGE_PAGE].fill(0xAB);
+        let before = r.extent().granted();
+        for range in [100..2 * HUGE_PAGE + 50, 10..20, 0..0] {
+            r.clear(range.clone());
+            assert!(r[range].iter().all(|b| *b == 0));
+        }
+        assert!(r[..10].iter().all(|b| *b == 0xAB));
+        assert!(
+            r[2 * HUGE_PAGE + 50..3 * HUGE_PAGE]
+                .iter()
+                .all(|b| *b == 0xAB)
+        );
+        r.clear(3 * HUGE_PAGE..4 * HUGE_PAGE);
+        assert_eq!(resident_bytes(&r), 3 * HUGE_PAGE, "untouched pages stay so");
+        if let (Ok(before), Ok(after)) = (before, r.extent().granted()) {
+            assert_eq!(after, before);
+        }
+    }
+
+    #[test]
+    fn released_memory_is_locked_again() {
+        let mut r = Region::zeroed(4 * HUGE_PAGE, Purpose::State).unwrap();
+        r.fill(1);
+        r.release(PAGE..HUGE_PAGE + 5 * PAGE);
+        r.fill(2);
+        let locked = r.report().locked;
+        if let Ok(granted) = r.extent().granted() {
+            assert_eq!(granted.locked, locked);
+        }
     }
 
     #[test]
