@@ -11,7 +11,8 @@ use casemate_container::signing::SigningKey;
 use casemate_container::{
     DType, DataKey, ModelConfig, ModelSource, SealOptions, SealedFile, Silent, seal,
 };
-use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_engine::{Compute, Engine, EngineOptions, KvType};
+use casemate_kernels::attention::{KvShape, PAGE};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::Usage;
@@ -78,6 +79,23 @@ fn bytes_per_weight(compute: &str) -> f64 {
     }
 }
 
+/// Bytes of the keys and values of one position, as the engine stores them.
+pub(crate) fn kv_position_bytes(c: &ModelConfig, kv_type: KvType) -> Result<u64, Usage> {
+    let shape = KvShape {
+        layers: c.layers as usize,
+        kv_heads: c.kv_heads as usize,
+        head_dim: c.head_dim as usize,
+        kv_type,
+    };
+    match shape.page_bytes() {
+        Some(page) => Ok((page / PAGE) as u64),
+        None => Err(Usage(format!(
+            "no cache of keys and values has heads of {} elements",
+            c.head_dim
+        ))),
+    }
+}
+
 /// What loading and serving will take, before anything is allocated. An estimate, and meant to be a little high.
 pub(crate) struct Needed {
     sealed: u64,
@@ -90,20 +108,18 @@ impl Needed {
     /// `positions` are those that keys and values are kept for, of all requests together.
     pub(crate) fn new(
         source: &dyn ModelSource,
-        compute: Compute,
+        options: &EngineOptions,
         positions: u64,
         in_memory: bool,
-    ) -> Needed {
-        let c = source.config();
-        let element = if compute.name() == "f32" { 4 } else { 2 };
-        let position =
-            2 * element * u64::from(c.layers) * u64::from(c.kv_heads) * u64::from(c.head_dim);
-        Needed {
+    ) -> Result<Needed, Usage> {
+        let position = kv_position_bytes(source.config(), options.kv_type())?;
+        let weight = bytes_per_weight(options.compute.name());
+        Ok(Needed {
             sealed: source.tensors().iter().map(|t| t.size).sum(),
-            weights: (parameters(source) as f64 * bytes_per_weight(compute.name())) as u64,
+            weights: (parameters(source) as f64 * weight) as u64,
             kv: position * positions,
             in_memory,
-        }
+        })
     }
 
     fn while_opening(&self) -> u64 {
@@ -121,7 +137,7 @@ impl Needed {
         if self.while_running() > available {
             return Err(Usage(format!(
                 "about {} of memory are needed ({} for weights, {} for keys and values), but {} are available; choose a \
-                 smaller --batch, --prompt or --contexts, or another --compute",
+                 smaller --batch, --prompt or --contexts, or another --compute or --kv-type",
                 gb(self.while_running()),
                 gb(self.weights.max(self.sealed)),
                 gb(self.kv),
@@ -239,6 +255,7 @@ pub(crate) fn linear_operations(c: &ModelConfig) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options;
 
     #[test]
     fn operations_are_those_of_the_published_shape() {
@@ -254,7 +271,15 @@ mod tests {
             .source(compute)
             .unwrap();
         // The paper's setting: six requests of 1152 positions, 512 KiB each.
-        let needed = Needed::new(&*source, compute, 6 * 1152, true);
+        let needed = |kv_type, in_memory| {
+            let options = options::engine(compute, kv_type);
+            Needed::new(&*source, &options, 6 * 1152, in_memory).unwrap()
+        };
+        // A scale beside each key and value of 128 bytes.
+        let int8 = needed(Some(KvType::Int8), true);
+        assert_eq!(int8.kv, 6 * 1152 * 2 * 32 * 32 * (4 + 128));
+        let on_disk = needed(None, false);
+        let needed = needed(None, true);
         assert_eq!(needed.kv, 6 * 1152 * (512 << 10));
         assert!(needed.check(24 << 30).is_ok(), "7B in int8 fits 24 GiB");
         let refused = needed.check(8 << 30).unwrap_err().to_string();
@@ -268,7 +293,6 @@ mod tests {
             refused.contains("--scratch") && refused.contains("14.6 GB"),
             "{refused}"
         );
-        let on_disk = Needed::new(&*source, compute, 6 * 1152, false);
         assert!(on_disk.check(13 << 30).is_ok());
     }
 

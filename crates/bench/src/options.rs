@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use casemate_engine::Compute;
+use casemate_engine::{Compute, EngineOptions, KvType};
 use casemate_kernels::team::MAX_THREADS;
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 
 use crate::drive::{self, Load};
 use crate::exit::Usage;
@@ -34,6 +35,9 @@ pub(crate) struct Args {
     /// Arithmetic of the linear layers, by name; several separated by commas [default: every one that fits].
     #[arg(long, value_delimiter = ',', value_name = "FORMAT")]
     compute: Vec<String>,
+    /// How keys and values are stored [default: f32 beside the arithmetic of f32, otherwise f16].
+    #[arg(long, value_name = "TYPE", value_parser = kv_types())]
+    kv_type: Option<KvType>,
     /// Compute threads [default: as many as the machine runs at once].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -99,6 +103,8 @@ pub(crate) struct Checked {
     pub(crate) compute: Vec<Compute>,
     /// Whether the formats were named: then one that does not fit is an error, not left out.
     pub(crate) named: bool,
+    /// How keys and values are stored, if that was asked for.
+    pub(crate) kv_type: Option<KvType>,
     pub(crate) protocol: Protocol,
     /// Pairs of requests to compare protection with none.
     pub(crate) pairs: Option<usize>,
@@ -172,6 +178,7 @@ impl Args {
                 true => Compute::ALL.to_vec(),
                 false => compute,
             },
+            kv_type: self.kv_type,
             protocol,
             pairs: self.protected.then_some(self.pairs),
         })
@@ -235,6 +242,23 @@ pub(crate) fn compute(name: &str) -> Result<Compute, Usage> {
             names.join(", ")
         ))
     })
+}
+
+/// The ways to store keys and values, by name.
+pub(crate) fn kv_types() -> impl clap::builder::TypedValueParser<Value = KvType> {
+    PossibleValuesParser::new(KvType::ALL.map(KvType::name)).try_map(|name| {
+        let found = KvType::ALL.into_iter().find(|kv| kv.name() == name);
+        found.ok_or("there is no such type")
+    })
+}
+
+/// Options of an engine as far as a format decides them.
+pub(crate) fn engine(compute: Compute, kv_type: Option<KvType>) -> EngineOptions {
+    EngineOptions {
+        compute,
+        kv_type,
+        ..EngineOptions::default()
+    }
 }
 
 #[cfg(test)]
@@ -304,5 +328,16 @@ mod tests {
         let checked = check("model.gguf --compute f32,int8-g32").unwrap();
         assert!(checked.named);
         assert_eq!(checked.compute.len(), 2);
+    }
+
+    #[test]
+    fn every_way_to_store_keys_and_values_can_be_named() {
+        assert_eq!(check("model.gguf").unwrap().kv_type, None);
+        for kv in KvType::ALL {
+            let checked = check(&format!("model.gguf --kv-type {}", kv.name())).unwrap();
+            assert_eq!(checked.kv_type, Some(kv));
+        }
+        let refused = check("model.gguf --kv-type f64").unwrap_err();
+        assert!(refused.contains("f32, f16, bf16, int8"), "{refused}");
     }
 }

@@ -90,7 +90,11 @@ pub(crate) struct ModelFacts {
 /// One arithmetic's figures.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct FormatResult {
+    /// As in receipts.
     pub(crate) compute: String,
+    /// How keys and values are stored; reports of earlier programs do not tell.
+    #[serde(default = "not_recorded")]
+    pub(crate) kv_type: String,
     pub(crate) load: Loaded,
     pub(crate) memory: Memory,
     pub(crate) latency: Latency,
@@ -188,6 +192,11 @@ pub(crate) struct BatchPoint {
 pub(crate) struct Skipped {
     pub(crate) compute: String,
     pub(crate) why: String,
+}
+
+/// Stands for what earlier programs left out of a report.
+pub(crate) fn not_recorded() -> String {
+    "not recorded".into()
 }
 
 impl Report {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use casemate_container::ModelSource;
-use casemate_engine::{Compute, Engine, EngineOptions};
+use casemate_engine::{Engine, EngineOptions};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -14,7 +14,7 @@ use crate::limits::{Arithmetic, Limits};
 use crate::load::{self, Needed};
 use crate::machine::Machine;
 use crate::memory::Peak;
-use crate::options::{Args, Checked};
+use crate::options::{self, Args, Checked};
 use crate::protected::{self, Pairs};
 use crate::report::{
     BatchPoint, ComputeShares, ContextPoint, FORM, FormatResult, Latency, Memory, ModelFacts,
@@ -29,6 +29,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         origin,
         compute,
         named,
+        kv_type,
         protocol,
         pairs,
     } = args.check()?;
@@ -41,14 +42,15 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         let source = origin.source(compute)?;
         facts.get_or_insert_with(|| facts_of(&*source, &origin.to_string()));
         check_context(&protocol, source.config().context as usize)?;
+        let options = options::engine(compute, kv_type);
         let needed = Needed::new(
             &*source,
-            compute,
+            &options,
             positions(&protocol, source.config().context as usize),
             args.scratch.is_none(),
-        );
+        )?;
         match load::check_memory(&needed) {
-            Ok(()) => fitting.push(compute),
+            Ok(()) => fitting.push(options),
             Err(error) if named => return Err(error.into()),
             Err(error) => skipped.push(Skipped {
                 compute: compute.name().into(),
@@ -60,9 +62,9 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
     note("limits of this machine");
     let mut limits = Limits::measure(protocol.threads)?;
     let mut formats = Vec::new();
-    for &compute in &fitting {
-        let source = origin.source(compute)?;
-        let mut run = Run::load(source, compute, &protocol, args, &mut limits)?;
+    for options in &fitting {
+        let source = origin.source(options.compute)?;
+        let mut run = Run::load(source, options.clone(), &protocol, args, &mut limits)?;
         formats.push(run.measure()?);
     }
     ensure!(
@@ -77,10 +79,11 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         ))
     );
     let protected = match (pairs, fitting.first()) {
-        (Some(pairs), Some(&compute)) => {
+        (Some(pairs), Some(options)) => {
             let load = protocol.throughput;
             let pairs = Pairs {
-                compute,
+                compute: options.compute,
+                kv_type: options.kv_type(),
                 threads: protocol.threads,
                 prompt: load.prompt,
                 tokens: load.tokens,
@@ -188,6 +191,7 @@ fn positions(protocol: &Protocol, context: usize) -> u64 {
 /// One format being measured.
 struct Run<'a> {
     engine: Engine,
+    kv_type: &'static str,
     loaded: load::Loaded,
     peak: Peak,
     protocol: &'a Protocol,
@@ -201,21 +205,19 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn load(
         source: Box<dyn ModelSource>,
-        compute: Compute,
+        options: EngineOptions,
         protocol: &'a Protocol,
         args: &Args,
         limits: &'a mut Limits,
     ) -> Result<Run<'a>> {
-        note(&format!("{}: loading", compute.name()));
+        let (format, kv_type) = (options.compute.name(), options.kv_type());
+        note(&format!("{format}: loading"));
         let config = source.config().clone();
         let context = config.context as usize;
         let loads = loads(protocol, context);
         let longest = loads.iter().map(|l| l.prompt + l.tokens).max().unwrap_or(2);
         // Whole pages for each request, and a page more; the engine takes no more than its batch can use.
-        let element = 4;
-        let position = 2
-            * element
-            * u64::from(config.layers * config.kv_heads * config.head_dim.next_multiple_of(16));
+        let position = load::kv_position_bytes(&config, kv_type)?;
         let rounding = protocol
             .batches
             .iter()
@@ -224,15 +226,13 @@ impl<'a> Run<'a> {
             .unwrap_or(1)
             .max(protocol.throughput.batch) as u64
             * 128;
-        let kv_bytes = position * (positions(protocol, context).max(longest as u64) + rounding)
-            / if compute.name() == "f32" { 1 } else { 2 };
+        let kv_bytes = position * (positions(protocol, context).max(longest as u64) + rounding);
         let options = EngineOptions {
-            compute,
             threads: protocol.threads,
             max_context: longest,
             max_batch: loads.iter().map(|l| l.batch).max().unwrap_or(1),
             kv_bytes: Some(kv_bytes),
-            ..EngineOptions::default()
+            ..options
         };
         let (engine, loaded, peak) = load::load(source, args.scratch.as_deref(), &options)?;
         let memory = Memory {
@@ -244,6 +244,7 @@ impl<'a> Run<'a> {
             kv_per_position: engine.kv_bytes_per_position(),
         };
         Ok(Run {
+            kv_type: kv_type.name(),
             operations: load::linear_operations(engine.config()),
             engine,
             loaded,
@@ -274,6 +275,7 @@ impl<'a> Run<'a> {
         };
         Ok(FormatResult {
             compute: self.engine.compute_name().into(),
+            kv_type: self.kv_type.into(),
             load: self.loaded.clone(),
             memory,
             latency,

@@ -60,6 +60,8 @@ fn a_run_has_every_figure_in_every_form() {
     );
     let positive = |value: &Value| value.as_f64().is_some_and(|x| x.is_finite() && x > 0.0);
     for f in formats {
+        let usual = if f["compute"] == "f32" { "f32" } else { "f16" };
+        assert_eq!(f["kv_type"], usual);
         let latency = &f["latency"];
         let (count, dropped) = (
             &latency["next_token"]["count"],
@@ -112,9 +114,48 @@ fn a_run_has_every_figure_in_every_form() {
     let csv = printed(&["report", kept, "--csv"]);
     assert!(
         csv.lines()
-            .any(|line| line.contains(",int8-g32,1,next_token,1,64,")),
+            .any(|line| line.contains(",int8-g32,f16,1,next_token,1,64,")),
         "{csv}"
     );
+}
+
+#[test]
+fn keys_and_values_are_stored_as_asked_and_every_form_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let [page, kept] = ["report.html", "run.json"].map(|name| folder.path().join(name));
+    let (html, kept) = (page.to_str().unwrap(), kept.to_str().unwrap());
+    let run = printed(&[
+        "--synthetic",
+        "smoke",
+        "--quick",
+        "--threads",
+        "1",
+        "--compute",
+        "int8-g32",
+        "--kv-type",
+        "int8",
+        "--json",
+        "--html",
+        html,
+    ]);
+    std::fs::write(kept, &run).unwrap();
+    let report: Value = serde_json::from_str(&run).unwrap();
+    let (model, format) = (&report["model"], &report["formats"][0]);
+    assert_eq!(format["compute"], "int8-g32+kv-int8");
+    assert_eq!(format["kv_type"], "int8");
+    let fact = |name: &str| model[name].as_u64().unwrap();
+    // A scale beside each key and value.
+    let head = fact("hidden") / fact("heads") + 4;
+    let position = 2 * fact("layers") * fact("kv_heads") * head;
+    assert_eq!(format["memory"]["kv_per_position"], position);
+    let csv = printed(&["report", kept, "--csv"]);
+    assert!(
+        csv.contains(",int8-g32+kv-int8,int8,1,next_token,"),
+        "{csv}"
+    );
+    assert!(printed(&["report", kept]).contains("int8-g32+kv-int8  int8  "));
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains(", keys and values in int8<"), "{page}");
 }
 
 #[test]
@@ -136,6 +177,7 @@ fn what_is_impossible_is_refused_with_its_numbers_and_code() {
         ),
         (smoke(&["--contexts", "4090"]), 2, "context holds 4096"),
         (smoke(&["--batch", "100", "--beam", "4"]), 2, "--beam 4"),
+        (smoke(&["--kv-type", "f64"]), 2, "f32, f16, bf16, int8"),
         (
             smoke(&["--scratch", "/nowhere", "--quick"]),
             2,

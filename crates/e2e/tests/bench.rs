@@ -17,7 +17,7 @@ fn protection_is_compared_with_none_on_the_same_load() {
             "--compute",
             "int8-g32",
         ])
-        .args(["--protected", "--json"])
+        .args(["--kv-type", "int8", "--protected", "--json"])
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -25,6 +25,7 @@ fn protection_is_compared_with_none_on_the_same_load() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let protected = &report["protected"];
     let number = |name: &str| protected[name].as_f64().unwrap();
+    assert_eq!(protected["kv_type"], "int8");
     assert_eq!(protected["ratio"]["pairs"], 20);
     assert_eq!(protected["ratios"].as_array().unwrap().len(), 20);
     assert!(

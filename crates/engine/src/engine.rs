@@ -44,7 +44,9 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    fn kv_type(&self) -> KvType {
+    /// How an engine with these options stores keys and values.
+    #[must_use]
+    pub fn kv_type(&self) -> KvType {
         self.kv_type.unwrap_or_else(|| usual_kv_type(self.compute))
     }
 }

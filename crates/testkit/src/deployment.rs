@@ -212,6 +212,8 @@ pub struct ProxyFacts {
 pub struct EnclaveSettings {
     /// `"int8"` or `"f32"`.
     pub compute: &'static str,
+    /// How keys and values are stored; `None` leaves it to the enclave.
+    pub kv_type: Option<&'static str>,
     /// Compute threads; 0 is one per core.
     pub threads: usize,
     /// Longest prompt plus answer, in tokens.
@@ -228,6 +230,7 @@ impl Default for EnclaveSettings {
     fn default() -> EnclaveSettings {
         EnclaveSettings {
             compute: "int8",
+            kv_type: None,
             threads: 0,
             max_context: 2048,
             max_batch: 8,
@@ -456,7 +459,7 @@ impl Deployment {
         );
         let text = format!(
             "[service]\nname = {name}\nlisten = \"127.0.0.1:0\"\n{attested_tls}\n\
-             [model]\npath = {model}\ncompute = \"{compute}\"\nthreads = {threads}\n\
+             [model]\npath = {model}\ncompute = \"{compute}\"\n{kv_type}threads = {threads}\n\
              max_context = {max_context}\nmax_batch = {max_batch}\n\n\
              [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
              resource = {resource}\n\n\
@@ -472,6 +475,10 @@ impl Deployment {
             name = quoted(&sealed.name),
             model = quoted(&sealed.path.display().to_string()),
             compute = settings.compute,
+            kv_type = match settings.kv_type {
+                Some(name) => format!("kv_type = \"{name}\"\n"),
+                None => String::new(),
+            },
             threads = settings.threads,
             max_context = settings.max_context,
             max_batch = settings.max_batch,

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use casemate_container::DType;
-use casemate_engine::Compute;
+use casemate_engine::{Compute, KvType};
 use casemate_testkit::deployment::{Deployment, EnclaveSettings, Role, http_get};
 use casemate_testkit::gguf;
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use crate::exit::Usage;
 use crate::load::{self, Origin};
 use crate::machine::available_memory;
+use crate::report;
 use crate::run::note;
 use crate::statistics::{self, Ratio, Summary};
 use crate::synthetic::Synthetic;
@@ -43,6 +44,7 @@ const SLACK: usize = 64;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pairs {
     pub(crate) compute: Compute,
+    pub(crate) kv_type: KvType,
     /// Of the engine in both.
     pub(crate) threads: usize,
     pub(crate) prompt: usize,
@@ -54,6 +56,8 @@ pub(crate) struct Pairs {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Protected {
     pub(crate) compute: String,
+    #[serde(default = "report::not_recorded")]
+    pub(crate) kv_type: String,
     /// As the service counted them.
     pub(crate) prompt_tokens: usize,
     pub(crate) tokens: usize,
@@ -116,6 +120,7 @@ pub(crate) fn run(origin: &Origin, scratch: Option<&Path>, pairs: Pairs) -> Resu
     let mut deployment = Deployment::new(&programs, &work.path().join("deployment"))?;
     let settings = EnclaveSettings {
         compute: enclave_name(pairs.compute),
+        kv_type: Some(pairs.kv_type.name()),
         threads: pairs.threads,
         max_context: pairs.prompt + pairs.tokens + SLACK,
         max_batch: 1,
@@ -169,6 +174,7 @@ pub(crate) fn run(origin: &Origin, scratch: Option<&Path>, pairs: Pairs) -> Resu
     let summary = |samples: &[f64]| Summary::of(samples).context("there are samples");
     Ok(Protected {
         compute: pairs.compute.name().into(),
+        kv_type: pairs.kv_type.name().into(),
         prompt_tokens: answer.prompt_tokens,
         tokens: pairs.tokens,
         events: answer.pieces.len(),
@@ -254,6 +260,7 @@ impl Plain {
             .arg(model)
             .args([
                 pairs.compute.name(),
+                pairs.kv_type.name(),
                 &pairs.threads.to_string(),
                 &settings.max_context.to_string(),
             ])

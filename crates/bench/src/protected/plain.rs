@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use casemate_enclave::api::{self, Api};
-use casemate_engine::EngineOptions;
+use casemate_engine::{EngineOptions, KvType};
 
 use super::NAME;
 use crate::load;
@@ -20,6 +20,8 @@ pub(super) const COMMAND: &str = "serve-plain";
 pub(crate) struct Args {
     model: PathBuf,
     compute: String,
+    #[arg(value_parser = options::kv_types())]
+    kv_type: KvType,
     threads: usize,
     max_context: usize,
 }
@@ -28,11 +30,10 @@ pub(crate) struct Args {
 pub(crate) fn serve(args: &Args) -> Result<()> {
     // As the enclave is configured.
     let options = EngineOptions {
-        compute: options::compute(&args.compute)?,
         threads: args.threads,
         max_context: args.max_context,
         max_batch: 1,
-        ..EngineOptions::default()
+        ..options::engine(options::compute(&args.compute)?, Some(args.kv_type))
     };
     let folder = args.model.parent();
     let (engine, ..) = load::load(casemate_import::open(&args.model)?, folder, &options)?;

@@ -7,7 +7,8 @@ use crate::statistics::Summary;
 use crate::syscalls::SystemCalls;
 
 /// The columns.
-const HEADER: &str = "model,format,threads,measure,batch,context,value,unit,low,high,count,dropped";
+const HEADER: &str =
+    "model,format,kv_type,threads,measure,batch,context,value,unit,low,high,count,dropped";
 
 /// The whole report; figures that were not measured have no line.
 pub(crate) fn csv(report: &Report) -> String {
@@ -17,9 +18,10 @@ pub(crate) fn csv(report: &Report) -> String {
         let mut line = Lines {
             out: &mut out,
             start: format!(
-                "{},{},{}",
+                "{},{},{},{}",
                 quoted(&report.model.name),
                 f.compute,
+                f.kv_type,
                 report.protocol.threads
             ),
         };
@@ -99,9 +101,10 @@ pub(crate) fn csv(report: &Report) -> String {
         let mut line = Lines {
             out: &mut out,
             start: format!(
-                "{},{},{}",
+                "{},{},{},{}",
                 quoted(&report.model.name),
                 p.compute,
+                p.kv_type,
                 report.protocol.threads
             ),
         };
@@ -122,7 +125,7 @@ pub(crate) fn csv(report: &Report) -> String {
     let mut line = Lines {
         out: &mut out,
         start: format!(
-            "{},,{}",
+            "{},,,{}",
             quoted(&report.model.name),
             report.protocol.threads
         ),
@@ -202,7 +205,9 @@ mod tests {
             assert_eq!(line.split(',').count(), columns, "{line}");
         }
         assert!(
-            text.contains("\"a \"\"b\"\"\",int8-g32,2,next_token,1,1024,38.1,ms,37.9,38.4,1010,6"),
+            text.contains(
+                "\"a \"\"b\"\"\",int8-g32,f16,2,next_token,1,1024,38.1,ms,37.9,38.4,1010,6"
+            ),
             "{text}"
         );
         assert!(

@@ -51,7 +51,8 @@ fn lead(report: &Report) -> Option<&FormatResult> {
 
 /// The colour of a format is the same in every report.
 fn colour(compute: &str) -> String {
-    match compute {
+    // Behind a `+` stands how keys and values are stored.
+    match compute.split('+').next().unwrap_or(compute) {
         "int8-row" => "--c1",
         "int8-g32" => "--c2",
         "bf16" => "--c3",
@@ -100,8 +101,9 @@ fn tiles(page: &mut String, report: &Report, lead: &FormatResult) {
     );
     let _ = write!(
         page,
-        "<section><p class=\"lead\">In {}</p><div class=\"tiles\">",
-        escaped(&lead.compute)
+        "<section><p class=\"lead\">In {}, keys and values in {}</p><div class=\"tiles\">",
+        escaped(&lead.compute),
+        escaped(&lead.kv_type)
     );
     let allowed = table::percent(lead.latency.decode_share);
     let detail = format!(
@@ -432,6 +434,8 @@ mod tests {
         for expected in [
             "tinyllama-1.1b",
             "38.10",
+            "In int8-g32, keys and values in f16",
+            "<td>int8-g32</td><td>f16</td>",
             "118",
             "Every figure",
             "What protection costs",

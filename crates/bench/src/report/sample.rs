@@ -92,6 +92,7 @@ pub(crate) fn report() -> Report {
         },
         formats: vec![FormatResult {
             compute: "int8-g32".into(),
+            kv_type: "f16".into(),
             load: Loaded {
                 sealed_bytes: 1_169_000_000,
                 seal_seconds: 1.2,
@@ -155,6 +156,7 @@ pub(crate) fn report() -> Report {
         }],
         protected: Some(Protected {
             compute: "int8-g32".into(),
+            kv_type: "f16".into(),
             prompt_tokens: 1021,
             tokens: 128,
             events: 131,

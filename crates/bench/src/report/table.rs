@@ -42,6 +42,7 @@ pub(crate) fn sections(report: &Report) -> Vec<Section> {
             ),
             &[
                 "format",
+                "KV",
                 "median ms",
                 "95 % interval",
                 "p95",
@@ -111,6 +112,7 @@ pub(crate) fn sections(report: &Report) -> Vec<Section> {
             "load and memory",
             &[
                 "format",
+                "KV",
                 "open s",
                 "convert s",
                 "weights MiB",
@@ -178,8 +180,8 @@ fn protection(p: &Protected) -> Section {
     ];
     section(
         &format!(
-            "what protection costs: {} tokens in, {} out as {} events, {}",
-            p.prompt_tokens, p.tokens, p.events, p.compute
+            "what protection costs: {} tokens in, {} out as {} events, {}, KV {}",
+            p.prompt_tokens, p.tokens, p.events, p.compute, p.kv_type
         ),
         &["", "median", ""],
         rows.into_iter(),
@@ -190,6 +192,7 @@ fn next_token(f: &FormatResult) -> Vec<String> {
     let t = &f.latency.next_token;
     vec![
         f.compute.clone(),
+        f.kv_type.clone(),
         ms(t.median),
         format!("{} - {}", ms(t.median_low), ms(t.median_high)),
         ms(t.p95),
@@ -229,6 +232,7 @@ fn memory(f: &FormatResult) -> Vec<String> {
     let m = &f.memory;
     vec![
         f.compute.clone(),
+        f.kv_type.clone(),
         format!("{:.2}", f.load.open_seconds),
         format!("{:.2}", f.load.convert_seconds),
         mib(m.weights),
@@ -481,6 +485,8 @@ mod tests {
             "1.0040 - 1.0210, 20 pairs",
             "+3.40 ms",
             "0.004 % of the enclave's",
+            "int8-g32  f16  ",
+            "131 events, int8-g32, KV f16",
             "f32 not measured: about 27.2 GB",
             "int8-g32 at 8000: beyond the model's context",
             "repeat: casemate bench --synthetic tinyllama-1.1b",
