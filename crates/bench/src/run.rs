@@ -365,58 +365,82 @@ impl<'a> Run<'a> {
             .copied()
             .partition(|c| c + tokens <= context);
         let within: Vec<usize> = within;
+        let mut rounds: Vec<ContextRounds> = within.iter().map(|_| Default::default()).collect();
+        for round in 1..=self.rounds() {
+            for (&prompt, of) in within.iter().zip(&mut rounds) {
+                self.note(&format!("decode at {prompt}, round {round}"));
+                let before = self.read_now()?;
+                let answers = self.answers(Load::single(prompt, tokens))?;
+                let read = f64::midpoint(before, self.read_now()?);
+                let gaps: Vec<f64> = answers[0].gaps().map(|gap| gap * 1e3).collect();
+                let decode = 1e3 / Summary::of(&gaps).context("there are tokens")?.median;
+                let middle = prompt as f64 + tokens as f64 / 2.0;
+                of.shares
+                    .push(decode / roofline(&self.memory, 1, middle, read));
+                of.gaps.extend(gaps);
+                of.first.push(answers[0].first_token());
+                of.read.push(read);
+            }
+        }
         let mut points = Vec::new();
-        for prompt in within {
-            self.note(&format!("decode at {prompt}"));
-            let read = self.read_now()?;
-            let answers = self.answers(Load::single(prompt, tokens))?;
-            let gaps: Vec<f64> = answers[0].gaps().map(|gap| gap * 1e3).collect();
-            let next_token = Summary::of(&gaps).context("there are tokens")?;
-            let decode = 1e3 / next_token.median;
-            let middle = prompt as f64 + tokens as f64 / 2.0;
-            let first = answers[0].first_token();
+        for (prompt, of) in within.into_iter().zip(rounds) {
+            let next_token = Summary::of(&of.gaps).context("there are tokens")?;
+            let first = statistics::median(&of.first);
             points.push(ContextPoint {
                 context: prompt,
-                decode,
-                decode_share: decode / roofline(&self.memory, 1, middle, read),
+                decode: 1e3 / next_token.median,
+                decode_share: statistics::median(&of.shares),
                 next_token,
                 prefill: prompt as f64 / first,
                 prefill_shares: self.prefill_shares(prompt, first),
-                read,
+                read: statistics::median(&of.read),
             });
         }
         Ok((points, beyond))
     }
 
+    /// How often contexts, and batches, are gone through: others on the machine change its limits within seconds, so each
+    /// must have met the same of them.
+    fn rounds(&self) -> usize {
+        if self.protocol.quick { 1 } else { 3 }
+    }
+
     fn curve(&mut self) -> Result<Vec<BatchPoint>> {
         let (prompt, tokens) = (self.protocol.curve_prompt, self.protocol.curve_tokens);
-        let mut points = Vec::new();
-        for batch in self.protocol.batches.clone() {
-            self.note(&format!("a batch of {batch}"));
-            let read = self.read_now()?;
-            let load = Load {
-                batch,
-                ..Load::single(prompt, tokens)
-            };
-            let answers = self.answers(load)?;
-            let decode = drive::rate_together(&answers).with_context(|| {
-                format!("{batch} requests of {tokens} tokens never generated at the same time")
-            })?;
-            let roofline = roofline(
-                &self.memory,
-                batch,
-                prompt as f64 + tokens as f64 / 2.0,
-                read,
-            );
-            points.push(BatchPoint {
-                batch,
-                decode,
-                decode_share: decode / roofline,
-                roofline,
-                read,
-            });
+        let batches = self.protocol.batches.clone();
+        let context = prompt as f64 + tokens as f64 / 2.0;
+        let mut rounds: Vec<BatchRounds> = batches.iter().map(|_| Default::default()).collect();
+        for round in 1..=self.rounds() {
+            for (&batch, of) in batches.iter().zip(&mut rounds) {
+                self.note(&format!("a batch of {batch}, round {round}"));
+                let before = self.read_now()?;
+                let load = Load {
+                    batch,
+                    ..Load::single(prompt, tokens)
+                };
+                let answers = self.answers(load)?;
+                let read = f64::midpoint(before, self.read_now()?);
+                let decode = drive::rate_together(&answers).with_context(|| {
+                    format!("{batch} requests of {tokens} tokens never generated at the same time")
+                })?;
+                let roofline = roofline(&self.memory, batch, context, read);
+                of.shares.push(decode / roofline);
+                of.decode.push(decode);
+                of.roofline.push(roofline);
+                of.read.push(read);
+            }
         }
-        Ok(points)
+        let points = batches
+            .into_iter()
+            .zip(rounds)
+            .map(|(batch, of)| BatchPoint {
+                batch,
+                decode: statistics::median(&of.decode),
+                decode_share: statistics::median(&of.shares),
+                roofline: statistics::median(&of.roofline),
+                read: statistics::median(&of.read),
+            });
+        Ok(points.collect())
     }
 
     /// Of a prompt that took `seconds` to its first token.
@@ -429,6 +453,24 @@ impl<'a> Run<'a> {
             of_product: limit.and_then(|limit| Some(rate / limit.product?)),
         }
     }
+}
+
+/// What the rounds measured of one context.
+#[derive(Default)]
+struct ContextRounds {
+    gaps: Vec<f64>,
+    first: Vec<f64>,
+    shares: Vec<f64>,
+    read: Vec<f64>,
+}
+
+/// What the rounds measured of one batch.
+#[derive(Default)]
+struct BatchRounds {
+    decode: Vec<f64>,
+    shares: Vec<f64>,
+    roofline: Vec<f64>,
+    read: Vec<f64>,
 }
 
 /// Says on standard error what is being done.
