@@ -19,7 +19,9 @@ enum Level {
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
+    Avx512(Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512<true>),
 }
 
 impl Isa {
@@ -33,11 +35,12 @@ impl Isa {
 
     /// Every instruction set of this machine, the slowest first.
     pub fn available() -> impl DoubleEndedIterator<Item = Isa> {
-        let mut found = [Some(Isa::SCALAR), None, None];
+        let mut found = [Some(Isa::SCALAR), None, None, None];
         #[cfg(target_arch = "x86_64")]
         {
             found[1] = Avx2::detect().map(|token| Isa(Level::Avx2(token)));
-            found[2] = Avx512::detect().map(|token| Isa(Level::Avx512(token)));
+            found[2] = Avx512::<false>::detect().map(|token| Isa(Level::Avx512(token)));
+            found[3] = Avx512::<true>::detect().map(|token| Isa(Level::Avx512Bf16(token)));
         }
         found.into_iter().flatten()
     }
@@ -47,7 +50,7 @@ impl Isa {
         Isa::available().find(|isa| isa.name() == name)
     }
 
-    /// `"scalar"`, `"avx2"` or `"avx512-vnni"`.
+    /// `"scalar"`, `"avx2"`, `"avx512-vnni"` or `"avx512-bf16"` (which includes the one before).
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Scalar(_) => "scalar",
@@ -55,6 +58,8 @@ impl Isa {
             Level::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512(_) => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16(_) => "avx512-bf16",
         }
     }
 
@@ -82,6 +87,8 @@ impl Isa {
             Level::Avx2(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512(token) => token.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16(token) => token.enter(kernel),
         }
     }
 }
@@ -103,6 +110,10 @@ impl fmt::Display for Isa {
 /// function that [`Isa::dispatch`] enters.
 pub(crate) trait Kernel {
     type Output;
+
+    /// Whether it multiplies pairs of bf16. One that does not is compiled for AVX-512 only once, with or
+    /// without BF16.
+    const BF16: bool = false;
 
     fn run<V: Simd>(self, v: V) -> Self::Output;
 }

@@ -17,7 +17,7 @@
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd};
 use crate::mem::{MemReport, Purpose, Region};
-use crate::q8::PackError;
+use crate::pack::PackError;
 use crate::team::{SharedMut, Team};
 
 const TILE: usize = 32;

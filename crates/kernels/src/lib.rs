@@ -2,7 +2,7 @@
 //!
 //! What lives here: [`mem::Region`] (where weights, caches and keys lie), [`team::Team`] (the
 //! threads that compute), [`cpu::Isa`] (which instructions they may use) and the arithmetic of a
-//! Llama-family model in f32 and int8. What does not: tensor names, file formats, models, tokens;
+//! Llama-family model in f32, bf16 and int8. What does not: tensor names, file formats, models, tokens;
 //! nothing here knows what it multiplies.
 //!
 //! Every kernel is written once over sixteen lanes and instantiated per instruction set, so that
@@ -25,6 +25,7 @@ pub mod heap;
 mod isa;
 pub mod mem;
 pub mod norm;
+mod pack;
 pub mod panels;
 pub mod peak;
 pub mod q8;

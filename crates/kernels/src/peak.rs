@@ -22,7 +22,17 @@ pub fn measure_int8(team: &Team) -> f64 {
     measure(team, 2 * 4 * LANES, |rounds| Chains { rounds, int8: true })
 }
 
-fn measure(team: &Team, operations: usize, kernel: impl Fn(usize) -> Chains + Sync) -> f64 {
+/// 10^9 operations a second of the whole team in bf16 multiply-adds (two operations each) that touch
+/// no memory.
+pub fn measure_bf16(team: &Team) -> f64 {
+    measure(team, 2 * 2 * LANES, |rounds| Pairs { rounds })
+}
+
+fn measure<K: Kernel<Output = usize>>(
+    team: &Team,
+    operations: usize,
+    kernel: impl Fn(usize) -> K + Sync,
+) -> f64 {
     const ROUNDS: usize = 100_000;
     let isa = team.isa();
     let mut times: Vec<_> = (0..9)
@@ -59,6 +69,42 @@ impl Kernel for Chains {
             (true, false) => dots::<V, 4>(v, self.rounds),
         }
     }
+}
+
+/// As [`Chains`], of pairs of bf16.
+struct Pairs {
+    rounds: usize,
+}
+
+impl Kernel for Pairs {
+    type Output = usize;
+
+    const BF16: bool = true;
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) -> usize {
+        if V::WIDE {
+            pairs::<V, 12>(v, self.rounds)
+        } else {
+            pairs::<V, 4>(v, self.rounds)
+        }
+    }
+}
+
+#[inline(always)]
+fn pairs<V: Simd, const N: usize>(v: V, rounds: usize) -> usize {
+    let w = v.bf16_pairs(&black_box([0x3F; 64]));
+    let x = black_box(0x3F80_3F80);
+    let mut sums = [v.splat(0.0); N];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = v.dot_bf16(*sum, w, x);
+        }
+    }
+    for sum in sums {
+        black_box(v.sum(sum));
+    }
+    N
 }
 
 #[inline(always)]
@@ -111,6 +157,7 @@ mod tests {
             // A chain that was optimised away would be orders of magnitude beyond any core.
             assert!((0.001..2_000.0).contains(&measure_f32(&team)), "{isa}");
             assert!((0.001..8_000.0).contains(&measure_int8(&team)), "{isa}");
+            assert!((0.001..4_000.0).contains(&measure_bf16(&team)), "{isa}");
         }
     }
 }

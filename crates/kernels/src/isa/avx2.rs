@@ -59,6 +59,8 @@ unsafe impl Simd for Avx2 {
     type W = I;
     /// Lanes 0..8 and 8..16, two i16 each.
     type P = I;
+    /// Words of lanes 0..8 and 8..16.
+    type B = I;
 
     const WIDE: bool = false;
 
@@ -168,6 +170,15 @@ unsafe impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn bf16_pairs(self, w: &[u8; 64]) -> I {
+        // SAFETY: AVX2 by `self`; the reference covers both 32-byte halves.
+        unsafe {
+            let p: *const __m256i = w.as_ptr().cast();
+            I(_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1)))
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: *const u8) {
         // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the
         // address.
@@ -232,6 +243,20 @@ unsafe impl Simd for Avx2 {
             I(
                 _mm256_add_epi32(sum.0, _mm256_madd_epi16(x.0, a)),
                 _mm256_add_epi32(sum.1, _mm256_madd_epi16(x.1, a)),
+            )
+        }}
+        fn dot_bf16(sum: F, w: I, x: i32) -> F {{
+            let x = _mm256_set1_epi32(x);
+            let upper = _mm256_set1_epi32(0xFFFF_0000u32 as i32);
+            let second = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
+            let sum = F(
+                _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w.0, upper)), second, sum.0),
+                _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w.1, upper)), second, sum.1),
+            );
+            let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
+            F(
+                _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(w.0)), first, sum.0),
+                _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(w.1)), first, sum.1),
             )
         }}
     }

@@ -1,5 +1,5 @@
 //! AVX-512 with VNNI: one register is a vector. (Ice Lake and Sapphire Rapids servers, Zen 4 and
-//! later.)
+//! later; all but Ice Lake have BF16, too.)
 
 use std::arch::x86_64::*;
 
@@ -8,12 +8,13 @@ use half::{bf16, f16};
 use super::{LANES, Simd};
 use crate::cpu::Kernel;
 
-/// Proof of AVX-512 F, BW, DQ, VL and VNNI, and of everything that [`super::avx2`] uses.
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI, of everything that [`super::avx2`] uses and, if `BF16`,
+/// of AVX-512 BF16.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Avx512 {
-    pub(crate) fn detect() -> Option<Avx512> {
+impl Avx512<false> {
+    pub(crate) fn detect() -> Option<Avx512<false>> {
         let found = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -28,8 +29,31 @@ impl Avx512 {
     #[inline]
     pub(crate) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-        fn with_features<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
+        fn with_features<K: Kernel>(token: Avx512<false>, kernel: K) -> K::Output {
             kernel.run(token)
+        }
+        // SAFETY: `self` exists, so `detect` found each of the features named above.
+        unsafe { with_features(self, kernel) }
+    }
+}
+
+impl Avx512<true> {
+    pub(crate) fn detect() -> Option<Avx512<true>> {
+        let found = Avx512::<false>::detect().is_some() && is_x86_feature_detected!("avx512bf16");
+        found.then_some(Avx512(()))
+    }
+
+    /// A kernel that multiplies no bf16 is the same with and without BF16, and compiled once.
+    #[inline]
+    pub(crate) fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
+        )]
+        fn with_features<K: Kernel>(token: Avx512<true>, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        if !K::BF16 {
+            return Avx512::<false>(()).enter(kernel);
         }
         // SAFETY: `self` exists, so `detect` found each of the features named above.
         unsafe { with_features(self, kernel) }
@@ -49,11 +73,12 @@ macro_rules! registers {
 }
 
 // SAFETY: an Avx512 comes only from `detect`, so the features are there.
-unsafe impl Simd for Avx512 {
+unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type I = __m512i;
     type W = __m512i;
     type P = __m512i;
+    type B = __m512i;
 
     const WIDE: bool = true;
 
@@ -112,6 +137,11 @@ unsafe impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn bf16_pairs(self, w: &[u8; 64]) -> __m512i {
+        self.weights(w)
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: *const u8) {
         // SAFETY: a prefetch is a hint: it never faults and changes no memory, whatever the
         // address.
@@ -160,5 +190,19 @@ unsafe impl Simd for Avx512 {
         fn dot_start(offset: i32) -> __m512i { _mm512_set1_epi32(offset) }
         fn dot4(sum: __m512i, w: __m512i, a: i32) -> __m512i { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a)) }
         fn dot2(sum: __m512i, x: __m512i, a: i32) -> __m512i { _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi32(a)) }
+        fn dot_bf16(sum: __m512, w: __m512i, x: i32) -> __m512 {{
+            let x = _mm512_set1_epi32(x);
+            if BF16 {
+                // Registers of 32 bf16, whatever their type says.
+                let w = std::mem::transmute::<__m512i, __m512bh>(w);
+                _mm512_dpbf16_ps(sum, w, std::mem::transmute::<__m512i, __m512bh>(x))
+            } else {
+                let upper = _mm512_set1_epi32(0xFFFF_0000u32 as i32);
+                let second = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+                let sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, upper)), second, sum);
+                let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+                _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(w)), first, sum)
+            }
+        }}
     }
 }

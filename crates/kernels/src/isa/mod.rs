@@ -30,6 +30,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     type W: Copy;
     /// Sixteen pairs of i8, prepared for [`Simd::dot2`].
     type P: Copy;
+    /// Sixteen pairs of bf16, prepared for [`Simd::dot_bf16`].
+    type B: Copy;
 
     /// Whether there are registers for two vectors a row in a register-blocked product.
     const WIDE: bool;
@@ -101,6 +103,15 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Adds to each lane the dot product of its pair and the two i16 packed in `a` (first in the
     /// lower half), exactly while the sum fits.
     fn dot2(self, sum: Self::I, x: Self::P, a: i32) -> Self::I;
+
+    /// Takes a pair of bf16 of each of sixteen rows, the first of a pair in the lower half of its
+    /// word.
+    fn bf16_pairs(self, w: &[u8; 64]) -> Self::B;
+    /// Adds to each lane the products of its pair and the pair packed in `x`, the second numbers
+    /// first, each by [`Simd::fma`]: what `vdpbf16ps` does, which besides takes subnormal numbers
+    /// for zeros and returns none. So there must be none, neither given nor among sums: see
+    /// [`crate::panels`].
+    fn dot_bf16(self, sum: Self::F, w: Self::B, x: i32) -> Self::F;
 }
 
 /// Loads fewer than sixteen numbers; the other lanes are zero.

@@ -42,6 +42,8 @@ unsafe impl Simd for Scalar {
     type I = [i32; LANES];
     type W = Weights;
     type P = [i8; 2 * LANES];
+    /// First and second number of each row.
+    type B = [[f32; LANES]; 2];
 
     const WIDE: bool = false;
 
@@ -208,5 +210,19 @@ unsafe impl Simd for Scalar {
             let dot = i32::from(x[2 * i]) * low + i32::from(x[2 * i + 1]) * high;
             sum[i].wrapping_add(dot)
         })
+    }
+    #[inline(always)]
+    fn bf16_pairs(self, w: &[u8; 64]) -> Self::B {
+        let words = w.as_chunks::<4>().0;
+        let number = |row: usize, at: usize| {
+            bf16::from_le_bytes([words[row][2 * at], words[row][2 * at + 1]]).to_f32()
+        };
+        [0, 1].map(|at| std::array::from_fn(|row| number(row, at)))
+    }
+    #[inline(always)]
+    fn dot_bf16(self, sum: Self::F, w: Self::B, x: i32) -> Self::F {
+        let (first, second) = ((x << 16) as u32, x as u32 & 0xFFFF_0000);
+        let sum = self.fma(w[1], self.splat(f32::from_bits(second)), sum);
+        self.fma(w[0], self.splat(f32::from_bits(first)), sum)
     }
 }

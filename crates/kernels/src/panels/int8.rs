@@ -1,25 +1,19 @@
-//! Packed int8 weights with a scale a row. The drawing of a panel is in the [module above](super).
+//! Packed int8 weights with a scale a row, four to a word. The drawing of a panel is in the
+//! [module above](super).
 //!
 //! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed
 //! activations. Rows past the last and columns past the last are zeros. Scales lie apart.
 
-use std::sync::{Mutex, PoisonError};
-
 use zeroize::Zeroizing;
 
-use super::rows::{TINY, largest_magnitude};
+use super::packed::{Lane, Panels};
+use super::rows::{TINY, WORD, largest_magnitude};
 use super::{MAX_COLUMNS, PANEL};
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd, load_part};
-use crate::mem::{Element, PAGE, Purpose, Region};
-use crate::q8::PackError;
+use crate::mem::{PAGE, Purpose, Region};
+use crate::pack::PackError;
 use crate::team::{SharedMut, Team};
-
-/// Sixteen rows by four columns.
-pub(super) type Line = [u8; 64];
-
-// SAFETY: bytes.
-unsafe impl Element for Line {}
 
 /// Of a weight that is zero.
 const ZERO: u8 = 0x80;
@@ -27,11 +21,9 @@ const ZERO: u8 = 0x80;
 /// An int8 weight matrix of `rows` (outputs) by `columns` (inputs) with one f32 scale a row, packed
 /// for [`matmul_int8`](super::matmul_int8).
 pub struct Int8Matrix {
-    panels: Region,
+    panels: Panels,
     /// One a row, and zeros to the end of the last panel.
     scales: Region,
-    rows: usize,
-    columns: usize,
 }
 
 impl Int8Matrix {
@@ -65,13 +57,13 @@ impl Int8Matrix {
             rows,
             columns,
             scratch,
-            |(values, quants), row, put| {
+            |(values, quants), row, lane| {
                 fill(row, values);
                 let scale = isa
                     .dispatch(QuantiseRow { values, quants })
                     .ok_or(PackError::NotFinite { row })?;
-                put(quants, scale);
-                Ok(())
+                put(lane, quants);
+                Ok(scale)
             },
         )
     }
@@ -94,7 +86,7 @@ impl Int8Matrix {
             rows,
             columns,
             || (),
-            |(), i, put| {
+            |(), i, lane| {
                 let (quants, scale) = row(i);
                 if quants.len() != columns {
                     return Err(PackError::RowLength {
@@ -109,8 +101,8 @@ impl Int8Matrix {
                 if !scale.is_finite() {
                     return Err(PackError::NotFinite { row: i });
                 }
-                put(quants, scale);
-                Ok(())
+                put(lane, quants);
+                Ok(scale)
             },
         )
     }
@@ -118,96 +110,65 @@ impl Int8Matrix {
     /// Bytes that a packed matrix takes, in whole pages, or `None` if it is empty or does not fit
     /// the address space.
     pub fn packed_bytes(rows: usize, columns: usize) -> Option<usize> {
-        if rows == 0 || columns == 0 {
-            return None;
-        }
-        let (panels, scales) = Int8Matrix::sizes(rows, columns)?;
-        let panels = panels.checked_next_multiple_of(PAGE)?;
-        panels.checked_add(scales.checked_next_multiple_of(PAGE)?)
+        let scales = Int8Matrix::scale_bytes(rows)?.checked_next_multiple_of(PAGE)?;
+        Panels::packed_bytes(rows, columns, WORD)?.checked_add(scales)
     }
 
-    /// Bytes of all panels and of the scales.
-    fn sizes(rows: usize, columns: usize) -> Option<(usize, usize)> {
-        let panels = rows.div_ceil(PANEL);
-        let bytes = panels
-            .checked_mul(columns.div_ceil(4))?
-            .checked_mul(size_of::<Line>())?;
-        Some((bytes, panels.checked_mul(PANEL * size_of::<f32>())?))
+    fn scale_bytes(rows: usize) -> Option<usize> {
+        rows.checked_next_multiple_of(PANEL)?
+            .checked_mul(size_of::<f32>())
     }
 
-    /// `pack_row(scratch, row, put)` calls `put` with the row's integers and scale, once.
+    /// `pack_row(scratch, row, lane)` writes the row's integers and returns its scale.
     fn pack<S>(
         arena: &mut Region,
         team: &Team,
         rows: usize,
         columns: usize,
         scratch: impl Fn() -> S + Sync,
-        pack_row: impl Fn(&mut S, usize, &mut dyn FnMut(&[i8], f32)) -> Result<(), PackError> + Sync,
+        pack_row: impl Fn(&mut S, usize, Lane<'_>) -> Result<f32, PackError> + Sync,
     ) -> Result<Int8Matrix, PackError> {
-        if rows == 0 || columns == 0 {
-            return Err(PackError::Empty { rows, columns });
-        }
         if columns > MAX_COLUMNS {
             return Err(PackError::TooManyColumns { columns });
         }
-        let (panel_bytes, scale_bytes) =
-            Int8Matrix::sizes(rows, columns).ok_or(PackError::TooLarge { rows, columns })?;
-        let mut panels = arena.take_or_reserve(panel_bytes, Purpose::Weights)?;
-        let mut scales = arena.take_or_reserve(scale_bytes, Purpose::Weights)?;
-        let shared_scales = SharedMut::new(scales.as_f32_mut());
-        let first_error: Mutex<Option<(usize, PackError)>> = Mutex::new(None);
-        let packed = panels.view_mut::<Line>();
-        let lines = columns.div_ceil(4);
-        team.for_each_chunk_mut_with(packed, lines, scratch, |scratch, panel, packed| {
-            packed.fill([ZERO; 64]);
-            for lane in 0..PANEL.min(rows - panel * PANEL) {
-                let row = panel * PANEL + lane;
-                let mut put = |quants: &[i8], scale: f32| {
-                    for (line, quants) in packed.iter_mut().zip(quants.chunks(4)) {
-                        for (to, q) in line[lane * 4..].iter_mut().zip(quants) {
-                            *to = *q as u8 ^ 0x80;
-                        }
-                    }
-                    // SAFETY: each row is packed once, by one member.
-                    let slot = unsafe { shared_scales.slice(row, 1) };
-                    slot[0] = scale;
-                };
-                if let Err(error) = pack_row(scratch, row, &mut put) {
-                    let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
-                    if first.as_ref().is_none_or(|(earlier, _)| row < *earlier) {
-                        *first = Some((row, error));
-                    }
-                    return;
-                }
-            }
-        });
-        match first_error
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
-            Some((_, error)) => Err(error),
-            None => Ok(Int8Matrix {
-                panels,
-                scales,
-                rows,
-                columns,
-            }),
+        let too_large = PackError::TooLarge { rows, columns };
+        let bytes = Int8Matrix::scale_bytes(rows).ok_or(too_large)?;
+        let mut scales = Region::default();
+        if rows > 0 && columns > 0 {
+            scales = arena.take_or_reserve(bytes, Purpose::Weights)?;
         }
+        let shared = SharedMut::new(scales.as_f32_mut());
+        let shape = (rows, columns);
+        let panels = Panels::pack(
+            arena,
+            team,
+            shape,
+            (WORD, ZERO),
+            scratch,
+            |own, row, lane| {
+                let scale = pack_row(own, row, lane)?;
+                // SAFETY: each row is packed once, by one member.
+                let slot = unsafe { shared.slice(row, 1) };
+                slot[0] = scale;
+                Ok(())
+            },
+        )?;
+        Ok(Int8Matrix { panels, scales })
     }
 
     /// Outputs.
     pub fn rows(&self) -> usize {
-        self.rows
+        self.panels.rows()
     }
 
     /// Inputs.
     pub fn columns(&self) -> usize {
-        self.columns
+        self.panels.columns()
     }
 
     /// Bytes that one product streams from memory.
     pub fn bytes(&self) -> usize {
-        self.panels.len() + self.scales.len()
+        self.panels.bytes() + self.scales.len()
     }
 
     /// Writes row `row` as it is packed and returns its scale.
@@ -215,39 +176,33 @@ impl Int8Matrix {
     /// # Panics
     /// If there is no such row or `out` is not `columns` long.
     pub fn row(&self, row: usize, out: &mut [i8]) -> f32 {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        assert_eq!(
-            out.len(),
-            self.columns,
-            "a row has as many elements as the matrix has columns"
-        );
-        let lane = row % PANEL * 4;
-        for (line, out) in self.panel(row / PANEL).iter().zip(out.chunks_mut(4)) {
-            for (out, w) in out.iter_mut().zip(&line[lane..]) {
+        let words = self.panels.row(row, out.len());
+        for (out, word) in out.chunks_mut(WORD).zip(words) {
+            for (out, w) in out.iter_mut().zip(word) {
                 *out = (w ^ ZERO) as i8;
             }
         }
         self.scales.as_f32()[row]
     }
 
-    pub(super) fn panels(&self) -> usize {
-        self.rows.div_ceil(PANEL)
-    }
-
-    /// Lines of a panel.
-    pub(super) fn lines(&self) -> usize {
-        self.columns.div_ceil(4)
-    }
-
-    pub(super) fn panel(&self, panel: usize) -> &[Line] {
-        let lines = self.lines();
-        &self.panels.view::<Line>()[panel * lines..(panel + 1) * lines]
+    pub(super) fn panels(&self) -> &Panels {
+        &self.panels
     }
 
     /// Scales of a panel's rows.
     pub(super) fn scales(&self, panel: usize) -> &[f32; PANEL] {
         &self.scales.as_f32().as_chunks::<PANEL>().0[panel]
     }
+}
+
+fn put(lane: Lane<'_>, quants: &[i8]) {
+    let (words, rest) = quants.as_chunks::<WORD>();
+    let mut last = [ZERO; WORD];
+    for (to, q) in last.iter_mut().zip(rest) {
+        *to = *q as u8 ^ ZERO;
+    }
+    let words = words.iter().map(|word| word.map(|q| q as u8 ^ ZERO));
+    lane.put(words.chain([last]));
 }
 
 /// Quantises a row and returns its scale, or `None` if a number is not finite.

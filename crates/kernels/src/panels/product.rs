@@ -1,8 +1,9 @@
-//! The int8 product of rows: register-blocked over activations and panels, each line of weights read
-//! from memory once.
+//! The product of rows: register-blocked over activations and panels, each line of weights read from
+//! memory once. What words hold, and what becomes of a sum, is an [`Arithmetic`]'s.
 
-use super::int8::Line;
-use super::{Int8Matrix, Int8Rows, PANEL};
+use super::blocks::Blocks;
+use super::packed::{Line, Panels};
+use super::{Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, PANEL};
 use crate::cpu::{Isa, Kernel};
 use crate::isa::{LANES, Simd};
 use crate::team::{SharedMut, Team};
@@ -25,10 +26,8 @@ const AHEAD_CLOSE: usize = 8;
 /// # Panics
 /// If `x` and `w` differ in columns or `y` is not `x.rows() * w.rows()` long.
 pub fn matmul_int8(team: &Team, x: &Int8Rows, w: &Int8Matrix, y: &mut [f32]) {
-    // SAFETY: f32 and i32 have one size and alignment, and any bits are both; the slice is borrowed
-    // for as long as the view.
-    let bits = unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast::<i32>(), y.len()) };
-    multiply(team, x, w, bits, true);
+    let scaled = true;
+    multiply(team, Int8 { x, w, scaled }, as_bits(y));
 }
 
 /// The sums alone: `sums[i * w.rows() + j] = sum over k of x[i][k] * w[j][k]`, exact.
@@ -36,7 +35,17 @@ pub fn matmul_int8(team: &Team, x: &Int8Rows, w: &Int8Matrix, y: &mut [f32]) {
 /// # Panics
 /// As [`matmul_int8`].
 pub fn matmul_int8_sums(team: &Team, x: &Int8Rows, w: &Int8Matrix, sums: &mut [i32]) {
-    multiply(team, x, w, sums, false);
+    let scaled = false;
+    multiply(team, Int8 { x, w, scaled }, sums);
+}
+
+/// `y = x * w^T` in bf16: `y[i * w.rows() + j] = sum over k of x[i][k] * w[j][k]`, rounded as the
+/// [module](super) says.
+///
+/// # Panics
+/// As [`matmul_int8`].
+pub fn matmul_bf16(team: &Team, x: &Bf16Rows, w: &Bf16Matrix, y: &mut [f32]) {
+    multiply(team, Bf16 { x, w }, as_bits(y));
 }
 
 /// What [`matmul_int8`] does with its sums, wherever they were computed.
@@ -44,7 +53,7 @@ pub fn matmul_int8_sums(team: &Team, x: &Int8Rows, w: &Int8Matrix, sums: &mut [i
 /// # Panics
 /// As [`matmul_int8`], also if `sums` is not as long as `y`.
 pub fn scale_sums(team: &Team, x: &Int8Rows, w: &Int8Matrix, sums: &[i32], y: &mut [f32]) {
-    check(x, w, y.len());
+    check(x.blocks(), w.panels(), y.len());
     assert_eq!(sums.len(), y.len(), "there is one sum for each product");
     let isa = team.isa();
     let outputs = w.rows();
@@ -67,7 +76,13 @@ pub fn scale_sums(team: &Team, x: &Int8Rows, w: &Int8Matrix, sums: &[i32], y: &m
     }
 }
 
-fn check(x: &Int8Rows, w: &Int8Matrix, elements: usize) {
+fn as_bits(y: &mut [f32]) -> &mut [i32] {
+    // SAFETY: f32 and i32 have one size and alignment, and any bits are both; the slice is borrowed
+    // for as long as the view.
+    unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast(), y.len()) }
+}
+
+fn check(x: &Blocks, w: &Panels, elements: usize) {
     assert_eq!(
         x.columns(),
         w.columns(),
@@ -78,6 +93,127 @@ fn check(x: &Int8Rows, w: &Int8Matrix, elements: usize) {
         x.rows() * w.rows(),
         "the product has x.rows() * w.rows() elements"
     );
+}
+
+/// Rows and weights, what their words hold, and what becomes of their products.
+trait Arithmetic: Copy + Sync {
+    /// Whether words are pairs of bf16: [`Kernel::BF16`].
+    const BF16: bool;
+    /// A line of weights, loaded.
+    type Weights<V: Simd>: Copy;
+    /// Unfinished sums of sixteen rows of weights.
+    type Sums<V: Simd>: Copy;
+
+    fn rows(&self) -> &Blocks;
+    fn panels(&self) -> &Panels;
+    fn load<V: Simd>(v: V, line: &Line) -> Self::Weights<V>;
+    /// What sums of a row of activations start from.
+    fn start<V: Simd>(&self, v: V, row: usize) -> Self::Sums<V>;
+    /// Adds the products of a line and a word.
+    fn add<V: Simd>(v: V, sums: Self::Sums<V>, w: Self::Weights<V>, x: i32) -> Self::Sums<V>;
+    /// Unfinished sums as the output holds them, and back.
+    fn pause<V: Simd>(v: V, sums: Self::Sums<V>) -> V::I;
+    fn resume<V: Simd>(v: V, sums: V::I) -> Self::Sums<V>;
+    /// The bits of the result of a row of activations and a panel.
+    fn finish<V: Simd>(&self, v: V, sums: Self::Sums<V>, row: usize, panel: usize) -> V::I;
+}
+
+/// int8 with exact sums.
+#[derive(Clone, Copy)]
+struct Int8<'a> {
+    x: &'a Int8Rows,
+    w: &'a Int8Matrix,
+    /// Whether results are f32, not sums.
+    scaled: bool,
+}
+
+impl Arithmetic for Int8<'_> {
+    const BF16: bool = false;
+    type Weights<V: Simd> = V::W;
+    type Sums<V: Simd> = V::I;
+
+    #[inline(always)]
+    fn rows(&self) -> &Blocks {
+        self.x.blocks()
+    }
+    #[inline(always)]
+    fn panels(&self) -> &Panels {
+        self.w.panels()
+    }
+    #[inline(always)]
+    fn load<V: Simd>(v: V, line: &Line) -> V::W {
+        v.weights(line)
+    }
+    #[inline(always)]
+    fn start<V: Simd>(&self, v: V, row: usize) -> V::I {
+        v.dot_start(self.x.offsets()[row])
+    }
+    #[inline(always)]
+    fn add<V: Simd>(v: V, sums: V::I, w: V::W, x: i32) -> V::I {
+        v.dot4(sums, w, x)
+    }
+    #[inline(always)]
+    fn pause<V: Simd>(_: V, sums: V::I) -> V::I {
+        sums
+    }
+    #[inline(always)]
+    fn resume<V: Simd>(_: V, sums: V::I) -> V::I {
+        sums
+    }
+    #[inline(always)]
+    fn finish<V: Simd>(&self, v: V, sums: V::I, row: usize, panel: usize) -> V::I {
+        if !self.scaled {
+            return sums;
+        }
+        let scaled = v.mul(v.widen(sums), v.load(self.w.scales(panel)));
+        v.bits(v.mul(scaled, v.splat(self.x.scales()[row])))
+    }
+}
+
+/// bf16 with sums in f32.
+#[derive(Clone, Copy)]
+struct Bf16<'a> {
+    x: &'a Bf16Rows,
+    w: &'a Bf16Matrix,
+}
+
+impl Arithmetic for Bf16<'_> {
+    const BF16: bool = true;
+    type Weights<V: Simd> = V::B;
+    type Sums<V: Simd> = V::F;
+
+    #[inline(always)]
+    fn rows(&self) -> &Blocks {
+        self.x.blocks()
+    }
+    #[inline(always)]
+    fn panels(&self) -> &Panels {
+        self.w.panels()
+    }
+    #[inline(always)]
+    fn load<V: Simd>(v: V, line: &Line) -> V::B {
+        v.bf16_pairs(line)
+    }
+    #[inline(always)]
+    fn start<V: Simd>(&self, v: V, _: usize) -> V::F {
+        v.splat(0.0)
+    }
+    #[inline(always)]
+    fn add<V: Simd>(v: V, sums: V::F, w: V::B, x: i32) -> V::F {
+        v.dot_bf16(sums, w, x)
+    }
+    #[inline(always)]
+    fn pause<V: Simd>(v: V, sums: V::F) -> V::I {
+        v.bits(sums)
+    }
+    #[inline(always)]
+    fn resume<V: Simd>(v: V, sums: V::I) -> V::F {
+        v.float_from_bits(sums)
+    }
+    #[inline(always)]
+    fn finish<V: Simd>(&self, v: V, sums: V::F, _: usize, _: usize) -> V::I {
+        v.bits(sums)
+    }
 }
 
 /// Panels that are multiplied at once with blocks of so many rows: as many as registers hold, but at
@@ -92,15 +228,16 @@ fn panels_at_once(wide: bool, height: usize) -> usize {
     }
 }
 
-fn multiply(team: &Team, x: &Int8Rows, w: &Int8Matrix, out: &mut [i32], scaled: bool) {
+fn multiply<A: Arithmetic>(team: &Team, arithmetic: A, out: &mut [i32]) {
+    let (x, w) = (arithmetic.rows(), arithmetic.panels());
     check(x, w, out.len());
     if x.rows() == 0 {
         return;
     }
     let isa = team.isa();
-    let blocks = x.rows().div_ceil(x.height());
+    let blocks = x.count();
     let at_once = panels_at_once(isa.wide(), x.height());
-    let groups = w.panels().div_ceil(at_once);
+    let groups = w.count().div_ceil(at_once);
     let pieces = if blocks == 1 {
         // Enough for a slow member to be helped out, few enough for each to stream a good length of
         // memory.
@@ -116,13 +253,11 @@ fn multiply(team: &Team, x: &Int8Rows, w: &Int8Matrix, out: &mut [i32], scaled: 
     let out = SharedMut::new(out);
     team.for_each(pieces, |piece| {
         let first = piece * groups / pieces * at_once;
-        let last = ((piece + 1) * groups / pieces * at_once).min(w.panels());
+        let last = ((piece + 1) * groups / pieces * at_once).min(w.count());
         let product = Product {
-            x,
-            w,
+            arithmetic,
             isa,
             out: &out,
-            scaled,
         };
         product.panels(first, last, at_once);
     });
@@ -130,13 +265,11 @@ fn multiply(team: &Team, x: &Int8Rows, w: &Int8Matrix, out: &mut [i32], scaled: 
 
 /// What all pieces of a product share.
 #[derive(Clone, Copy)]
-struct Product<'a> {
-    x: &'a Int8Rows,
-    w: &'a Int8Matrix,
+struct Product<'a, A> {
+    arithmetic: A,
     isa: Isa,
     /// Sums, or the bits of f32.
     out: &'a SharedMut<'a, i32>,
-    scaled: bool,
 }
 
 /// A block of rows, the first of some panels, and a range of their lines.
@@ -147,11 +280,11 @@ struct At {
     lines: (usize, usize),
 }
 
-impl Product<'_> {
+impl<A: Arithmetic> Product<'_, A> {
     /// All rows of activations against panels `first..last`.
     fn panels(&self, first: usize, last: usize, at_once: usize) {
-        let blocks = self.x.rows().div_ceil(self.x.height());
-        let all = self.w.lines();
+        let blocks = self.arithmetic.rows().count();
+        let all = self.arithmetic.panels().lines();
         // With one block nothing is used twice, and each panel should be streamed to its end.
         let deep = if blocks == 1 { all } else { DEEP };
         let mut line = 0;
@@ -183,8 +316,8 @@ impl Product<'_> {
 macro_rules! heights {
     ($name:ident, $panels:literal: $($height:literal)*) => {
         fn $name(&self, at: At) -> usize {
-            match self.x.block(at.block).1 {
-                $($height => self.isa.dispatch(Tile::<$height, $panels> { product: *self, at }),)*
+            match self.arithmetic.rows().block(at.block).1 {
+                $($height => self.isa.dispatch(Tile::<A, $height, $panels> { product: *self, at }),)*
                 height => unreachable!("blocks of {height} rows do not meet {} panels", $panels),
             }
             $panels
@@ -192,7 +325,7 @@ macro_rules! heights {
     };
 }
 
-impl Product<'_> {
+impl<A: Arithmetic> Product<'_, A> {
     heights!(one, 1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24);
     heights!(two, 2: 1 9 10 11 12);
     heights!(three, 3: 1 2 3 4 5 6 7 8);
@@ -200,13 +333,15 @@ impl Product<'_> {
 }
 
 /// A block of `M` rows of activations against `P` panels.
-struct Tile<'a, const M: usize, const P: usize> {
-    product: Product<'a>,
+struct Tile<'a, A, const M: usize, const P: usize> {
+    product: Product<'a, A>,
     at: At,
 }
 
-impl<const M: usize, const P: usize> Kernel for Tile<'_, M, P> {
+impl<A: Arithmetic, const M: usize, const P: usize> Kernel for Tile<'_, A, M, P> {
     type Output = ();
+
+    const BF16: bool = A::BF16;
 
     #[inline(always)]
     fn run<V: Simd>(self, v: V) {
@@ -219,19 +354,19 @@ impl<const M: usize, const P: usize> Kernel for Tile<'_, M, P> {
     }
 }
 
-impl Product<'_> {
+impl<A: Arithmetic> Product<'_, A> {
     /// `M` rows of activations against `P` panels.
     #[inline(always)]
     fn tile<V: Simd, const M: usize, const P: usize>(&self, v: V, at: At) {
-        let first_row = at.block * self.x.height();
-        let outputs = self.w.rows();
+        let arithmetic = &self.arithmetic;
+        let first_row = at.block * arithmetic.rows().height();
+        let outputs = arithmetic.panels().rows();
         let start = |i: usize, p: usize| (first_row + i) * outputs + (at.panel + p) * PANEL;
         let width = |p: usize| PANEL.min(outputs - (at.panel + p) * PANEL);
-        let mut sums = [[v.splat_i(0); P]; M];
+        let mut sums = [[A::resume(v, v.splat_i(0)); P]; M];
         if at.lines.0 == 0 {
-            let offsets = &self.x.offsets()[first_row..first_row + M];
             for i in 0..M {
-                sums[i] = [v.dot_start(offsets[i]); P];
+                sums[i] = [arithmetic.start(v, first_row + i); P];
             }
         } else {
             for i in 0..M {
@@ -241,20 +376,19 @@ impl Product<'_> {
                     let so_far = unsafe { self.out.slice(start(i, p), width(p)) };
                     let mut lanes = [0; LANES];
                     lanes[..so_far.len()].copy_from_slice(so_far);
-                    sums[i][p] = v.load_i(&lanes);
+                    sums[i][p] = A::resume(v, v.load_i(&lanes));
                 }
             }
         }
         let sums = self.accumulate::<V, M, P>(v, at, sums);
-        let finish = self.scaled && at.lines.1 == self.w.lines();
+        let finish = at.lines.1 == arithmetic.panels().lines();
         for i in 0..M {
             for p in 0..P {
-                let mut result = sums[i][p];
-                if finish {
-                    let scaled = v.mul(v.widen(result), v.load(self.w.scales(at.panel + p)));
-                    let scale = v.splat(self.x.scales()[first_row + i]);
-                    result = v.bits(v.mul(scaled, scale));
-                }
+                let result = if finish {
+                    arithmetic.finish(v, sums[i][p], first_row + i, at.panel + p)
+                } else {
+                    A::pause(v, sums[i][p])
+                };
                 // SAFETY: as above.
                 let out = unsafe { self.out.slice(start(i, p), width(p)) };
                 match out.as_mut_array() {
@@ -274,14 +408,15 @@ impl Product<'_> {
         &self,
         v: V,
         at: At,
-        sums: [[V::I; P]; M],
-    ) -> [[V::I; P]; M] {
-        let x = &self.x.block(at.block).0.as_chunks::<M>().0[at.lines.0..at.lines.1];
+        sums: [[A::Sums<V>; P]; M],
+    ) -> [[A::Sums<V>; P]; M] {
+        let (rows, panels) = (self.arithmetic.rows(), self.arithmetic.panels());
+        let x = &rows.block(at.block).0.as_chunks::<M>().0[at.lines.0..at.lines.1];
         let mut w: [&[Line]; P] = [&[]; P];
         for p in 0..P {
-            w[p] = &self.w.panel(at.panel + p)[at.lines.0..at.lines.1][..x.len()];
+            w[p] = &panels.panel(at.panel + p)[at.lines.0..at.lines.1][..x.len()];
         }
-        let ahead = if self.x.height() == self.x.rows() {
+        let ahead = if rows.count() == 1 {
             AHEAD_MEMORY / P
         } else {
             AHEAD_CLOSE
@@ -289,42 +424,42 @@ impl Product<'_> {
         // What follows a panel in this group was read already: towards the end the lines to ask for
         // are those of the next group.
         let near = x.len().saturating_sub(ahead);
-        let far = ahead + (P - 1) * self.w.lines();
+        let far = ahead + (P - 1) * panels.lines();
         let (x_near, x_far) = x.split_at(near);
         let mut w_near = w;
         let mut w_far = w;
         for p in 0..P {
             (w_near[p], w_far[p]) = w[p].split_at(near);
         }
-        let sums = steps(v, sums, x_near, w_near, ahead);
-        steps(v, sums, x_far, w_far, far)
+        let sums = steps::<A, V, M, P>(v, sums, x_near, w_near, ahead);
+        steps::<A, V, M, P>(v, sums, x_far, w_far, far)
     }
 }
 
 /// Adds `M` rows by `P` panels of as many lines, with none of the checks that would have sums
 /// leave their registers.
 #[inline(always)]
-fn steps<V: Simd, const M: usize, const P: usize>(
+fn steps<A: Arithmetic, V: Simd, const M: usize, const P: usize>(
     v: V,
-    mut sums: [[V::I; P]; M],
+    mut sums: [[A::Sums<V>; P]; M],
     x: &[[i32; M]],
     w: [&[Line]; P],
     ahead: usize,
-) -> [[V::I; P]; M] {
+) -> [[A::Sums<V>; P]; M] {
     for w in w {
         assert_eq!(w.len(), x.len(), "panels and rows have one length");
     }
     for (k, x) in x.iter().enumerate() {
-        let mut loaded = [v.weights(&[0; 64]); P];
+        let mut loaded = [A::load(v, &[0; 64]); P];
         for p in 0..P {
             // SAFETY: `k` is below the length of `x`, which is that of each of `w`.
             let line = unsafe { w[p].get_unchecked(k) };
             v.prefetch((&raw const *line).wrapping_add(ahead).cast());
-            loaded[p] = v.weights(line);
+            loaded[p] = A::load(v, line);
         }
         for i in 0..M {
             for p in 0..P {
-                sums[i][p] = v.dot4(sums[i][p], loaded[p], x[i]);
+                sums[i][p] = A::add(v, sums[i][p], loaded[p], x[i]);
             }
         }
     }

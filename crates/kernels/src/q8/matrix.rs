@@ -12,10 +12,6 @@
 //! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed
 //! activations. Rows past the last and columns past the last are zeros with scale 0.
 
-use std::io;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-
 use half::f16;
 use zeroize::Zeroizing;
 
@@ -24,6 +20,7 @@ use super::{GROUP, TILE};
 use crate::cpu::Kernel;
 use crate::isa::Simd;
 use crate::mem::{Element, MemReport, Purpose, Region};
+use crate::pack::{FirstFault, PackError};
 use crate::team::Team;
 
 /// 32 rows by 32 columns; see the module's drawing.
@@ -49,74 +46,6 @@ impl PackedGroup {
         let (line, byte) = PackedGroup::quant(row, column);
         (self.quants[line][byte] ^ 0x80) as i8
     }
-}
-
-/// Why weights could not be packed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PackError {
-    /// Misuse: a matrix needs at least one row and one column.
-    #[error("a matrix of {rows} by {columns} has no elements")]
-    Empty {
-        /// Rows asked for.
-        rows: usize,
-        /// Columns asked for.
-        columns: usize,
-    },
-    /// Misuse: the packed size does not fit the address space.
-    #[error("a matrix of {rows} by {columns} is too large")]
-    TooLarge {
-        /// Rows asked for.
-        rows: usize,
-        /// Columns asked for.
-        columns: usize,
-    },
-    /// Misuse: Q8_0 blocks hold 32 columns each.
-    #[error("{columns} columns are not a multiple of 32")]
-    PartialBlock {
-        /// Columns asked for.
-        columns: usize,
-    },
-    /// Misuse: a row has the wrong number of bytes.
-    #[error("row {row} has {found} bytes instead of {expected}")]
-    RowLength {
-        /// The row.
-        row: usize,
-        /// Bytes of `columns` weights in their encoding.
-        expected: usize,
-        /// Bytes given.
-        found: usize,
-    },
-    /// Malformed: a weight or scale is NaN or infinite.
-    #[error("row {row} holds a number that is not finite")]
-    NotFinite {
-        /// The first such row.
-        row: usize,
-    },
-    /// Malformed: a weight is too large for a half-precision scale (beyond about 8.3 million).
-    #[error("row {row} holds a weight too large for a half-precision scale")]
-    ScaleOverflow {
-        /// The first such row.
-        row: usize,
-    },
-    /// Misuse: beyond so many columns a sum of products may not fit an i32.
-    #[error(
-        "{columns} columns are more than the {} whose products an i32 can sum",
-        crate::panels::MAX_COLUMNS
-    )]
-    TooManyColumns {
-        /// Columns asked for.
-        columns: usize,
-    },
-    /// Malformed: -128, which has no counterpart in -127..=127.
-    #[error("row {row} holds -128, but integers reach from -127 to 127")]
-    Lopsided {
-        /// The first such row.
-        row: usize,
-    },
-    /// The operating system refused the memory.
-    #[error("no memory for packed weights")]
-    Memory(#[from] io::Error),
 }
 
 /// An int8 weight matrix of `rows` (outputs) by `columns` (inputs), packed for
@@ -267,7 +196,7 @@ impl Q8Matrix {
         let groups = columns.div_ceil(GROUP);
         let bytes = rows.div_ceil(TILE) * groups * size_of::<PackedGroup>();
         let mut region = arena.take_or_reserve(bytes, Purpose::Weights)?;
-        let first_error: Mutex<Option<(usize, PackError)>> = Mutex::new(None);
+        let fault = FirstFault::default();
         team.for_each_chunk_mut_with(
             region.view_mut::<PackedGroup>(),
             groups,
@@ -279,26 +208,18 @@ impl Q8Matrix {
                 for lane in 0..TILE.min(rows - tile * TILE) {
                     let row = tile * TILE + lane;
                     if let Err(error) = pack_row(scratch, row, lane, packed) {
-                        let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
-                        if first.as_ref().is_none_or(|(earlier, _)| row < *earlier) {
-                            *first = Some((row, error));
-                        }
+                        fault.note(row, error);
                         return;
                     }
                 }
             },
         );
-        match first_error
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
-            Some((_, error)) => Err(error),
-            None => Ok(Q8Matrix {
-                region,
-                rows,
-                columns,
-            }),
-        }
+        fault.none()?;
+        Ok(Q8Matrix {
+            region,
+            rows,
+            columns,
+        })
     }
 
     /// Outputs.

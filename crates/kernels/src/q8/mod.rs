@@ -14,8 +14,9 @@ mod matmul;
 mod matrix;
 mod rows;
 
+pub use crate::pack::PackError;
 pub use matmul::matmul_q8;
-pub use matrix::{PackError, Q8Matrix};
+pub use matrix::Q8Matrix;
 pub use rows::Q8Rows;
 
 /// Elements that share a scale.
