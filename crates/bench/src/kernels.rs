@@ -15,8 +15,10 @@ use casemate_kernels::elementwise::silu_mul;
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
 use casemate_kernels::mem::{Purpose, Region};
 use casemate_kernels::norm::rmsnorm;
-use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8};
-use casemate_kernels::peak::{measure_f32, measure_int8};
+use casemate_kernels::panels::{
+    Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
+};
+use casemate_kernels::peak::{measure_bf16, measure_f32, measure_int8};
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::softmax::softmax;
@@ -156,6 +158,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .collect::<Result<_, _>>()
         .context("memory for int8 matrices by rows")?;
     let by_rows_bytes: usize = by_rows.iter().map(Int8Matrix::bytes).sum();
+    let one = Bf16Matrix::packed_bytes(n, k).context("the matrix fits memory")?;
+    let mut arena = Region::zeroed(one * 44usize.div_ceil(share), Purpose::Public)?;
+    let bf16s: Vec<Bf16Matrix> = (0..44usize.div_ceil(share))
+        .map(|s| Bf16Matrix::from_rows_in(&mut arena, &team, n, k, fill(s)))
+        .collect::<Result<_, _>>()
+        .context("memory for bf16 matrices")?;
+    let bf16_bytes: usize = bf16s.iter().map(Bf16Matrix::bytes).sum();
     let f32s: Vec<F32Matrix> = (0..22usize.div_ceil(share))
         .map(|s| F32Matrix::from_rows(&team, n, k, fill(s)))
         .collect::<Result<_, _>>()
@@ -165,9 +174,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let read = || measure_read(&team, (1 << 30) / share, 9);
     let before = read()?;
     let (peak_f32, peak_int8) = (measure_f32(&team), measure_int8(&team));
+    let peak_bf16 = measure_bf16(&team);
     let empty = repeat(1000, || team.run(|_, _| {}));
     let bandwidth = ("GB/s", before.gigabytes_per_second());
     let (flops, ops) = (("GFLOP/s", peak_f32), ("Gop/s", peak_int8));
+    let bf16_flops = ("GFLOP/s", peak_bf16);
 
     let x: Vec<f32> = (0..512 * n)
         .map(|i| (i % 255) as f32 / 128.0 - 1.0)
@@ -175,6 +186,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut y = vec![0.0; 512 * n];
     let mut rows = Q8Rows::with_capacity(512, n);
     let mut whole_rows = Int8Rows::with_capacity(512, n);
+    let mut rounded = Bf16Rows::with_capacity(512, n);
     for m in [1, 2, 4, 6] {
         rows.quantise(&team, &x[..m * k], k);
         let name = format!("int8-g32 m={m}, {} x {n}x{k} (memory)", int8.len());
@@ -190,6 +202,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             by_rows
                 .iter()
                 .for_each(|w| matmul_int8(&team, &whole_rows, w, &mut y[..m * n]))
+        });
+    }
+    for m in [1, 2, 4, 6, 24] {
+        rounded.round(&team, &x[..m * k], k);
+        let name = format!("bf16 m={m}, {} x {n}x{k} (memory)", bf16s.len());
+        bench.measure(&name, 5, bf16_bytes as f64, bandwidth, || {
+            bf16s
+                .iter()
+                .for_each(|w| matmul_bf16(&team, &rounded, w, &mut y[..m * n]))
         });
     }
     for m in [1, 6] {
@@ -231,6 +252,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         );
     }
     for m in [16, 64, 512] {
+        rounded.round(&team, &x[..m * k], k);
+        bench.measure(
+            &format!("bf16 m={m}, {n}x{k}"),
+            7,
+            (2 * m * n * k) as f64,
+            bf16_flops,
+            || matmul_bf16(&team, &rounded, &bf16s[0], &mut y[..m * n]),
+        );
+    }
+    for m in [16, 64, 512] {
         bench.measure(
             &format!("f32 m={m}, {n}x{k}"),
             7,
@@ -253,6 +284,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let name = format!("rotate and quantise {rows}x2048");
         bench.measure(&name, 21, (rows * k * 4) as f64, bandwidth, || {
             whole_rows.quantise(&team, &x[..rows * k], k, Some(&rotation))
+        });
+    }
+    for rows in [1, 512] {
+        let name = format!("round to bf16 {rows}x2048");
+        bench.measure(&name, 21, (rows * k * 4) as f64, bandwidth, || {
+            rounded.round(&team, &x[..rows * k], k)
         });
     }
     for kv_type in KvType::ALL {
@@ -289,7 +326,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "machine": Machine::describe(), "isa": isa.name(), "threads": threads, "quick": args.quick,
             "commit": env!("CASEMATE_COMMIT"),
             "read_gb_s": [before.gigabytes_per_second(), after.gigabytes_per_second()],
-            "peak_f32_gflop_s": peak_f32, "peak_int8_gop_s": peak_int8,
+            "peak_f32_gflop_s": peak_f32, "peak_bf16_gflop_s": peak_bf16,
+            "peak_int8_gop_s": peak_int8,
             "empty_run_us": empty.0.as_secs_f64() * 1e6, "kernels": bench.lines,
         });
         return print(&serde_json::to_string_pretty(&report)?);
@@ -298,7 +336,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "{}, {} cores; {isa}, {threads} threads; commit {}\n\
          packing {:.2} GiB of int8 from f32 rows: {packing:.1?}; {:?}\n\
          memory read: {:.1} GB/s before, {:.1} after ({:.1} best)\n\
-         from registers: {peak_f32:.0} GFLOP/s f32, {peak_int8:.0} Gop/s int8\n\
+         from registers: {peak_f32:.0} GFLOP/s f32, {peak_bf16:.0} bf16, {peak_int8:.0} Gop/s int8\n\
          an empty run of the team: {:.1?} median, {:.1?} best\n",
         Machine::describe().processor,
         machine::cores(),

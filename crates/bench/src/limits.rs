@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use casemate_kernels::bandwidth::measure_read;
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
 use casemate_kernels::mem::{Purpose, Region};
-use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8};
+use casemate_kernels::panels::{
+    Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
+};
 use casemate_kernels::peak;
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
 use casemate_kernels::team::Team;
@@ -99,6 +101,14 @@ impl Limits {
         let by_rows = best_rate(operations, 5, || {
             matmul_int8(&team, &quants, &weights, &mut y)
         });
+        let bytes = Bf16Matrix::packed_bytes(outputs, inputs).context("the product fits memory")?;
+        let mut arena = Region::zeroed(bytes, Purpose::Public)?;
+        let weights = Bf16Matrix::from_rows_in(&mut arena, &team, outputs, inputs, fill)?;
+        let mut rounded = Bf16Rows::with_capacity(rows, inputs);
+        rounded.round(&team, &x, inputs);
+        let bf16_product = best_rate(operations, 5, || {
+            matmul_bf16(&team, &rounded, &weights, &mut y)
+        });
         Ok(Limits {
             compute: vec![
                 ComputeLimit {
@@ -108,8 +118,8 @@ impl Limits {
                 },
                 ComputeLimit {
                     arithmetic: Arithmetic::Bf16,
-                    registers: None,
-                    product: None,
+                    registers: Some(peak::measure_bf16(&team)),
+                    product: Some(bf16_product),
                 },
                 ComputeLimit {
                     arithmetic: Arithmetic::F32,

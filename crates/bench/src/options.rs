@@ -312,7 +312,7 @@ mod tests {
             ("--tokens 1", "--tokens 1: it must be at least 2"),
             (
                 "--compute int9",
-                "--compute int9: this engine has f32, int8-g32",
+                "--compute int9: this engine has f32, bf16, int8-g32",
             ),
         ] {
             let refused = check(&format!("--synthetic smoke {line}")).unwrap_err();

@@ -127,7 +127,7 @@ fn peers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peer>, D::Error> {
 pub struct Model {
     /// The sealed container.
     pub path: PathBuf,
-    /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"` or `"f32"`.
+    /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"`, `"bf16"` or `"f32"`.
     #[serde(default = "default_compute")]
     pub compute: ComputeName,
     /// How keys and values are stored: `"f32"`, `"f16"`, `"bf16"` or `"int8"`; absent: f32 beside
@@ -150,6 +150,8 @@ pub struct Model {
 pub enum ComputeName {
     /// Single precision.
     F32,
+    /// bfloat16.
+    Bf16,
     /// 8-bit integers with a scale per 32 values.
     Int8,
     /// 8-bit integers with a scale per row, rotated.
@@ -161,6 +163,7 @@ impl From<ComputeName> for Compute {
     fn from(name: ComputeName) -> Self {
         match name {
             ComputeName::F32 => Compute::F32,
+            ComputeName::Bf16 => Compute::Bf16,
             ComputeName::Int8 => Compute::Int8,
             ComputeName::Int8Row => Compute::Int8Row,
         }
@@ -321,6 +324,22 @@ mod tests {
     fn refuses_unknown_keys_by_name() {
         let message = refused(text().replace("[model]", "[model]\ndebug = true"));
         assert!(message.contains("debug"), "{message}");
+    }
+
+    #[test]
+    fn every_arithmetic_of_the_engine_can_be_chosen_by_name() {
+        for &compute in Compute::ALL {
+            let name = match compute.name() {
+                "int8-g32" => "int8",
+                name => name,
+            };
+            let with = text().replace("[model]", &format!("[model]\ncompute = \"{name}\""));
+            let measured =
+                MeasuredConfig::parse(with.into_bytes()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(Compute::from(measured.config.model.compute), compute);
+        }
+        let message = refused(text().replace("[model]", "[model]\ncompute = \"bf8\""));
+        assert!(message.contains("bf16"), "{message}");
     }
 
     #[test]

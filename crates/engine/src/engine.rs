@@ -234,8 +234,8 @@ impl Engine {
         self.context
     }
 
-    /// Name of the arithmetic for keysets and receipts: that of the linear layers, `f32`, `int8-g32`
-    /// or `int8-row`, and behind it how keys and values are stored where that is not the usual,
+    /// Name of the arithmetic for keysets and receipts: that of the linear layers, `f32`, `bf16`,
+    /// `int8-g32` or `int8-row`, and behind it how keys and values are stored where that is not the usual,
     /// such as `int8-g32+kv-int8`.
     #[must_use]
     pub fn compute_name(&self) -> &str {
@@ -440,6 +440,7 @@ mod tests {
         assert_eq!(name(Compute::Int8, Some(KvType::F16)), "int8-g32");
         assert_eq!(name(Compute::Int8, Some(KvType::Int8)), "int8-g32+kv-int8");
         assert_eq!(name(Compute::F32, None), "f32");
+        assert_eq!(name(Compute::Bf16, None), "bf16");
         assert_eq!(name(Compute::F32, Some(KvType::Bf16)), "f32+kv-bf16");
     }
 

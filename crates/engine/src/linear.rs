@@ -1,5 +1,5 @@
 //! Linear layers behind one trait, so that what computes a product can be replaced without the
-//! model knowing. Here: products by this machine's kernels, in f32, in int8 by groups
+//! model knowing. Here: products by this machine's kernels, in f32, in bf16, in int8 by groups
 //! and in int8 by rows.
 //!
 //! A layer is a *group* of weight matrices that share their input (Q, K and V; gate and up),
@@ -9,7 +9,9 @@
 use std::sync::Arc;
 
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
-use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8};
+use casemate_kernels::panels::{
+    Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
+};
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
@@ -41,6 +43,7 @@ pub trait LinearLayer: Send + Sync {
 pub struct LinearScratch {
     groups: Q8Rows,
     rows: Int8Rows,
+    bf16: Bf16Rows,
 }
 
 impl LinearScratch {
@@ -50,6 +53,7 @@ impl LinearScratch {
         Self {
             groups: Q8Rows::with_capacity(rows, inputs),
             rows: Int8Rows::with_capacity(rows, inputs),
+            bf16: Bf16Rows::with_capacity(rows, inputs),
         }
     }
 }
@@ -68,6 +72,28 @@ impl LinearLayer for F32Linear {
 
     fn forward(&self, team: &Team, _: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
         gemm_f32(team, x, &self.0, y);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes() as u64
+    }
+}
+
+/// Weights and activations in bf16, sums in f32.
+pub(crate) struct Bf16Linear(pub(crate) Arc<Bf16Matrix>);
+
+impl LinearLayer for Bf16Linear {
+    fn inputs(&self) -> usize {
+        self.0.columns()
+    }
+
+    fn outputs(&self) -> usize {
+        self.0.rows()
+    }
+
+    fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        scratch.bf16.round(team, x, self.0.columns());
+        matmul_bf16(team, &scratch.bf16, &self.0, y);
     }
 
     fn bytes(&self) -> u64 {

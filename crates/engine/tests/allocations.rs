@@ -95,6 +95,7 @@ fn decoding_allocates_nothing() {
     let model = Tiny::new(llama(), 31);
     let kinds = [
         (Compute::F32, None),
+        (Compute::Bf16, None),
         (Compute::Int8, None),
         (Compute::Int8, Some(KvType::Int8)),
         (Compute::Int8Row, Some(KvType::Bf16)),

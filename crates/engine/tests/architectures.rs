@@ -39,7 +39,11 @@ fn agrees(config: ModelConfig) {
 fn agrees_with(model: &Tiny) {
     let (largest, _) = differences(model, Compute::F32);
     assert!(largest < 5e-5, "f32 differs by {largest}");
-    for (compute, bound) in [(Compute::Int8, 0.04), (Compute::Int8Row, 0.05)] {
+    for (compute, bound) in [
+        (Compute::Bf16, 0.02),
+        (Compute::Int8, 0.04),
+        (Compute::Int8Row, 0.05),
+    ] {
         let (_, typical) = differences(model, compute);
         assert!(typical < bound, "{compute:?} differs by {typical}");
         assert!(typical > 1e-4, "{compute:?} is not f32");

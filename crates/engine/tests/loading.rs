@@ -111,7 +111,7 @@ fn refuses_values_that_are_not_finite() {
         "output_norm.weight",
         "output.weight",
     ] {
-        for compute in [Compute::F32, Compute::Int8, Compute::Int8Row] {
+        for compute in Compute::ALL.iter().copied() {
             let mut model = Tiny::new(llama(), 1);
             let at = model.index(name);
             let (shape, mut values) = (model.tensors[at].shape.clone(), model.values[at].clone());
@@ -396,7 +396,7 @@ fn all_matrices_share_one_region() {
             },
             1,
         );
-        for compute in [Compute::F32, Compute::Int8, Compute::Int8Row] {
+        for compute in Compute::ALL.iter().copied() {
             let engine = load(&model, &options(compute));
             let Some(memory) = engine.weight_memory() else {
                 eprintln!("skipped: this system has no /proc/self/smaps to ask");

@@ -88,7 +88,7 @@ fn together(engine: &Engine, requests: &[Request]) -> Vec<Answer> {
 fn ragged_concurrent_requests_equal_single_runs() {
     let model = printable();
     let requests = mixed(&model);
-    for compute in [Compute::F32, Compute::Int8, Compute::Int8Row] {
+    for compute in Compute::ALL.iter().copied() {
         let engine = load(&model, &options(compute));
         let expected = alone(&engine, &requests);
         assert!(
@@ -111,7 +111,7 @@ fn ragged_concurrent_requests_equal_single_runs() {
 fn threads_and_batch_sizes_change_no_token() {
     let model = printable();
     let requests = mixed(&model);
-    for compute in [Compute::F32, Compute::Int8, Compute::Int8Row] {
+    for compute in Compute::ALL.iter().copied() {
         let expected = alone(
             &load(
                 &model,

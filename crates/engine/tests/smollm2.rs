@@ -125,6 +125,16 @@ fn f32_agrees_with_the_reference() {
 }
 
 #[test]
+fn bf16_stays_close_to_the_reference() {
+    let Some(found) = compare(Compute::Bf16, None) else {
+        return;
+    };
+    assert!(found.agreement >= 0.985, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.001, "{found:?}");
+    assert!(found.widest_disagreement <= 0.1, "{found:?}");
+}
+
+#[test]
 fn int8_stays_close_to_the_reference() {
     let Some(found) = compare(Compute::Int8, None) else {
         return;

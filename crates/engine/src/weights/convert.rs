@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use casemate_container::{DType, Model as Container, ModelConfig, Progress};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::{Extent, Purpose, Region};
-use casemate_kernels::panels::Int8Matrix;
+use casemate_kernels::panels::{Bf16Matrix, Int8Matrix};
 use casemate_kernels::q8::{PackError, Q8Matrix};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
@@ -18,11 +18,12 @@ use super::tensors::{EMBEDDING, OUTPUT, ROPE_FACTORS};
 use super::{Compute, Layer};
 use crate::dequant::dequantise;
 use crate::error::LoadError;
-use crate::linear::{F32Linear, Int8RowLinear, LinearLayer, Q8Linear};
+use crate::linear::{Bf16Linear, F32Linear, Int8RowLinear, LinearLayer, Q8Linear};
 
 /// A converted matrix.
 pub(super) enum Matrix {
     F32(Arc<F32Matrix>),
+    Bf16(Arc<Bf16Matrix>),
     Q8(Arc<Q8Matrix>),
     Int8Row(Int8RowLinear),
 }
@@ -31,6 +32,7 @@ impl Matrix {
     pub(super) fn into_layer(self) -> Box<dyn LinearLayer> {
         match self {
             Matrix::F32(matrix) => Box::new(F32Linear(matrix)),
+            Matrix::Bf16(matrix) => Box::new(Bf16Linear(matrix)),
             Matrix::Q8(matrix) => Box::new(Q8Linear(matrix)),
             Matrix::Int8Row(layer) => Box::new(layer),
         }
@@ -41,6 +43,7 @@ impl Matrix {
 fn packed_bytes(compute: Compute, rows: usize, columns: usize) -> Option<usize> {
     match compute {
         Compute::F32 => F32Matrix::packed_bytes(rows, columns),
+        Compute::Bf16 => Bf16Matrix::packed_bytes(rows, columns),
         Compute::Int8 => Q8Matrix::packed_bytes(rows, columns),
         Compute::Int8Row => Int8Matrix::packed_bytes(rows, columns),
     }
@@ -238,6 +241,9 @@ impl<'a> Loader<'a> {
                     })
                 }
             }
+            Compute::Bf16 => Ok(Matrix::Bf16(Arc::new(
+                Bf16Matrix::from_rows_in(arena, self.team, rows, columns, fill).map_err(refused)?,
+            ))),
             Compute::Int8 if parts.iter().all(|p| p.dtype == DType::Q8_0) => {
                 let row = |row: usize| {
                     let (part, row, _) = locate(row);

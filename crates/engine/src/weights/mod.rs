@@ -12,6 +12,7 @@ use std::sync::Arc;
 use casemate_container::{DType, Model as Container, ModelConfig, Progress, Stage};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::Granted;
+use casemate_kernels::panels::Bf16Matrix;
 use casemate_kernels::q8::Q8Matrix;
 use casemate_kernels::team::Team;
 
@@ -28,6 +29,8 @@ use tensors::{EMBEDDING, OUTPUT, check_tensors};
 pub enum Compute {
     /// Weights, activations and KV cache in f32.
     F32,
+    /// Weights and activations rounded to bf16, sums in f32; KV cache in f16.
+    Bf16,
     /// Weights and activations in int8 with a scale per group of 32 (`Q8_0` weights exactly as they
     /// are, others rounded from f32), KV cache in f16.
     Int8,
@@ -38,13 +41,14 @@ pub enum Compute {
 
 impl Compute {
     /// Every arithmetic there is.
-    pub const ALL: &[Compute] = &[Compute::F32, Compute::Int8, Compute::Int8Row];
+    pub const ALL: &[Compute] = &[Compute::F32, Compute::Bf16, Compute::Int8, Compute::Int8Row];
 
     /// Its name in keysets and receipts.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Compute::F32 => "f32",
+            Compute::Bf16 => casemate_kernels::panels::BF16_NAME,
             Compute::Int8 => casemate_kernels::q8::NAME,
             Compute::Int8Row => casemate_kernels::panels::NAME,
         }
@@ -80,6 +84,8 @@ pub(crate) enum Embedding {
     /// The tied output layer's own weights.
     F32(Arc<F32Matrix>),
     /// The tied output layer's own weights.
+    Bf16(Arc<Bf16Matrix>),
+    /// The tied output layer's own weights.
     Q8(Arc<Q8Matrix>),
     /// The tensor as it was sealed, one row converted at a time. The container holds nothing else
     /// any more.
@@ -98,6 +104,7 @@ impl Embedding {
     pub(crate) fn row(&self, token: usize, out: &mut [f32]) {
         match self {
             Embedding::F32(matrix) => matrix.row(token, out),
+            Embedding::Bf16(matrix) => matrix.row(token, out),
             Embedding::Q8(matrix) => matrix.row(token, out),
             Embedding::Sealed {
                 container,
@@ -120,7 +127,7 @@ impl Embedding {
     fn bytes(&self) -> u64 {
         match self {
             // Counted with the output layer.
-            Embedding::F32(_) | Embedding::Q8(_) => 0,
+            Embedding::F32(_) | Embedding::Bf16(_) | Embedding::Q8(_) => 0,
             Embedding::Sealed { container, .. } => container
                 .tensor(EMBEDDING)
                 .map_or(0, |t| t.bytes.len() as u64),
@@ -174,6 +181,10 @@ pub(crate) fn load(
     let tied = config.tied_embeddings;
     let embedding = match &head {
         Matrix::F32(matrix) if tied => Embedding::F32(Arc::clone(matrix)),
+        // Of 4-bit and 8-bit encodings the sealed table is smaller and exact.
+        Matrix::Bf16(matrix) if tied && matches!(dtype, DType::F32 | DType::F16 | DType::BF16) => {
+            Embedding::Bf16(Arc::clone(matrix))
+        }
         // From 4-bit encodings int8 would lose something and save nothing.
         Matrix::Q8(matrix)
             if tied && matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::Q8_0) =>
