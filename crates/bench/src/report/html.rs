@@ -111,18 +111,16 @@ fn tiles(page: &mut String, report: &Report, lead: &FormatResult) {
         rate(1e3 / next)
     );
     tile(page, "Next token", &ms(next), "ms", &detail);
+    let (first_value, first_unit) = match first < 1e3 {
+        true => (ms(first), "ms"),
+        false => (format!("{:.2}", first / 1e3), "s"),
+    };
     let detail = format!(
         "after {} tokens, read at {} a second",
         load.prompt,
         rate(lead.latency.prefill)
     );
-    tile(
-        page,
-        "First token",
-        &format!("{:.2}", first / 1e3),
-        "s",
-        &detail,
-    );
+    tile(page, "First token", &first_value, first_unit, &detail);
     let decode = lead.throughput.decode;
     let unit = if decode.is_some() { "tokens/s" } else { "" };
     let detail = format!(
@@ -379,7 +377,7 @@ fn protection(page: &mut String, report: &Report) {
         p.cpu_protection,
         p.cpu_share * 100.0
     );
-    page.push_str("<section>");
+    page.push_str("<section class=\"plots\">");
     figure(page, "What protection costs", &text, &svg);
     page.push_str("</section>");
 }
@@ -459,6 +457,19 @@ mod tests {
             assert!(!page.contains(foreign), "{foreign}");
         }
         assert!(page.matches("<svg").count() >= 4);
+    }
+
+    #[test]
+    fn a_first_token_has_a_unit_in_which_it_is_not_nothing() {
+        let tile = |milliseconds: f64| {
+            let mut report = sample::report();
+            report.formats[0].latency.first_token.median = milliseconds;
+            let page = html(&report);
+            let (_, rest) = page.split_once("First token</h3>").unwrap();
+            rest.split_once("</small>").unwrap().0.to_owned()
+        };
+        assert_eq!(tile(7.5), "<p class=\"figure\">7.50<small> ms");
+        assert_eq!(tile(2750.0), "<p class=\"figure\">2.75<small> s");
     }
 
     #[test]

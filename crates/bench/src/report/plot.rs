@@ -4,10 +4,10 @@
 use std::fmt::Write as _;
 
 const WIDTH: f64 = 640.0;
-const HEIGHT: f64 = 340.0;
+const HEIGHT: f64 = 356.0;
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 92.0;
-const TOP: f64 = 18.0;
+const TOP: f64 = 30.0;
 const BOTTOM: f64 = 46.0;
 /// Room that a label needs for itself, in height.
 const LABEL: f64 = 15.0;
@@ -129,7 +129,7 @@ pub(crate) fn distribution(
     summary: &str,
 ) -> String {
     const BINS: usize = 48;
-    const TALL: f64 = 190.0;
+    const TALL: f64 = 240.0;
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let least = sorted.first().copied().unwrap_or(0.0);
@@ -207,7 +207,7 @@ pub(crate) fn ratios(
     colour: &str,
     summary: &str,
 ) -> String {
-    const TALL: f64 = 150.0;
+    const TALL: f64 = 170.0;
     let (least, most) = ratios
         .iter()
         .chain([&low, &high, &1.0])
