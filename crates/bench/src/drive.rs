@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use casemate_engine::{Engine, Event, FinishReason, Request};
+use casemate_engine::{Engine, Event, FinishReason, Request, Sink};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::Usage;
@@ -91,11 +91,14 @@ pub(crate) fn run(
     watch: Option<&Arc<Watch>>,
 ) -> Result<Vec<Answer>> {
     let (sender, receiver) = channel();
-    for place in 0..load.batch {
+    let prompts: Vec<_> = (0..load.batch)
+        .map(|place| request(engine, load, seed, place))
+        .collect();
+    let submitted = Instant::now();
+    let together = prompts.into_iter().map(|request| {
         let sender = sender.clone();
         let watch = watch.map(Arc::clone);
         let mut times = Vec::with_capacity(load.tokens);
-        let submitted = Instant::now();
         let sink = move |event: Event<'_>| {
             match event {
                 Event::Token { .. } => {
@@ -115,8 +118,10 @@ pub(crate) fn run(
             }
             ControlFlow::Continue(())
         };
-        engine.submit(request(engine, load, seed, place), Box::new(sink))?;
-    }
+        (request, Box::new(sink) as Sink)
+    });
+    // One by one, a thread that loses its core between two of them would have some answered before others begin.
+    engine.submit_together(together.collect())?;
     drop(sender);
     let mut answers = Vec::with_capacity(load.batch);
     for (reason, answer) in receiver {

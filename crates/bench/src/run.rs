@@ -227,10 +227,12 @@ impl<'a> Run<'a> {
             .max(protocol.throughput.batch) as u64
             * 128;
         let kv_bytes = position * (positions(protocol, context).max(longest as u64) + rounding);
+        let max_batch = loads.iter().map(|l| l.batch).max().unwrap_or(1);
         let options = EngineOptions {
             threads: protocol.threads,
             max_context: longest,
-            max_batch: loads.iter().map(|l| l.batch).max().unwrap_or(1),
+            max_batch,
+            max_waiting: max_batch,
             kv_bytes: Some(kv_bytes),
             ..options
         };

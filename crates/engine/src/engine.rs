@@ -281,6 +281,32 @@ impl Engine {
     /// # Errors
     /// [`SubmitError`]: nothing was started and the sink will not be called.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId, SubmitError> {
+        let sequence = self.sequence(request, sink)?;
+        let id = sequence.id;
+        self.mailbox.post(Command::Run(sequence))?;
+        Ok(id)
+    }
+
+    /// As [`Self::submit`] for several requests, none of which starts before all of them wait: as far as there is room,
+    /// the same step begins them.
+    ///
+    /// # Errors
+    /// [`SubmitError`], of any of them: none was started and no sink will be called.
+    pub fn submit_together(
+        &self,
+        requests: Vec<(Request, Sink)>,
+    ) -> Result<Vec<RequestId>, SubmitError> {
+        let (mut ids, mut commands) = (Vec::new(), Vec::new());
+        for (request, sink) in requests {
+            let sequence = self.sequence(request, sink)?;
+            ids.push(sequence.id);
+            commands.push(Command::Run(sequence));
+        }
+        self.mailbox.post_together(commands)?;
+        Ok(ids)
+    }
+
+    fn sequence(&self, request: Request, sink: Sink) -> Result<Box<Sequence>, SubmitError> {
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let limits = Limits {
             context: self.context,
@@ -288,8 +314,7 @@ impl Engine {
             end_tokens: &self.end_tokens,
         };
         let sequence = Sequence::new(id, request, &limits, &self.tokenizer, sink)?;
-        self.mailbox.post(Command::Run(Box::new(sequence)))?;
-        Ok(id)
+        Ok(Box::new(sequence))
     }
 
     /// Ends a request at the next step, also one that waits or still reads its prompt. Its sink

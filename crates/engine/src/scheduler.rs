@@ -80,19 +80,29 @@ impl Mailbox {
 
     /// Leaves a command. New requests are refused where too many wait already.
     pub(crate) fn post(&self, command: Command) -> Result<(), SubmitError> {
+        self.post_together([command])
+    }
+
+    /// Leaves several commands, which the scheduler finds together, or none of them.
+    pub(crate) fn post_together<C>(&self, new: C) -> Result<(), SubmitError>
+    where
+        C: AsRef<[Command]> + IntoIterator<Item = Command>,
+    {
+        let is_request = |command: &&Command| matches!(command, Command::Run(_));
+        let requests = new.as_ref().iter().filter(is_request).count();
         let mut commands = self.lock();
         if self.stop.load(Ordering::Acquire) {
             return Err(SubmitError::Stopped);
         }
-        if matches!(command, Command::Run(_)) {
+        if requests > 0 {
             // Only raised under the lock, so the limit holds exactly.
             let waiting = self.counters.waiting.load(Ordering::Acquire);
-            if waiting >= self.maximum_waiting {
+            if waiting.saturating_add(requests) > self.maximum_waiting {
                 return Err(SubmitError::Busy { waiting });
             }
-            self.counters.waiting.fetch_add(1, Ordering::AcqRel);
+            self.counters.waiting.fetch_add(requests, Ordering::AcqRel);
         }
-        commands.push_back(command);
+        commands.extend(new);
         self.mail.store(true, Ordering::Release);
         self.wake.notify_one();
         Ok(())

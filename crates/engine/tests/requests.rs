@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use casemate_container::ModelConfig;
 use casemate_engine::{
-    Compute, Engine, EngineOptions, Event, FinishReason, Request, RequestError, Sampling,
+    Compute, Engine, EngineOptions, Event, FinishReason, Request, RequestError, Sampling, Sink,
     SubmitError,
 };
 use support::tiny::{Tiny, llama};
@@ -544,6 +544,56 @@ fn too_many_waiting_requests_are_refused() {
     let refused = engine.submit(request, Box::new(|_| ControlFlow::Continue(())));
     assert_eq!(refused, Err(SubmitError::Busy { waiting: 2 }));
     assert_eq!(engine.stats().waiting, 2);
+}
+
+#[test]
+fn requests_submitted_together_begin_together_or_not_at_all() {
+    let model = printable();
+    let engine = load(
+        &model,
+        &EngineOptions {
+            max_batch: 3,
+            max_waiting: 3,
+            ..options(Compute::F32)
+        },
+    );
+    let (sender, receiver) = channel();
+    let requests = |count: u32| -> Vec<(Request, Sink)> {
+        let request = |name: u32| {
+            let sender = sender.clone();
+            let sink = move |event: Event<'_>| {
+                if let Event::Token { .. } = event {
+                    sender.send(name).unwrap();
+                }
+                ControlFlow::Continue(())
+            };
+            let request = Request {
+                ignore_end: true,
+                ..greedy(&[1, 50 + name], 4)
+            };
+            (request, Box::new(sink) as Sink)
+        };
+        (0..count).map(request).collect()
+    };
+    let refused = engine.submit_together(requests(4));
+    assert_eq!(refused, Err(SubmitError::Busy { waiting: 0 }));
+    assert_eq!((engine.stats().requests, engine.stats().waiting), (0, 0));
+    // One that cannot be served keeps the others from being served.
+    let mut wrong = requests(2);
+    wrong[1].0.prompt.clear();
+    assert_eq!(engine.submit_together(wrong), Err(SubmitError::EmptyPrompt));
+
+    for _ in 0..20 {
+        let ids = engine.submit_together(requests(3)).unwrap();
+        assert_eq!(ids.len(), 3);
+        let steps: Vec<u32> = receiver.iter().take(12).collect();
+        for step in steps.chunks(3) {
+            let mut step = step.to_vec();
+            step.sort_unstable();
+            assert_eq!(step, [0, 1, 2], "{steps:?}");
+        }
+    }
+    assert_eq!(engine.stats().requests, 60);
 }
 
 #[test]
