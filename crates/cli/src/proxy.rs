@@ -1,12 +1,14 @@
 //! `casemate proxy`: an OpenAI-compatible server on loopback that verifies a service and encrypts
 //! every request to it.
 //!
-//! [`session`] holds the verified service and keeps it fresh, [`forward`] carries requests,
-//! [`receipts`] completes and saves receipts, [`refusal`] is how this proxy itself says no.
+//! [`session`] holds the verified service and keeps it fresh, [`presence`] knows whether it is there and [`ready`] tells,
+//! [`forward`] carries requests, [`receipts`] completes and saves receipts, [`refusal`] is how this proxy itself says no.
 
 #[cfg(test)]
 mod direct_tests;
 mod forward;
+mod presence;
+mod ready;
 mod receipts;
 mod refusal;
 mod session;

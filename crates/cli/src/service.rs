@@ -331,9 +331,11 @@ impl Service {
                 // The connection was closed while it waited.
                 Err(SendError::NotSent(unsent)) if waited => request = *unsent,
                 Err(SendError::NotSent(_)) => {
-                    return Err(DirectError::Failed("the connection was closed".to_owned()));
+                    return Err(DirectError::Failed(self.about("the connection was closed")));
                 }
-                Err(SendError::Failed(reason)) => return Err(DirectError::Failed(reason)),
+                Err(SendError::Failed(reason)) => {
+                    return Err(DirectError::Failed(self.about(&reason)));
+                }
             }
         }
     }
@@ -376,7 +378,7 @@ impl Service {
 
     /// Nobody answered there as a service does.
     fn unreachable(&self, reason: &str) -> NotVerified {
-        NotVerified::Unreachable(format!("{}: {reason}", self.url))
+        NotVerified::Unreachable(self.about(reason))
     }
 
     async fn ask(&self, client: &Client, challenge: &Challenge) -> Result<Vec<u8>, String> {
@@ -420,7 +422,12 @@ impl Service {
             .body(encapsulated)
             .send()
             .await
-            .map_err(describe)
+            .map_err(|error| self.about(&describe(error)))
+    }
+
+    /// What went wrong, and where.
+    fn about(&self, reason: &str) -> String {
+        format!("{}: {reason}", self.url)
     }
 
     /// The URL of `path` below the service's URL, which may itself have a path.

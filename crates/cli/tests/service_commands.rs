@@ -5,10 +5,10 @@ mod support;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use support::{Enclave, Fault};
+use support::{Enclave, Fault, Mortal};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -203,19 +203,95 @@ fn the_proxy_does_not_listen_unless_the_service_verifies() {
     }
 }
 
+/// Where a proxy listens, and what it printed before it said so.
+fn listening(proxy: &mut Child) -> (String, Vec<String>) {
+    let mut lines = BufReader::new(proxy.stdout.take().unwrap()).lines();
+    let mut shown = Vec::new();
+    loop {
+        let line = lines.next().expect("a line before the end").unwrap();
+        if let Some(address) = line.strip_prefix("listening on ") {
+            return (address.to_owned(), shown);
+        }
+        shown.push(line);
+    }
+}
+
+/// Ends a proxy as an operator does; returns its log.
+fn ended(mut proxy: Child) -> String {
+    let pid = rustix::process::Pid::from_child(&proxy);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(proxy.wait().unwrap().success());
+    let mut log = String::new();
+    let mut stderr = proxy.stderr.take().unwrap();
+    stderr.read_to_string(&mut log).unwrap();
+    log
+}
+
+#[test]
+fn the_proxy_tells_that_its_service_is_gone_and_that_it_is_back() {
+    let mut setup = Setup::new();
+    let mut service = Mortal::start(&setup.enclave, false);
+    setup.url = format!("http://{}", service.address);
+    let mut proxy = setup.proxy("127.0.0.1:0");
+    let (address, _) = listening(&mut proxy);
+    let get = |path: &str| {
+        let url = format!("http://{address}");
+        let reply = casemate_testkit::deployment::http_get(&url, path).unwrap();
+        (reply.status, reply.body)
+    };
+    let becomes = |status: u16| {
+        let start = Instant::now();
+        loop {
+            let (found, body) = get("/readyz");
+            if found == status {
+                return body;
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(120),
+                "{found}: {body}"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    becomes(200);
+    service.kill();
+    for _ in 0..3 {
+        let (status, body) = get("/v1/models");
+        assert_eq!(status, 502, "{body}");
+        assert!(
+            body.contains(&setup.url) && body.contains("Connection refused"),
+            "{body}"
+        );
+    }
+    assert!(becomes(503).contains("service_unreachable"));
+    service.revive();
+    let body = becomes(200);
+    assert!(body.contains(&setup.url), "{body}");
+
+    let log = ended(proxy);
+    let told = |what: &str| {
+        log.lines()
+            .filter(|line| line.contains(what))
+            .collect::<Vec<_>>()
+    };
+    let failed = told("a request failed");
+    assert!(
+        !failed.is_empty() && failed[0].contains("Connection refused"),
+        "{log}"
+    );
+    assert!(failed[0].contains(&setup.url), "{log}");
+    assert_eq!(
+        (told("not ready").len(), told("ready again").len()),
+        (1, 1),
+        "{log}"
+    );
+}
+
 #[test]
 fn the_proxy_serves_and_ends_when_told() {
     let setup = Setup::new();
     let mut proxy = setup.proxy("127.0.0.1:0");
-    let mut lines = BufReader::new(proxy.stdout.take().unwrap()).lines();
-    let mut shown = Vec::new();
-    let address = loop {
-        let line = lines.next().expect("a line before the end").unwrap();
-        if let Some(address) = line.strip_prefix("listening on ") {
-            break address.to_owned();
-        }
-        shown.push(line);
-    };
+    let (address, shown) = listening(&mut proxy);
     assert!(
         shown
             .iter()
@@ -246,15 +322,6 @@ fn the_proxy_serves_and_ends_when_told() {
     assert_eq!(output.status.code(), Some(40));
     assert!(String::from_utf8(output.stderr).unwrap().contains(&address));
 
-    let pid = rustix::process::Pid::from_child(&proxy);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    assert!(proxy.wait().unwrap().success());
-    let mut log = String::new();
-    proxy
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut log)
-        .unwrap();
+    let log = ended(proxy);
     assert!(!log.contains("hello"), "a prompt is in the log");
 }

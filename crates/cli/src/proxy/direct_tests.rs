@@ -27,7 +27,7 @@ struct Setup {
     client: reqwest::Client,
 }
 
-fn service(enclave: &Arc<Enclave>, address: SocketAddr) -> Service {
+pub(super) fn service(enclave: &Arc<Enclave>, address: SocketAddr) -> Service {
     let policy = Policy::from_toml(&enclave.policy(MAXIMUM_AGE)).unwrap();
     let clock: Clock = {
         let enclave = enclave.clone();

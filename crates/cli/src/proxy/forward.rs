@@ -1,6 +1,7 @@
 //! The proxy's HTTP server: takes requests of OpenAI clients, carries them to the verified service
 //! and answers with what comes back, as it comes back.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,15 +18,16 @@ use casemate_channel::ohttp::{
     ANSWER_MEDIA_TYPE, Answer, AnswerError, EncapsulateError, KEY_PROBLEM, PROBLEM_MEDIA_TYPE,
 };
 use casemate_channel::receipt::{InvalidRequestId, RequestId};
-use futures::{Stream, StreamExt as _, stream};
+use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use serde::Deserialize;
 
+use super::ready;
 use super::receipts::{self, NoBundle, Saver};
-use super::refusal::Refusal;
+use super::refusal::{self, Log, NOT_VERIFIED, Refusal};
 use super::session::{Current, Session};
 use crate::direct::{Direct, DirectBody};
-use crate::service::DirectError;
+use crate::service::{DirectError, NotVerified};
 
 /// The largest request body that is carried; an enclave accepts no more either.
 const MAX_BODY: usize = 4 * 1024 * 1024;
@@ -59,6 +61,7 @@ struct Shared {
     session: Arc<Session>,
     saver: Option<Saver>,
     origin: String,
+    log: Log,
 }
 
 /// The server's routes; `address` is where it listens, `saver` saves receipts if that is wanted.
@@ -67,10 +70,15 @@ pub(super) fn router(session: Arc<Session>, saver: Option<Saver>, address: Socke
         session,
         saver,
         origin: format!("http://{address}"),
+        log: Log::default(),
     };
+    let log = shared.log.clone();
     Router::new()
         .route("/livez", get(async || "ok\n"))
-        .route("/readyz", get(ready))
+        .route(
+            "/readyz",
+            get(async |State(shared): State<Shared>| ready::ready(&shared.session).await),
+        )
         .route("/v1/attestation", get(attestation))
         .route("/v1/receipts/{id}", get(receipt))
         .route("/v1/{*path}", axum::routing::any(forward))
@@ -79,6 +87,7 @@ pub(super) fn router(session: Arc<Session>, saver: Option<Saver>, address: Socke
             Refusal::new(StatusCode::NOT_FOUND, "not_found", message)
         })
         .method_not_allowed_fallback(async || method_not_allowed())
+        .layer(middleware::from_fn_with_state(log, refusal::log))
         .layer(middleware::from_fn(say_that_it_closes))
         .with_state(shared)
 }
@@ -102,23 +111,6 @@ async fn say_that_it_closes(request: Request, next: Next) -> Response {
         response.headers_mut().insert(header::CONNECTION, close);
     }
     response
-}
-
-async fn ready(State(shared): State<Shared>) -> Response {
-    if shared.session.valid().is_some() {
-        return "ready\n".into_response();
-    }
-    let reason = shared
-        .session
-        .failure()
-        .unwrap_or_else(|| "not verified again yet".to_owned());
-    let message = format!("the service is not verified: {reason}");
-    Refusal::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "service_not_verified",
-        message,
-    )
-    .into_response()
 }
 
 async fn attestation(State(shared): State<Shared>) -> Result<Response, Refusal> {
@@ -152,12 +144,16 @@ async fn forward(State(shared): State<Shared>, request: Request) -> Result<Respo
             } = answer;
             let session = &shared.session;
             let body = saver.watch(session, Some(&current), authorization, &headers, body);
-            to_response(status, headers, passed_on(body, streams).await?)
+            to_response(
+                status,
+                headers,
+                passed_on(body, streams, &shared.log).await?,
+            )
         }
         None => to_response(
             answer.status,
             answer.headers,
-            passed_on(answer.body, streams).await?,
+            passed_on(answer.body, streams, &shared.log).await?,
         ),
     };
     remove_connection_fields(&mut response);
@@ -173,15 +169,19 @@ async fn forward_direct(
     let authorization = inner.headers().get(header::AUTHORIZATION).cloned();
     let answer = send_direct(&shared.session, direct, inner).await?;
     let (parts, body) = answer.into_parts();
+    let log = &shared.log;
     let body = match &shared.saver {
-        Some(saver) => Body::from_stream(saver.watch(
-            &shared.session,
-            None,
-            authorization.as_ref(),
-            &parts.headers,
-            body,
+        Some(saver) => Body::from_stream(told(
+            saver.watch(
+                &shared.session,
+                None,
+                authorization.as_ref(),
+                &parts.headers,
+                body,
+            ),
+            log,
         )),
-        None => Body::from_stream(body),
+        None => Body::from_stream(told(body, log)),
     };
     let mut response = Response::from_parts(parts, body);
     remove_connection_fields(&mut response);
@@ -196,7 +196,9 @@ pub(super) async fn send_direct(
 ) -> Result<http::Response<DirectBody>, Refusal> {
     // A service that can no longer be verified is not used, though connections to it may wait.
     session.use_service().await?;
-    let (answer, verification) = session.service().send_direct(direct, inner).await?;
+    let sent = session.service().send_direct(direct, inner).await;
+    let (answer, verification) = sent.inspect_err(|_| session.presence().doubt())?;
+    session.presence().answered(session.service().now());
     if let Some(verification) = verification {
         session.remember(verification);
     }
@@ -280,11 +282,7 @@ pub(super) async fn carry(
         Err(Failure::KeyUnknown) => {
             let renewed = session.renew(&current).await.map_err(|reason| {
                 let message = format!("the service changed its key and then failed: {reason}");
-                Refusal::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    "service_not_verified",
-                    message,
-                )
+                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, NOT_VERIFIED, message)
             })?;
             if renewed.service.recipient() == current.service.recipient() {
                 return Err(Failure::KeyUnknown.into());
@@ -302,6 +300,7 @@ pub(super) async fn carry(
 async fn passed_on(
     mut body: impl Stream<Item = Result<Bytes, AnswerError>> + Send + Unpin + 'static,
     streams: bool,
+    log: &Log,
 ) -> Result<Body, Refusal> {
     let mut pieces = Vec::new();
     let mut length = 0;
@@ -318,7 +317,18 @@ async fn passed_on(
             }
         }
     }
-    Ok(Body::from_stream(stream::iter(pieces).chain(body)))
+    Ok(Body::from_stream(
+        stream::iter(pieces).chain(told(body, log)),
+    ))
+}
+
+/// The body of an answer of which the client has the head: the log alone can tell why it is cut short.
+fn told<E: Display, S: Stream<Item = Result<Bytes, E>>>(
+    body: S,
+    log: &Log,
+) -> impl Stream<Item = Result<Bytes, E>> + use<E, S> {
+    let log = log.clone();
+    body.inspect_err(move |error| log.tell("answer_cut_off", &error.to_string()))
 }
 
 /// The request as the service will see it.
@@ -376,7 +386,24 @@ pub(super) enum Failure {
     Answer(AnswerError),
 }
 
+/// Sends a request and receives the beginning of its answer, which nobody but the service can make; the session remembers
+/// that it could, or that it has to ask.
 pub(super) async fn exchange(
+    session: &Session,
+    current: &Current,
+    inner: &http::Request<Bytes>,
+) -> Result<Answer, Failure> {
+    let answer = send(session, current, inner).await;
+    match &answer {
+        Ok(_) => session.presence().answered(session.service().now()),
+        // The client's fault.
+        Err(Failure::Encapsulate(_) | Failure::Host(StatusCode::PAYLOAD_TOO_LARGE, _)) => {}
+        Err(_) => session.presence().doubt(),
+    }
+    answer
+}
+
+async fn send(
     session: &Session,
     current: &Current,
     inner: &http::Request<Bytes>,
@@ -439,16 +466,15 @@ fn retry_after(headers: &HeaderMap) -> Option<u32> {
 impl From<DirectError> for Refusal {
     fn from(error: DirectError) -> Refusal {
         match error {
+            DirectError::NotVerified(NotVerified::Unreachable(reason)) => {
+                Refusal::unreachable(&reason)
+            }
             DirectError::NotVerified(error) => Refusal::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "service_not_verified",
+                NOT_VERIFIED,
                 format!("a new connection could not be verified: {error}"),
             ),
-            DirectError::Failed(error) => Refusal::new(
-                StatusCode::BAD_GATEWAY,
-                "service_unreachable",
-                format!("the service is unreachable: {error}"),
-            ),
+            DirectError::Failed(reason) => Refusal::unreachable(&reason),
         }
     }
 }
@@ -466,10 +492,7 @@ impl From<Failure> for Refusal {
                 "encryption_failed",
                 "the request could not be encrypted",
             ),
-            Failure::Unreachable(error) => {
-                let message = format!("the service is unreachable: {error}");
-                Refusal::new(bad_gateway, "service_unreachable", message)
-            }
+            Failure::Unreachable(reason) => Refusal::unreachable(&reason),
             Failure::KeyUnknown => Refusal::new(
                 bad_gateway,
                 "key_refused",

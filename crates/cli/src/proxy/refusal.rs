@@ -1,12 +1,23 @@
-//! How the proxy itself says no: errors in the shape that OpenAI clients read.
+//! How the proxy itself says no: errors in the shape that OpenAI clients read, and a line in the log where nothing that
+//! its client did is the reason.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Json;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::{StatusCode, header};
 use serde_json::json;
+use tracing::warn;
+
+/// The code of a service without a verification that holds.
+pub(super) const NOT_VERIFIED: &str = "service_not_verified";
 
 /// A refusal by the proxy, not by the service.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) code: &'static str,
@@ -28,21 +39,38 @@ impl Refusal {
             retry_after: None,
         }
     }
-}
 
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
+    /// Because the service cannot be reached; `reason` begins with its URL and ends with the last cause.
+    pub(super) fn unreachable(reason: &str) -> Refusal {
+        Refusal::new(
+            StatusCode::BAD_GATEWAY,
+            "service_unreachable",
+            format!("the service is unreachable: {reason}"),
+        )
+    }
+
+    /// Because the service's last verification ran out, or a new one failed.
+    pub(super) fn not_verified(reason: &str) -> Refusal {
+        Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            NOT_VERIFIED,
+            format!("the service could not be verified again: {reason}"),
+        )
+    }
+
+    /// The answer that says so, for which there will be no line in the log.
+    pub(super) fn to_response(&self) -> Response {
         let kind = if self.status.is_client_error() {
             "invalid_request_error"
         } else {
             "proxy_error"
         };
         let message = match self.status.is_server_error() {
-            true => format!(
+            true => &format!(
                 "{}; `casemate explain` reads this answer and tells more",
                 self.message
             ),
-            false => self.message,
+            false => &self.message,
         };
         let body = json!({
             "error": { "message": message, "type": kind, "param": null, "code": self.code }
@@ -55,4 +83,59 @@ impl IntoResponse for Refusal {
         }
         response
     }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut response = self.to_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// For how long refusals with the same code are counted after one of them was told.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Tells refusals in the log: each code at once, and then no more often than every [`QUIET`], with the number of those that
+/// were left out. There are as many codes as the program knows.
+#[derive(Clone, Default)]
+pub(super) struct Log(Arc<Mutex<BTreeMap<&'static str, Told>>>);
+
+struct Told {
+    at: Instant,
+    untold: u64,
+}
+
+impl Log {
+    /// A refusal, or the end of an answer, for `reason`.
+    pub(super) fn tell(&self, code: &'static str, reason: &str) {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let untold = match told.get_mut(code) {
+            Some(last) if last.at.elapsed() < QUIET => {
+                last.untold += 1;
+                return;
+            }
+            Some(last) => last.untold,
+            None => 0,
+        };
+        let at = Instant::now();
+        told.insert(code, Told { at, untold: 0 });
+        match untold {
+            0 => warn!(code, %reason, "a request failed"),
+            more => {
+                warn!(code, %reason, more, "a request failed, and more for the same reason since the last line")
+            }
+        }
+    }
+}
+
+/// Tells those refusals that are not the client's own fault.
+pub(super) async fn log(State(log): State<Log>, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    if let Some(refusal) = response.extensions_mut().remove::<Refusal>()
+        && refusal.status.is_server_error()
+    {
+        log.tell(refusal.code, &refusal.message);
+    }
+    response
 }

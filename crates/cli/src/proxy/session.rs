@@ -10,9 +10,9 @@ use aws_lc_rs::rand;
 use casemate_channel::keyset::KeysetDigest;
 use casemate_channel::receipt::SavedAttestation;
 use casemate_channel::verify::VerifiedService;
-use http::StatusCode;
 use tracing::{info, warn};
 
+use super::presence::{Pace, Presence};
 use super::refusal::Refusal;
 use crate::service::{Holding, NotVerified, Service, Verification};
 use crate::verdict::Verdict;
@@ -29,6 +29,7 @@ const KEYSETS: usize = 16;
 pub(super) struct Session {
     service: Service,
     state: Mutex<State>,
+    presence: Presence,
     /// Held while the service is being verified, so that one verification serves all who wait.
     verifying: tokio::sync::Mutex<()>,
 }
@@ -109,8 +110,18 @@ impl State {
 impl Session {
     /// Begins with a first verification, if that succeeded.
     pub(super) fn new(service: Service, first: Verification) -> Result<Session, NotVerified> {
+        Session::with_pace(service, first, Pace::default())
+    }
+
+    /// As [`Session::new`], asking the service at another pace.
+    pub(super) fn with_pace(
+        service: Service,
+        first: Verification,
+        pace: Pace,
+    ) -> Result<Session, NotVerified> {
         let current = Arc::new(Current::of(&service, first)?);
         Ok(Session {
+            presence: Presence::new(current.attestation.verified_at, pace),
             service,
             state: Mutex::new(State {
                 keysets: VecDeque::from([Kept::new(Arc::clone(&current))]),
@@ -127,6 +138,11 @@ impl Session {
         &self.service
     }
 
+    /// What is known of its being there.
+    pub(super) fn presence(&self) -> &Presence {
+        &self.presence
+    }
+
     /// The latest verification, if it still holds.
     pub(super) fn valid(&self) -> Option<Arc<Current>> {
         let current = self.latest();
@@ -139,13 +155,8 @@ impl Session {
             return Ok(current);
         }
         let outdated = self.latest();
-        self.renew(&outdated).await.map_err(|reason| {
-            Refusal::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "service_not_verified",
-                format!("the service could not be verified again: {reason}"),
-            )
-        })
+        let renewed = self.renew(&outdated).await;
+        renewed.map_err(|reason| Refusal::not_verified(&reason))
     }
 
     /// Verifies again, unless somebody else replaced `outdated` meanwhile. On failure the former
@@ -175,6 +186,7 @@ impl Session {
             Ok(current) => {
                 info!(valid_until = %current.service.valid_until(), "verified the service again");
                 state.failure = None;
+                self.presence.verified(self.service.now());
                 let current = Arc::new(current);
                 state.current = Arc::clone(&current);
                 state.remember(Arc::clone(&current));
@@ -183,6 +195,11 @@ impl Session {
             Err(error) => {
                 let reason = error.to_string();
                 warn!(%reason, "could not verify the service again");
+                match error {
+                    // Its verification may hold still, and so may its being there.
+                    NotVerified::Unreachable(_) => self.presence.doubt(),
+                    NotVerified::Denied(_) => self.presence.failed(Refusal::not_verified(&reason)),
+                }
                 state.failure = Some(reason.clone());
                 Err(reason)
             }
@@ -192,6 +209,7 @@ impl Session {
     /// Keeps the evidence of a connection of its own, for receipts.
     pub(super) fn remember(&self, verification: Verification) {
         if let Ok(verified) = Current::of(&self.service, verification) {
+            self.presence.verified(self.service.now());
             self.state().remember(Arc::new(verified));
         }
     }
@@ -214,12 +232,8 @@ impl Session {
             .collect()
     }
 
-    /// Why the latest verification failed, if it did.
-    pub(super) fn failure(&self) -> Option<String> {
-        self.state().failure.clone()
-    }
-
-    fn latest(&self) -> Arc<Current> {
+    /// The latest verification, whether it holds or not.
+    pub(super) fn latest(&self) -> Arc<Current> {
         self.state().current.clone()
     }
 

@@ -1,5 +1,6 @@
 //! The proxy between a client and an enclave for tests, all in this process.
 
+mod readiness;
 mod receipts;
 #[path = "../../tests/support/mod.rs"]
 pub(super) mod support;
@@ -17,6 +18,7 @@ use support::{Enclave, Fault};
 use tokio::net::TcpListener;
 
 use super::forward;
+use super::presence::Pace;
 use super::receipts::Saver;
 use super::session::{Session, keep_fresh};
 use crate::service::{Clock, Service};
@@ -59,8 +61,18 @@ impl Setup {
         saver: Option<Saver>,
     ) -> Setup {
         let service = service(&enclave, address, maximum_age);
+        Setup::of(enclave, service, saver, Pace::default()).await
+    }
+
+    async fn of(
+        enclave: Arc<Enclave>,
+        service: Service,
+        saver: Option<Saver>,
+        pace: Pace,
+    ) -> Setup {
         let first = service.verify().await.unwrap();
-        let session = Arc::new(Session::new(service, first).ok().unwrap());
+        let session = Session::with_pace(service, first, pace);
+        let session = Arc::new(session.ok().unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = listener.local_addr().unwrap();
         let router = forward::router(session.clone(), saver, proxy);

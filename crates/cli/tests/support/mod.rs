@@ -36,6 +36,7 @@ use casemate_testkit::statements;
 use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -65,6 +66,8 @@ pub(crate) enum Fault {
     HostBroken,
     /// The host answers 503 to requests, with this in `Retry-After`.
     HostBusy(&'static str),
+    /// The host takes requests and says nothing.
+    Silent,
     /// The host answers in clear.
     HostInClear,
     /// The host cuts answers off after this many bytes.
@@ -143,12 +146,16 @@ impl Enclave {
     pub(crate) async fn serve(self: &Arc<Enclave>) -> SocketAddr {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        tokio::spawn(self.clone().serve_on(listener));
+        address
+    }
+
+    async fn serve_on(self: Arc<Enclave>, listener: TcpListener) {
         let router = Router::new()
             .route(ATTESTATION_PATH, get(attestation))
             .route(GATEWAY_PATH, post(gateway))
-            .with_state(self.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        address
+            .with_state(self);
+        axum::serve(listener, router).await.unwrap();
     }
 
     /// Serves as one of several replicas: attestation is that of the replica at `front`, requests go where their keyset
@@ -411,6 +418,7 @@ async fn gateway(State(enclave): State<Arc<Enclave>>, request: Request) -> Respo
             let wait = [(header::RETRY_AFTER, wait)];
             return (StatusCode::SERVICE_UNAVAILABLE, wait).into_response();
         }
+        Fault::Silent => std::future::pending::<()>().await,
         Fault::HostInClear => return "Paris".into_response(),
         _ => {}
     }
@@ -479,6 +487,11 @@ impl Enclave {
     pub(crate) async fn serve_tls(self: &Arc<Enclave>, fault: TlsFault) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        tokio::spawn(self.clone().serve_tls_on(listener, fault));
+        address
+    }
+
+    async fn serve_tls_on(self: Arc<Enclave>, listener: TcpListener, fault: TlsFault) {
         let door = Door {
             enclave: self.clone(),
             key: ServerKey::generate().unwrap(),
@@ -491,8 +504,60 @@ impl Enclave {
         }
         let server = Server::new(limits);
         *self.tls_connections.lock().unwrap() = Some(server.counters());
-        tokio::spawn(server.serve(listener, door, std::future::pending()));
-        address
+        server.serve(listener, door, std::future::pending()).await;
+    }
+}
+
+/// A service that can be killed with all its connections, and started again at the same address.
+pub(crate) struct Mortal {
+    enclave: Arc<Enclave>,
+    tls: bool,
+    pub(crate) address: SocketAddr,
+    alive: Option<Runtime>,
+}
+
+impl Mortal {
+    pub(crate) fn start(enclave: &Arc<Enclave>, tls: bool) -> Mortal {
+        let mut mortal = Mortal {
+            enclave: enclave.clone(),
+            tls,
+            // Where nobody else in these tests listens: its port stays free while it is dead.
+            address: "127.77.0.1:0".parse().unwrap(),
+            alive: None,
+        };
+        mortal.revive();
+        mortal
+    }
+
+    pub(crate) fn revive(&mut self) {
+        let listener = std::net::TcpListener::bind(self.address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        self.address = listener.local_addr().unwrap();
+        let runtime = Runtime::new().unwrap();
+        let (enclave, tls) = (self.enclave.clone(), self.tls);
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            match tls {
+                true => enclave.serve_tls_on(listener, TlsFault::None).await,
+                false => enclave.serve_on(listener).await,
+            }
+        });
+        self.alive = Some(runtime);
+    }
+
+    pub(crate) fn kill(&mut self) {
+        let runtime = self.alive.take().unwrap();
+        // A thread of its own may wait for the end, also where the caller is asynchronous.
+        let ending = std::thread::spawn(|| runtime.shutdown_timeout(Duration::from_secs(60)));
+        ending.join().unwrap();
+    }
+}
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        if self.alive.is_some() {
+            self.kill();
+        }
     }
 }
 

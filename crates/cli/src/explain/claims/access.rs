@@ -8,13 +8,15 @@ pub(super) const TABLE: &[Explanation] = &[
         "The service was verified, and that is not too long ago.",
         "The evidence or credential ran out and the service could not be verified again: it is down, or it changed and is \
          refused now. The message ends with the reason.",
-        "Run `casemate verify` with the same policy and URL: it shows the whole transcript. Nothing was sent meanwhile.",
+        "Run `casemate verify` with the same policy and URL: it shows the whole transcript. Nothing was sent meanwhile. \
+         `GET /readyz` of the proxy tells when the service verifies again.",
     ),
     about(
         &["service_unreachable", "unreachable"],
         "The service can be reached.",
         "It is down, the URL is wrong, or a firewall is between.",
-        "Compare the URL with the one that the provider gave you; it has a scheme and no /v1 at its end.",
+        "Compare the URL in the message with the one that the provider gave you; it has a scheme and no /v1 at its end. What \
+         follows it is what the system said. `GET /readyz` of the proxy tells when the service is back.",
     ),
     about(
         &["key_refused"],
