@@ -98,6 +98,10 @@ fn shown(path: &Path) -> String {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    if path.is_dir() {
+        let error = anyhow!("{}: {}", shown(path), kinds::describe_directory(path));
+        return Err(Failure::io(error));
+    }
     let mut bytes = Vec::new();
     let done = match path.to_str() {
         Some("-") => io::stdin().lock().take(MAX_INPUT).read_to_end(&mut bytes),

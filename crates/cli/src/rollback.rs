@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
-use casemate_attest::{MAX_POLICY, Policy};
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_release::grant::{self, MAX_GRANT_BYTES};
 use casemate_release::rcar::ResourcePath;
@@ -11,8 +10,9 @@ use casemate_release::rollback::{MAX_LIFETIME_SECONDS, Rollback, Target, sha256}
 use serde_json::json;
 
 use crate::exit::{self, Class, Failure, InJson};
+use crate::explain::kinds;
 use crate::secret_file;
-use crate::verify::{clock, read_limited};
+use crate::verify::{clock, read_limited, read_policy_or};
 
 /// Permit a broker to go back to an older policy or model, once.
 ///
@@ -77,8 +77,9 @@ struct Step {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match &args.what {
         What::Policy { policy, step } => {
-            let done = read_policy(policy)
-                .and_then(|(to, text)| sign(step, Target::Policy, to, &text, None));
+            let done = read_policy_or(Class::Malformed, policy).and_then(|(policy, text)| {
+                sign(step, Target::Policy, policy.version(), &text, None)
+            });
             done.in_json(step.json)
         }
         What::Model {
@@ -89,21 +90,14 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn read_policy(path: &Path) -> Result<(u64, Vec<u8>), Failure> {
-    let bytes = read_limited(path, MAX_POLICY)?;
-    let malformed = |error: anyhow::Error| {
-        let error = error.context(path.display().to_string());
-        Failure::new(Class::Malformed, "policy", error)
-    };
-    let text = std::str::from_utf8(&bytes).map_err(|error| malformed(error.into()))?;
-    let policy = Policy::from_toml(text).map_err(|error| malformed(error.into()))?;
-    Ok((policy.version(), bytes))
-}
-
 fn back_to_model(grant: &Path, resource: &ResourcePath, step: &Step) -> Result<(), Failure> {
     let envelope = zeroize::Zeroizing::new(read_limited(grant, MAX_GRANT_BYTES)?);
     let summary = grant::inspect(&envelope).map_err(|error| {
-        let error = anyhow::Error::from(error).context(grant.display().to_string());
+        let error = match kinds::instead_of("a key grant", &envelope) {
+            Some(other) => anyhow::Error::from(error).context(other),
+            None => error.into(),
+        };
+        let error = error.context(grant.display().to_string());
         Failure::new(Class::Malformed, "grant", error)
     })?;
     let target = Target::Model {

@@ -100,7 +100,10 @@ fn run_evidence(args: &Args, path: &Path, report_data: ReportData) -> Result<(),
             (appraisal.transcript, outcome)
         }
         Err(error) => {
-            let denial = Denial::from(error);
+            let mut denial = Denial::from(error);
+            if let Some(other) = kinds::instead_of("evidence", &bytes) {
+                denial.found = format!("{other} ({})", denial.found);
+            }
             let mut transcript = Transcript::new();
             transcript.fail(&denial);
             (transcript, Err(denial))
@@ -119,6 +122,14 @@ fn run_evidence(args: &Args, path: &Path, report_data: ReportData) -> Result<(),
 
 /// Reads a policy file. One that cannot be used is the user's mistake, not the evidence's.
 pub(crate) fn read_policy(path: &Path) -> Result<Policy, Failure> {
+    read_policy_or(exit::Class::Usage, path).map(|(policy, _)| policy)
+}
+
+/// Reads a policy file, and keeps its bytes; one that cannot be used is a failure of this class.
+pub(crate) fn read_policy_or(
+    class: exit::Class,
+    path: &Path,
+) -> Result<(Policy, Vec<u8>), Failure> {
     let bytes = read_limited(path, MAX_POLICY)?;
     let unusable = |error: anyhow::Error| {
         let error = match kinds::instead_of("a policy", &bytes) {
@@ -126,7 +137,7 @@ pub(crate) fn read_policy(path: &Path) -> Result<Policy, Failure> {
             None => error,
         };
         let error = error.context(path.display().to_string());
-        Failure::new(exit::Class::Usage, "policy", error)
+        Failure::new(class, "policy", error)
     };
     if bytes.len() > MAX_POLICY {
         return Err(unusable(anyhow!(
@@ -134,7 +145,10 @@ pub(crate) fn read_policy(path: &Path) -> Result<Policy, Failure> {
         )));
     }
     let text = std::str::from_utf8(&bytes).map_err(|error| unusable(error.into()))?;
-    Policy::from_toml(text).map_err(|error| unusable(error.into()))
+    match Policy::from_toml(text) {
+        Ok(policy) => Ok((policy, bytes)),
+        Err(error) => Err(unusable(error.into())),
+    }
 }
 
 /// The time now.
@@ -147,6 +161,10 @@ pub(crate) fn clock() -> Result<UnixTime, Failure> {
 /// Reads a file, but never much more than the limit: what reads the bytes refuses the rest by size.
 pub(crate) fn read_limited(path: &Path, limit: usize) -> Result<Vec<u8>, Failure> {
     let shown = || path.display().to_string();
+    if path.is_dir() {
+        let error = anyhow!("{}: {}", shown(), kinds::describe_directory(path));
+        return Err(Failure::io(error));
+    }
     let file = File::open(path).with_context(shown).map_err(Failure::io)?;
     let mut bytes = Vec::new();
     let end = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);

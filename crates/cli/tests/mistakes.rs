@@ -104,6 +104,131 @@ fn a_model_that_is_not_sealed_is_recognised() {
 }
 
 #[test]
+fn a_file_of_another_kind_is_named_with_the_command_that_takes_it() {
+    let place = Place::new();
+    let at = |name: &str| place.0.path().join(name);
+    fs::create_dir(at("empty")).unwrap();
+    fs::create_dir(at("model")).unwrap();
+    fs::write(at("model/config.json"), "{}").unwrap();
+    fs::write(at("none"), "").unwrap();
+    fs::write(at("receipt.json"), r#"{"receipt":"","evidence":{}}"#).unwrap();
+    fs::write(at("evidence.json"), r#"{"tee":"tdx","quote":""}"#).unwrap();
+    fs::write(at("policy.toml"), "version = 1\ntee = [\"tdx\"]\n").unwrap();
+    let made = place.run(&["apikey", "new", "me"]);
+    assert!(made.status.success(), "{made:?}");
+    let mut grant = place.command(&[
+        "grant",
+        "--model",
+        "m.casemate",
+        "--open",
+        "--out",
+        "my.grant",
+    ]);
+    grant.args(["--data-key", "keys/data-key.pem"]);
+    grant.args(["--signing-key", "keys/signing-key.pem"]);
+    let granted = grant.output().unwrap();
+    assert!(granted.status.success(), "{granted:?}");
+
+    let by_policy = |file: &str, option: &str| {
+        let data = "00".repeat(64);
+        let policy = match option {
+            "--policy" => file,
+            _ => "good.toml",
+        };
+        let evidence = match option {
+            "--evidence" => file,
+            _ => "evidence.json",
+        };
+        let line = [
+            "verify",
+            "--policy",
+            policy,
+            "--evidence",
+            evidence,
+            "--report-data",
+            &data,
+        ];
+        place.run(&line)
+    };
+    let back = |what: &str, option: &str, file: &str| {
+        let mut command = place.command(&["rollback", what, option, file, "--from", "9"]);
+        command.args(["--issuer", &"ab".repeat(32), "--out", "back"]);
+        if what == "model" {
+            command.args(["--resource", "default/model/m"]);
+        }
+        command.args(["--signing-key", "keys/signing-key.pem"]);
+        command.output().unwrap()
+    };
+    let measurement = casemate_attest::measure::Measurement {
+        mr_td: [1; 48],
+        mr_config_id: [2; 48],
+        rtmr: [[0; 48]; 4],
+    };
+    let policy = casemate_testkit::policies::PolicyFile::new([3; 32], measurement);
+    fs::write(at("good.toml"), policy.to_toml()).unwrap();
+
+    let policy = "this is a policy; `casemate verify --policy`";
+    let evidence = "this is evidence; `casemate verify --evidence`";
+    for (file, is) in [
+        ("none", "the file is empty"),
+        (
+            "receipt.json",
+            "this is a receipt; `casemate receipt verify`",
+        ),
+        ("evidence.json", evidence),
+        ("good.toml", policy),
+        (
+            "keys/signing-key.pem",
+            "this is a private key, which is secret; `casemate seal`",
+        ),
+        (
+            "keys/signing-key.pub.pem",
+            "this is a public key; `casemate check` takes it as --provider",
+        ),
+        ("m.casemate", "this is a sealed model; `casemate check`"),
+        (
+            "model.gguf",
+            "this is a GGUF model that is not sealed; `casemate seal`",
+        ),
+        (
+            "api-keys.toml",
+            "this is a list of API keys; `casemate grant --api-keys`",
+        ),
+        (
+            "my.grant",
+            "this is a key grant, which is secret; `casemate-broker admin resource put",
+        ),
+    ] {
+        if is != evidence {
+            said(&by_policy(file, "--evidence"), 10, &[is]);
+        }
+        if is != policy {
+            said(&by_policy(file, "--policy"), 2, &[file, is]);
+            said(&back("policy", "--policy", file), 10, &[file, is]);
+        }
+        if file != "my.grant" {
+            said(&back("model", "--grant", file), 10, &[file, is]);
+        }
+    }
+    for (directory, is) in [
+        ("empty", "this is a directory; give one file"),
+        ("model", "this is a directory with a model; `casemate seal`"),
+        ("keys", "this is a directory of keys, as `casemate keygen`"),
+    ] {
+        for output in [
+            by_policy(directory, "--evidence"),
+            by_policy(directory, "--policy"),
+            back("policy", "--policy", directory),
+            back("model", "--grant", directory),
+            place.run(&["explain", directory]),
+            place.run(&["receipt", "show", directory]),
+        ] {
+            said(&output, 40, &[directory, is]);
+        }
+    }
+}
+
+#[test]
 fn a_sealed_model_is_not_sealed_again() {
     let place = Place::new();
     let again = place.seal("m.casemate", "n.casemate");

@@ -6,6 +6,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use casemate_attest::UnixTime;
+use casemate_release::grant;
 use serde_json::Value;
 
 /// So much of a file is read to tell what it is; all of what is JSON and not a model.
@@ -31,6 +32,21 @@ pub(crate) fn instead_of(expected: &str, bytes: &[u8]) -> Option<&'static str> {
     (described != SOME_TEXT && !rest.starts_with(expected)).then_some(described)
 }
 
+/// One sentence about a directory that was given where a file is read.
+pub(crate) fn describe_directory(path: &Path) -> &'static str {
+    let has = |name: &str| path.join(name).exists();
+    if has("config.json") {
+        return "this is a directory with a model; `casemate seal` takes it";
+    }
+    if has("data-key.pem") || has("signing-key.pem") {
+        return "this is a directory of keys, as `casemate keygen` makes it; give one of its files";
+    }
+    if has("admin.sock") {
+        return "this is a broker's state; `casemate-broker serve --state` takes it";
+    }
+    "this is a directory; give one file"
+}
+
 /// One sentence about the file.
 pub(crate) fn describe(bytes: &[u8]) -> &'static str {
     let starts = |magic: &[u8]| bytes.starts_with(magic);
@@ -54,6 +70,9 @@ pub(crate) fn describe(bytes: &[u8]) -> &'static str {
         Ok(text) => describe_text(text),
         Err(error) if error.valid_up_to() + 4 > bytes.len() => {
             "this is text that ends in the middle"
+        }
+        Err(_) if grant::inspect(bytes).is_ok() => {
+            "this is a key grant, which is secret; `casemate-broker admin resource put --grant` takes it"
         }
         Err(_) => "this is a binary file of a kind that casemate does not know",
     }
@@ -90,6 +109,9 @@ fn describe_text(text: &str) -> &'static str {
     };
     if has("[[measurement]]") || has("tee = ") {
         return "this is a policy; `casemate verify --policy` takes it, and `casemate-broker admin policy set`";
+    }
+    if has("[[key]]") {
+        return "this is a list of API keys; `casemate grant --api-keys` takes it";
     }
     if has("[broker]") && has("[model]") {
         return "this is an enclave's configuration; `casemate measure --config` takes it, and `casemate-enclave`";
