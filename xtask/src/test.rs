@@ -17,6 +17,7 @@ const DEBIAN: &[(&str, &[&str])] = &[
     ("npm", &["npm", "--version"]),
     ("nginx-light", &["/usr/sbin/nginx", "-v"]),
     ("strace", &["strace", "--version"]),
+    ("curl", &["curl", "--version"]),
     ("python3-venv", &["python3", "-c", "import ensurepip, venv"]),
 ];
 
