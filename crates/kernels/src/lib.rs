@@ -28,6 +28,7 @@ pub mod norm;
 mod pack;
 pub mod panels;
 pub mod peak;
+pub mod q4;
 pub mod q8;
 pub mod rope;
 pub mod rotate;

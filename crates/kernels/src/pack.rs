@@ -23,11 +23,13 @@ pub enum PackError {
         /// Columns asked for.
         columns: usize,
     },
-    /// Misuse: Q8_0 blocks hold 32 columns each.
-    #[error("{columns} columns are not a multiple of 32")]
+    /// Misuse: rows are whole blocks.
+    #[error("{columns} columns are not a multiple of {block}")]
     PartialBlock {
         /// Columns asked for.
         columns: usize,
+        /// Columns of a block.
+        block: usize,
     },
     /// Misuse: a row has the wrong number of bytes.
     #[error("row {row} has {found} bytes instead of {expected}")]

@@ -312,7 +312,10 @@ fn packing_refuses_what_it_cannot_hold() {
     assert!(at(-8.3e6).is_ok());
     assert!(matches!(
         Q8Matrix::from_q8_0(&team, 2, 40, |_| &[0; 34]),
-        Err(PackError::PartialBlock { columns: 40 })
+        Err(PackError::PartialBlock {
+            columns: 40,
+            block: 32
+        })
     ));
     let lengths: [&[u8]; 2] = [&[0; 34], &[0; 33]];
     assert!(matches!(

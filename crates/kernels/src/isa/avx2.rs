@@ -59,6 +59,7 @@ unsafe impl Simd for Avx2 {
     type W = I;
     /// Lanes 0..8 and 8..16, two i16 each.
     type P = I;
+    type U = I;
     /// Words of lanes 0..8 and 8..16.
     type B = I;
 
@@ -143,6 +144,31 @@ unsafe impl Simd for Avx2 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
             )
+        }
+    }
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> F {
+        // SAFETY: AVX2 by `self`; the reference covers both 8-byte halves.
+        unsafe {
+            let p = x.as_ptr();
+            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()));
+            F(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    fn nibbles(self, w: &[u8; 64]) -> [I; 2] {
+        // SAFETY: AVX2 by `self`; the reference covers both 32-byte halves.
+        unsafe {
+            let p: *const __m256i = w.as_ptr().cast();
+            let (a, b) = (_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1)));
+            let lower = _mm256_set1_epi8(0x0F);
+            let upper_a = _mm256_and_si256(_mm256_srli_epi16::<4>(a), lower);
+            let upper_b = _mm256_and_si256(_mm256_srli_epi16::<4>(b), lower);
+            [
+                I(_mm256_and_si256(a, lower), _mm256_and_si256(b, lower)),
+                I(upper_a, upper_b),
+            ]
         }
     }
     #[inline(always)]
@@ -233,6 +259,17 @@ unsafe impl Simd for Avx2 {
             let ones = _mm256_set1_epi16(1);
             let low = _mm256_maddubs_epi16(_mm256_abs_epi8(w.0), _mm256_sign_epi8(a, w.0));
             let high = _mm256_maddubs_epi16(_mm256_abs_epi8(w.1), _mm256_sign_epi8(a, w.1));
+            I(
+                _mm256_add_epi32(sum.0, _mm256_madd_epi16(low, ones)),
+                _mm256_add_epi32(sum.1, _mm256_madd_epi16(high, ones)),
+            )
+        }}
+        // 15 * 127 twice is far from saturating.
+        fn dot4_small(sum: I, w: I, a: i32) -> I {{
+            let a = _mm256_set1_epi32(a);
+            let ones = _mm256_set1_epi16(1);
+            let low = _mm256_maddubs_epi16(w.0, a);
+            let high = _mm256_maddubs_epi16(w.1, a);
             I(
                 _mm256_add_epi32(sum.0, _mm256_madd_epi16(low, ones)),
                 _mm256_add_epi32(sum.1, _mm256_madd_epi16(high, ones)),

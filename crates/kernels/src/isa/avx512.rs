@@ -78,6 +78,7 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     type I = __m512i;
     type W = __m512i;
     type P = __m512i;
+    type U = __m512i;
     type B = __m512i;
 
     const WIDE: bool = true;
@@ -123,6 +124,21 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> __m512 {
+        // SAFETY: AVX-512F by `self`; the reference covers the 16 bytes read.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn nibbles(self, w: &[u8; 64]) -> [__m512i; 2] {
+        let w = self.weights(w);
+        // SAFETY: AVX-512BW by `self`; registers only.
+        unsafe {
+            let lower = _mm512_set1_epi8(0x0F);
+            let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(w), lower);
+            [_mm512_and_si512(w, lower), upper]
         }
     }
     #[inline(always)]
@@ -189,6 +205,7 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         // each, and the offset takes 128 times the activations back.
         fn dot_start(offset: i32) -> __m512i { _mm512_set1_epi32(offset) }
         fn dot4(sum: __m512i, w: __m512i, a: i32) -> __m512i { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a)) }
+        fn dot4_small(sum: __m512i, w: __m512i, a: i32) -> __m512i { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a)) }
         fn dot2(sum: __m512i, x: __m512i, a: i32) -> __m512i { _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi32(a)) }
         fn dot_bf16(sum: __m512, w: __m512i, x: i32) -> __m512 {{
             let x = _mm512_set1_epi32(x);

@@ -30,6 +30,9 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     type W: Copy;
     /// Sixteen pairs of i8, prepared for [`Simd::dot2`].
     type P: Copy;
+    /// 64 unsigned bytes of 0 to 15, four of each of sixteen rows, prepared for
+    /// [`Simd::dot4_small`].
+    type U: Copy;
     /// Sixteen pairs of bf16, prepared for [`Simd::dot_bf16`].
     type B: Copy;
 
@@ -46,6 +49,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     fn load_f16(self, x: &[half::f16; LANES]) -> Self::F;
     /// Sixteen bfloat16 numbers, widened exactly.
     fn load_bf16(self, x: &[half::bf16; LANES]) -> Self::F;
+    /// Sixteen unsigned bytes, widened exactly.
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -97,6 +102,12 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// packed in `a` (first in the lowest byte, none of them -128). Once a whole group has been
     /// added to [`Simd::dot_start`], the lane holds the exact sum.
     fn dot4(self, sum: Self::I, w: Self::W, a: i32) -> Self::I;
+
+    /// Takes 128 weights of 0 to 15 of sixteen rows: those in the lower halves of the bytes and those
+    /// in the upper, four of each a row.
+    fn nibbles(self, w: &[u8; 64]) -> [Self::U; 2];
+    /// As [`Simd::dot4`], exact from any start, since the weights are not offset.
+    fn dot4_small(self, sum: Self::I, w: Self::U, a: i32) -> Self::I;
 
     /// Takes two i8 for each lane.
     fn pairs(self, x: &[i8; 2 * LANES]) -> Self::P;

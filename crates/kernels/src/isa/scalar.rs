@@ -42,6 +42,7 @@ unsafe impl Simd for Scalar {
     type I = [i32; LANES];
     type W = Weights;
     type P = [i8; 2 * LANES];
+    type U = [u8; 64];
     /// First and second number of each row.
     type B = [[f32; LANES]; 2];
 
@@ -196,6 +197,22 @@ unsafe impl Simd for Scalar {
         let a = a.to_le_bytes().map(|a| i32::from(a as i8));
         std::array::from_fn(|row| {
             let dot: i32 = (0..4).map(|i| i32::from(w.0[row * 4 + i]) * a[i]).sum();
+            sum[row].wrapping_add(dot)
+        })
+    }
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F {
+        x.map(f32::from)
+    }
+    #[inline(always)]
+    fn nibbles(self, w: &[u8; 64]) -> [Self::U; 2] {
+        [w.map(|w| w & 15), w.map(|w| w >> 4)]
+    }
+    #[inline(always)]
+    fn dot4_small(self, sum: Self::I, w: Self::U, a: i32) -> Self::I {
+        let a = a.to_le_bytes().map(|a| i32::from(a as i8));
+        std::array::from_fn(|row| {
+            let dot: i32 = (0..4).map(|i| i32::from(w[row * 4 + i]) * a[i]).sum();
             sum[row].wrapping_add(dot)
         })
     }

@@ -1,11 +1,12 @@
-//! The int8 product: register-blocked over activation rows, each weight tile streamed once per
-//! block of rows.
+//! The product in groups: register-blocked over activation rows, each weight tile streamed once per
+//! block of rows. How a tile holds its weights is a [`Packed`]'s.
 
-use super::matrix::{PackedGroup, Q8Matrix};
+use super::matrix::Q8Matrix;
 use super::rows::{Q8Rows, RowGroup};
 use super::{GROUP, TILE};
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd};
+use crate::mem::Element;
 use crate::team::{SharedMut, Team};
 
 /// Most activation rows that one pass over a tile takes.
@@ -15,53 +16,141 @@ const ROWS_NARROW: usize = 4;
 /// each 4 KiB page.
 const AHEAD: usize = 4 * 1088;
 
+/// Weights of 32 rows (a tile) by one or more groups of 32 columns.
+pub(crate) trait Packed: Element {
+    /// Groups that one of these holds.
+    const GROUPS: usize;
+
+    /// The exact sums of a group: `M` rows of activations times `N` vectors of sixteen weight rows,
+    /// starting with vector `half`. Asks for as much from `ahead`, which is to the memory that is
+    /// read later what `self` is to this.
+    fn dots<V: Simd, const M: usize, const N: usize>(
+        &self,
+        v: V,
+        at: (usize, usize),
+        x: [&RowGroup; M],
+        ahead: *const u8,
+    ) -> [[V::I; N]; M];
+
+    /// Adds them to `sums`, scaled.
+    fn add<V: Simd, const M: usize, const N: usize>(
+        &self,
+        v: V,
+        at: (usize, usize),
+        x: [&RowGroup; M],
+        dots: [[V::I; N]; M],
+        sums: [[V::F; N]; M],
+    ) -> [[V::F; N]; M];
+}
+
+/// All weights of a matrix, tile by tile.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles<'a, P> {
+    pub(crate) packed: &'a [P],
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+}
+
+impl<'a, P: Packed> Tiles<'a, P> {
+    pub(crate) fn tile(&self, tile: usize) -> &'a [P] {
+        let length = self.columns.div_ceil(GROUP).div_ceil(P::GROUPS);
+        &self.packed[tile * length..(tile + 1) * length]
+    }
+}
+
+/// Where a product goes: columns `first..` of rows of `width`.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    pub(crate) width: usize,
+    pub(crate) first: usize,
+}
+
 /// `y = x * w^T`: `y[i * w.rows() + j] = sum over k of x[i][k] * w[j][k]`, rounded as the
 /// [module](super) says.
 ///
 /// # Panics
 /// If `x` and `w` differ in columns or `y` is not `x.rows() * w.rows()` long.
 pub fn matmul_q8(team: &Team, x: &Q8Rows, w: &Q8Matrix, y: &mut [f32]) {
+    matmul_q8_in(team, x, w, y, w.rows(), 0);
+}
+
+/// As [`matmul_q8`], into rows of `width` that several matrices fill: `y[i * width + first + j]`.
+///
+/// # Panics
+/// If `x` and `w` differ in columns, `y` is not `x.rows() * width` long or the columns do not fit it.
+pub fn matmul_q8_in(
+    team: &Team,
+    x: &Q8Rows,
+    w: &Q8Matrix,
+    y: &mut [f32],
+    width: usize,
+    first: usize,
+) {
+    multiply(team, x, w.tiles(), y, Columns { width, first });
+}
+
+pub(crate) fn multiply<P: Packed>(
+    team: &Team,
+    x: &Q8Rows,
+    w: Tiles<'_, P>,
+    y: &mut [f32],
+    columns: Columns,
+) {
     assert_eq!(
         x.columns(),
-        w.columns(),
+        w.columns,
         "activations and weights differ in columns"
     );
     assert_eq!(
         y.len(),
-        x.rows() * w.rows(),
-        "the product has x.rows() * w.rows() elements"
+        x.rows() * columns.width,
+        "the product has x.rows() * w.rows() elements, or rows of the width given"
+    );
+    assert!(
+        columns.first <= columns.width && w.rows <= columns.width - columns.first,
+        "{} columns from {} do not fit rows of {}",
+        w.rows,
+        columns.first,
+        columns.width
     );
     if x.rows() == 0 {
         return;
     }
     let isa = team.isa();
-    let y = SharedMut::new(y);
+    let y = &SharedMut::new(y);
     // Enough pieces for a slow member to be helped out, few enough for each to stream a good length
     // of memory.
-    let tiles = w.tiles();
+    let tiles = w.rows.div_ceil(TILE);
     let pieces = tiles.min(team.members() * 8);
     team.for_each(pieces, |piece| {
         let tiles = piece * tiles / pieces..(piece + 1) * tiles / pieces;
         for tile in tiles {
-            isa.dispatch(Tile { x, w, tile, y: &y });
+            isa.dispatch(Tile {
+                x,
+                w,
+                tile,
+                y,
+                columns,
+            });
         }
     });
 }
 
 /// All rows of activations against one tile of weights.
-struct Tile<'a> {
+struct Tile<'a, P> {
     x: &'a Q8Rows,
-    w: &'a Q8Matrix,
+    w: Tiles<'a, P>,
     tile: usize,
     y: &'a SharedMut<'a, f32>,
+    columns: Columns,
 }
 
-impl Kernel for Tile<'_> {
+impl<P: Packed> Kernel for Tile<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Simd>(self, v: V) {
-        let groups = self.w.tile(self.tile);
+        let packed = self.w.tile(self.tile);
         let rows = self.x.rows();
         let most = if V::WIDE { ROWS_WIDE } else { ROWS_NARROW };
         // Blocks of equal height: 8 rows are 4 + 4, not 6 + 2.
@@ -70,43 +159,48 @@ impl Kernel for Tile<'_> {
             let first = block * rows / blocks;
             let height = (block + 1) * rows / blocks - first;
             match height {
-                1 => self.block::<V, 1>(v, groups, first),
-                2 => self.block::<V, 2>(v, groups, first),
-                3 => self.block::<V, 3>(v, groups, first),
-                4 => self.block::<V, 4>(v, groups, first),
-                5 if V::WIDE => self.block::<V, 5>(v, groups, first),
-                6 if V::WIDE => self.block::<V, 6>(v, groups, first),
+                1 => self.block::<V, 1>(v, packed, first),
+                2 => self.block::<V, 2>(v, packed, first),
+                3 => self.block::<V, 3>(v, packed, first),
+                4 => self.block::<V, 4>(v, packed, first),
+                5 if V::WIDE => self.block::<V, 5>(v, packed, first),
+                6 if V::WIDE => self.block::<V, 6>(v, packed, first),
                 _ => unreachable!("blocks are at most {most} high"),
             }
         }
     }
 }
 
-impl Tile<'_> {
+impl<P: Packed> Tile<'_, P> {
     #[inline(always)]
-    fn block<V: Simd, const M: usize>(&self, v: V, groups: &[PackedGroup], first: usize) {
-        let rows: [&[RowGroup]; M] = std::array::from_fn(|i| self.x.row(first + i));
+    fn block<V: Simd, const M: usize>(&self, v: V, packed: &[P], first: usize) {
+        // Plain loops, never closures: see `attention`.
+        let mut rows: [&[RowGroup]; M] = [&[]; M];
+        for i in 0..M {
+            rows[i] = self.x.row(first + i);
+        }
         let mut out = [[[0f32; LANES]; 2]; M];
         if V::WIDE {
-            let sums = product::<V, M, 2>(v, groups, 0, rows);
+            let sums = product::<P, V, M, 2>(v, packed, 0, rows);
             for (sums, out) in sums.iter().zip(&mut out) {
                 v.store(sums[0], &mut out[0]);
                 v.store(sums[1], &mut out[1]);
             }
         } else {
             for half in 0..2 {
-                let sums = product::<V, M, 1>(v, groups, half, rows);
+                let sums = product::<P, V, M, 1>(v, packed, half, rows);
                 for (sums, out) in sums.iter().zip(&mut out) {
                     v.store(sums[0], &mut out[half]);
                 }
             }
         }
         let column = self.tile * TILE;
-        let width = TILE.min(self.w.rows() - column);
+        let width = TILE.min(self.w.rows - column);
         for (i, out) in out.iter().enumerate() {
+            let start = (first + i) * self.columns.width + self.columns.first + column;
             // SAFETY: tile `self.tile` is dispatched once per product, and only it writes these
             // columns of any row.
-            let y = unsafe { self.y.slice((first + i) * self.w.rows() + column, width) };
+            let y = unsafe { self.y.slice(start, width) };
             y.copy_from_slice(&out.as_flattened()[..width]);
         }
     }
@@ -115,46 +209,31 @@ impl Tile<'_> {
 /// `M` rows of activations times `N` vectors of sixteen weight rows, starting with vector `half` of
 /// the tile.
 #[inline(always)]
-fn product<V: Simd, const M: usize, const N: usize>(
+fn product<P: Packed, V: Simd, const M: usize, const N: usize>(
     v: V,
-    groups: &[PackedGroup],
+    packed: &[P],
     half: usize,
-    mut rows: [&[RowGroup]; M],
+    rows: [&[RowGroup]; M],
 ) -> [[V::F; N]; M] {
-    for row in &mut rows {
-        *row = &row[..groups.len()];
+    for row in rows {
+        assert_eq!(
+            row.len(),
+            packed.len() * P::GROUPS,
+            "rows have as many groups as the tile"
+        );
     }
-    // Plain loops, never closures: see `attention`.
     let mut sums = [[v.splat(0.0); N]; M];
-    for (g, group) in groups.iter().enumerate() {
-        let ahead = std::ptr::from_ref(group).cast::<u8>().wrapping_add(AHEAD);
-        v.prefetch(ahead);
-        let mut dots = [[v.splat_i(0); N]; M];
-        for i in 0..M {
-            dots[i] = [v.dot_start(rows[i][g].offset); N];
-        }
-        for step in 0..GROUP / 4 {
-            let mut w = [v.weights(&group.quants[2 * step + half]); N];
-            for n in 0..N {
-                v.prefetch(ahead.wrapping_add(64 * (1 + 2 * step + half + n)));
-                w[n] = v.weights(&group.quants[2 * step + half + n]);
-            }
+    for (g, packed) in packed.iter().enumerate() {
+        let ahead = std::ptr::from_ref(packed).cast::<u8>().wrapping_add(AHEAD);
+        for group in 0..P::GROUPS {
+            // SAFETY: every row has `GROUPS` groups for each of `packed`, and there is a row.
+            let mut x = [unsafe { rows[0].get_unchecked(g * P::GROUPS + group) }; M];
             for i in 0..M {
-                let a = rows[i][g].quants[step];
-                for n in 0..N {
-                    dots[i][n] = v.dot4(dots[i][n], w[n], a);
-                }
+                // SAFETY: as above. A check here would have the sums leave their registers.
+                x[i] = unsafe { rows[i].get_unchecked(g * P::GROUPS + group) };
             }
-        }
-        let mut scales = [v.splat(0.0); N];
-        for n in 0..N {
-            scales[n] = v.load_f16(&group.scales.as_chunks::<LANES>().0[half + n]);
-        }
-        for i in 0..M {
-            let scale = v.splat(rows[i][g].scale);
-            for n in 0..N {
-                sums[i][n] = v.fma(v.widen(dots[i][n]), v.mul(scales[n], scale), sums[i][n]);
-            }
+            let dots = packed.dots::<V, M, N>(v, (group, half), x, ahead);
+            sums = packed.add::<V, M, N>(v, (group, half), x, dots, sums);
         }
     }
     sums

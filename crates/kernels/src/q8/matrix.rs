@@ -15,10 +15,11 @@
 use half::f16;
 use zeroize::Zeroizing;
 
-use super::rows::{largest_magnitude, load_group, round};
+use super::matmul::{Packed, Tiles};
+use super::rows::{RowGroup, largest_magnitude, load_group, round};
 use super::{GROUP, TILE};
 use crate::cpu::Kernel;
-use crate::isa::Simd;
+use crate::isa::{LANES, Simd};
 use crate::mem::{Element, MemReport, Purpose, Region};
 use crate::pack::{FirstFault, PackError};
 use crate::team::Team;
@@ -45,6 +46,61 @@ impl PackedGroup {
     fn weight(&self, row: usize, column: usize) -> i8 {
         let (line, byte) = PackedGroup::quant(row, column);
         (self.quants[line][byte] ^ 0x80) as i8
+    }
+}
+
+impl Packed for PackedGroup {
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    fn dots<V: Simd, const M: usize, const N: usize>(
+        &self,
+        v: V,
+        (_, half): (usize, usize),
+        x: [&RowGroup; M],
+        ahead: *const u8,
+    ) -> [[V::I; N]; M] {
+        v.prefetch(ahead);
+        let mut dots = [[v.splat_i(0); N]; M];
+        for i in 0..M {
+            dots[i] = [v.dot_start(x[i].offset); N];
+        }
+        for step in 0..GROUP / 4 {
+            let mut w = [v.weights(&self.quants[2 * step + half]); N];
+            for n in 0..N {
+                v.prefetch(ahead.wrapping_add(64 * (1 + 2 * step + half + n)));
+                w[n] = v.weights(&self.quants[2 * step + half + n]);
+            }
+            for i in 0..M {
+                let a = x[i].quants[step];
+                for n in 0..N {
+                    dots[i][n] = v.dot4(dots[i][n], w[n], a);
+                }
+            }
+        }
+        dots
+    }
+
+    #[inline(always)]
+    fn add<V: Simd, const M: usize, const N: usize>(
+        &self,
+        v: V,
+        (_, half): (usize, usize),
+        x: [&RowGroup; M],
+        dots: [[V::I; N]; M],
+        mut sums: [[V::F; N]; M],
+    ) -> [[V::F; N]; M] {
+        let mut scales = [v.splat(0.0); N];
+        for n in 0..N {
+            scales[n] = v.load_f16(&self.scales.as_chunks::<LANES>().0[half + n]);
+        }
+        for i in 0..M {
+            let scale = v.splat(x[i].scale);
+            for n in 0..N {
+                sums[i][n] = v.fma(v.widen(dots[i][n]), v.mul(scales[n], scale), sums[i][n]);
+            }
+        }
+        sums
     }
 }
 
@@ -135,7 +191,10 @@ impl Q8Matrix {
     ) -> Result<Q8Matrix, PackError> {
         const BLOCK: usize = 2 + GROUP;
         if !columns.is_multiple_of(GROUP) {
-            return Err(PackError::PartialBlock { columns });
+            return Err(PackError::PartialBlock {
+                columns,
+                block: GROUP,
+            });
         }
         let expected = columns / GROUP * BLOCK;
         Q8Matrix::pack(
@@ -254,7 +313,8 @@ impl Q8Matrix {
             "a row has as many elements as the matrix has columns"
         );
         let lane = row % TILE;
-        for (group, out) in self.tile(row / TILE).iter().zip(out.chunks_mut(GROUP)) {
+        let groups = self.tiles().tile(row / TILE);
+        for (group, out) in groups.iter().zip(out.chunks_mut(GROUP)) {
             let scale = group.scales[lane].to_f32();
             for (column, out) in out.iter_mut().enumerate() {
                 *out = f32::from(group.weight(lane, column)) * scale;
@@ -262,17 +322,12 @@ impl Q8Matrix {
         }
     }
 
-    pub(super) fn groups(&self) -> usize {
-        self.columns.div_ceil(GROUP)
-    }
-
-    pub(super) fn tiles(&self) -> usize {
-        self.rows.div_ceil(TILE)
-    }
-
-    pub(super) fn tile(&self, tile: usize) -> &[PackedGroup] {
-        let groups = self.groups();
-        &self.region.view::<PackedGroup>()[tile * groups..(tile + 1) * groups]
+    pub(super) fn tiles(&self) -> Tiles<'_, PackedGroup> {
+        Tiles {
+            packed: self.region.view(),
+            rows: self.rows,
+            columns: self.columns,
+        }
     }
 }
 

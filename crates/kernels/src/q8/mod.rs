@@ -15,9 +15,11 @@ mod matrix;
 mod rows;
 
 pub use crate::pack::PackError;
-pub use matmul::matmul_q8;
+pub(crate) use matmul::{Columns, Packed, Tiles, multiply};
+pub use matmul::{matmul_q8, matmul_q8_in};
 pub use matrix::Q8Matrix;
 pub use rows::Q8Rows;
+pub(crate) use rows::RowGroup;
 
 /// Elements that share a scale.
 pub const GROUP: usize = 32;

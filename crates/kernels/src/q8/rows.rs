@@ -12,12 +12,20 @@ unsafe impl Element for RowGroup {}
 /// 32 activations of one row, 40 bytes.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
-pub(super) struct RowGroup {
+pub(crate) struct RowGroup {
     /// Four i8 a word, the first in the lowest byte.
-    pub(super) quants: [i32; GROUP / 4],
-    pub(super) scale: f32,
+    pub(crate) quants: [i32; GROUP / 4],
+    pub(crate) scale: f32,
     /// `-128 * sum(quants)`: what undoes the offset of the weights.
-    pub(super) offset: i32,
+    pub(crate) offset: i32,
+}
+
+impl RowGroup {
+    /// What the quants stand for, added up: `scale * sum(quants)`.
+    #[inline(always)]
+    pub(crate) fn total(&self) -> f32 {
+        self.scale * -(self.offset >> 7) as f32
+    }
 }
 
 /// A reusable buffer of quantised rows, all of one length.
