@@ -19,6 +19,7 @@ use casemate_kernels::panels::{
     Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
 };
 use casemate_kernels::peak::{measure_bf16, measure_f32, measure_int8};
+use casemate_kernels::q4::{Encoding, Q4Matrix, matmul_q4};
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::softmax::softmax;
@@ -116,6 +117,37 @@ fn fill(seed: usize) -> impl Fn(usize, &mut [f32]) + Sync {
     }
 }
 
+/// So many matrices of random nibbles, in one region.
+fn four_bits(
+    team: &Team,
+    encoding: Encoding,
+    (n, k): (usize, usize),
+    count: usize,
+) -> Result<Vec<Q4Matrix>> {
+    let row = k / encoding.block_columns() * encoding.block_bytes();
+    let mut bytes: Vec<u8> = (0..n * row)
+        .map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u8)
+        .collect();
+    for block in bytes.chunks_mut(encoding.block_bytes()) {
+        // Scale and, where there is one, minimum: about 2^-8.
+        (block[1], block[3]) = (0x1C, 0x1C);
+    }
+    let one = Q4Matrix::packed_bytes(encoding, n, k).context("the matrix fits memory")?;
+    let mut arena = Region::zeroed(one * count, Purpose::Public)?;
+    let row = |i: usize| &bytes[i * row..][..row];
+    (0..count)
+        .map(|_| {
+            Ok(Q4Matrix::from_blocks_in(
+                &mut arena,
+                team,
+                encoding,
+                (n, k),
+                row,
+            )?)
+        })
+        .collect()
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     let names = || {
         Isa::available()
@@ -165,6 +197,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .collect::<Result<_, _>>()
         .context("memory for bf16 matrices")?;
     let bf16_bytes: usize = bf16s.iter().map(Bf16Matrix::bytes).sum();
+    let q4s = [Encoding::Q4_0, Encoding::Q4_1, Encoding::Q4K]
+        .map(|encoding| four_bits(&team, encoding, (n, k), 88usize.div_ceil(share)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+        .context("4-bit matrices")?;
     let f32s: Vec<F32Matrix> = (0..22usize.div_ceil(share))
         .map(|s| F32Matrix::from_rows(&team, n, k, fill(s)))
         .collect::<Result<_, _>>()
@@ -194,6 +231,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             int8.iter()
                 .for_each(|w| matmul_q8(&team, &rows, w, &mut y[..m * n]))
         });
+    }
+    for q4s in &q4s {
+        let (encoding, bytes) = (
+            q4s[0].encoding(),
+            q4s.iter().map(Q4Matrix::bytes).sum::<usize>(),
+        );
+        for m in [1, 2, 4, 6, 24] {
+            rows.quantise(&team, &x[..m * k], k);
+            let name = format!(
+                "q4-g32 {encoding:?} m={m}, {} x {n}x{k} (memory)",
+                q4s.len()
+            );
+            bench.measure(&name, 5, bytes as f64, bandwidth, || {
+                q4s.iter()
+                    .for_each(|w| matmul_q4(&team, &rows, w, &mut y[..m * n]))
+            });
+        }
+        for m in [16, 64, 512] {
+            rows.quantise(&team, &x[..m * k], k);
+            let name = format!("q4-g32 {encoding:?} m={m}, {n}x{k}");
+            bench.measure(&name, 7, (2 * m * n * k) as f64, ops, || {
+                matmul_q4(&team, &rows, &q4s[0], &mut y[..m * n])
+            });
+        }
     }
     for m in [1, 2, 4, 6, 24] {
         whole_rows.quantise(&team, &x[..m * k], k, Some(&rotation));

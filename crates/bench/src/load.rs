@@ -59,6 +59,17 @@ impl Origin {
     }
 }
 
+/// Refuses a model that this arithmetic is not for.
+pub(crate) fn check_encodings(source: &dyn ModelSource, compute: Compute) -> Result<(), Usage> {
+    if compute.suits(source.tensors().iter().map(|t| t.dtype)) {
+        return Ok(());
+    }
+    Err(Usage(format!(
+        "{}: the model has no tensors of 4 bits",
+        compute.name()
+    )))
+}
+
 /// Weights of all matrices and vectors.
 pub(crate) fn parameters(source: &dyn ModelSource) -> u64 {
     source
@@ -71,7 +82,8 @@ pub(crate) fn parameters(source: &dyn ModelSource) -> u64 {
 /// Bytes that a weight takes in memory, by the format's name; what is not known here is taken for the largest.
 fn bytes_per_weight(compute: &str) -> f64 {
     match compute {
-        "q4-g32" => 0.6,
+        // Q4_1; what a file holds in more bits is less than that takes too much here.
+        "q4-g32" => 0.64,
         "int8-row" => 1.01,
         "int8-g32" => 1.07,
         "bf16" => 2.0,

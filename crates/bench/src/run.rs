@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
             positions(&protocol, source.config().context as usize),
             args.scratch.is_none(),
         )?;
-        match load::check_memory(&needed) {
+        match load::check_encodings(&*source, compute).and_then(|()| load::check_memory(&needed)) {
             Ok(()) => fitting.push(options),
             Err(error) if named => return Err(error.into()),
             Err(error) => skipped.push(Skipped {

@@ -127,7 +127,7 @@ fn peers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peer>, D::Error> {
 pub struct Model {
     /// The sealed container.
     pub path: PathBuf,
-    /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"`, `"bf16"` or `"f32"`.
+    /// Arithmetic of the linear layers: `"int8"` (default), `"int8-row"`, `"q4-g32"`, `"bf16"` or `"f32"`.
     #[serde(default = "default_compute")]
     pub compute: ComputeName,
     /// How keys and values are stored: `"f32"`, `"f16"`, `"bf16"` or `"int8"`; absent: f32 beside
@@ -157,6 +157,9 @@ pub enum ComputeName {
     /// 8-bit integers with a scale per row, rotated.
     #[serde(rename = "int8-row")]
     Int8Row,
+    /// 4-bit integers as they are sealed, in groups of 32.
+    #[serde(rename = "q4-g32")]
+    Q4G32,
 }
 
 impl From<ComputeName> for Compute {
@@ -166,6 +169,7 @@ impl From<ComputeName> for Compute {
             ComputeName::Bf16 => Compute::Bf16,
             ComputeName::Int8 => Compute::Int8,
             ComputeName::Int8Row => Compute::Int8Row,
+            ComputeName::Q4G32 => Compute::Q4G32,
         }
     }
 }

@@ -235,7 +235,7 @@ impl Engine {
     }
 
     /// Name of the arithmetic for keysets and receipts: that of the linear layers, `f32`, `bf16`,
-    /// `int8-g32` or `int8-row`, and behind it how keys and values are stored where that is not the usual,
+    /// `int8-g32`, `int8-row` or `q4-g32`, and behind it how keys and values are stored where that is not the usual,
     /// such as `int8-g32+kv-int8`.
     #[must_use]
     pub fn compute_name(&self) -> &str {

@@ -86,6 +86,12 @@ pub enum LoadError {
         /// What it would have to fulfil.
         rule: &'static str,
     },
+    /// An arithmetic for 4-bit weights, and a model without any.
+    #[error(
+        "the arithmetic q4-g32 is for 4-bit weights (Q4_0, Q4_1 or Q4_K), of which the model has none: \
+         use int8 or convert the model"
+    )]
+    NoFourBits,
     /// The memory set aside for keys and values is less than one full context needs.
     #[error(
         "one context of {context} tokens needs {needed} bytes of KV cache, but {given} are allowed"

@@ -1,6 +1,6 @@
 //! Linear layers behind one trait, so that what computes a product can be replaced without the
 //! model knowing. Here: products by this machine's kernels, in f32, in bf16, in int8 by groups
-//! and in int8 by rows.
+//! (with weights of 8 or 4 bits) and in int8 by rows.
 //!
 //! A layer is a *group* of weight matrices that share their input (Q, K and V; gate and up),
 //! stacked by rows. One call quantises the input once; a replacement that hides inputs needs one
@@ -12,7 +12,8 @@ use casemate_kernels::gemm::{F32Matrix, gemm_f32};
 use casemate_kernels::panels::{
     Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
 };
-use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
+use casemate_kernels::q4::{Q4Matrix, matmul_q4_in};
+use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8_in};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
 
@@ -101,25 +102,75 @@ impl LinearLayer for Bf16Linear {
     }
 }
 
-/// Weights and activations in int8, one scale a group of 32.
-pub(crate) struct Q8Linear(pub(crate) Arc<Q8Matrix>);
+/// Weights that meet activations in int8, one scale a group of 32.
+pub(crate) enum GroupMatrix {
+    /// In 8 bits.
+    Q8(Arc<Q8Matrix>),
+    /// In 4 bits.
+    Q4(Arc<Q4Matrix>),
+}
 
-impl LinearLayer for Q8Linear {
+impl GroupMatrix {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            GroupMatrix::Q8(matrix) => (matrix.rows(), matrix.columns()),
+            GroupMatrix::Q4(matrix) => (matrix.rows(), matrix.columns()),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            GroupMatrix::Q8(matrix) => matrix.bytes(),
+            GroupMatrix::Q4(matrix) => matrix.bytes(),
+        }
+    }
+}
+
+/// Activations in int8, one scale a group of 32, and a stack of weights, of which each part has its
+/// own encoding.
+pub(crate) struct GroupLinear {
+    parts: Vec<GroupMatrix>,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl GroupLinear {
+    /// Parts of one width, at least one.
+    pub(crate) fn new(parts: Vec<GroupMatrix>) -> Self {
+        let inputs = parts[0].shape().1;
+        let outputs = parts.iter().map(|part| part.shape().0).sum();
+        Self {
+            parts,
+            inputs,
+            outputs,
+        }
+    }
+}
+
+impl LinearLayer for GroupLinear {
     fn inputs(&self) -> usize {
-        self.0.columns()
+        self.inputs
     }
 
     fn outputs(&self) -> usize {
-        self.0.rows()
+        self.outputs
     }
 
     fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
-        scratch.groups.quantise(team, x, self.0.columns());
-        matmul_q8(team, &scratch.groups, &self.0, y);
+        let rows = &mut scratch.groups;
+        rows.quantise(team, x, self.inputs);
+        let (width, mut first) = (self.outputs, 0);
+        for part in &self.parts {
+            match part {
+                GroupMatrix::Q8(matrix) => matmul_q8_in(team, rows, matrix, y, width, first),
+                GroupMatrix::Q4(matrix) => matmul_q4_in(team, rows, matrix, y, width, first),
+            }
+            first += part.shape().0;
+        }
     }
 
     fn bytes(&self) -> u64 {
-        self.0.bytes() as u64
+        self.parts.iter().map(|part| part.bytes() as u64).sum()
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
+use casemate_container::{DType, ModelConfig};
 use casemate_engine::{Compute, Engine, EngineOptions, Event, KvType, Request, Sampling};
 use casemate_kernels::heap::CountingHeap;
 use support::tiny::{Tiny, llama};
@@ -92,18 +93,30 @@ fn requests(model: &Tiny) -> Vec<Request> {
 
 #[test]
 fn decoding_allocates_nothing() {
-    let model = Tiny::new(llama(), 31);
+    let plain = Tiny::new(llama(), 31);
+    let config = ModelConfig {
+        hidden: 64,
+        ffn: 96,
+        ..llama()
+    };
+    let mixed = Tiny::new(config, 31).encoded(&[DType::Q4_0, DType::Q8_0, DType::Q4_1]);
     let kinds = [
         (Compute::F32, None),
         (Compute::Bf16, None),
         (Compute::Int8, None),
         (Compute::Int8, Some(KvType::Int8)),
         (Compute::Int8Row, Some(KvType::Bf16)),
+        (Compute::Q4G32, None),
     ];
     for (compute, kv_type) in kinds {
+        let model = if compute == Compute::Q4G32 {
+            &mixed
+        } else {
+            &plain
+        };
         for threads in [1, 3] {
             let engine = load(
-                &model,
+                model,
                 &EngineOptions {
                     threads,
                     kv_type,
@@ -112,7 +125,7 @@ fn decoding_allocates_nothing() {
                     ..options(compute)
                 },
             );
-            let all: Vec<_> = requests(&model)
+            let all: Vec<_> = requests(model)
                 .into_iter()
                 .map(|request| watch(&engine, request))
                 .collect();

@@ -5,7 +5,7 @@ mod support;
 use casemate_container::{DType, ModelConfig, RopeScaling};
 use casemate_engine::{ChatError, Compute, EngineOptions, LoadError, TokenizerError};
 use casemate_kernels::mem::{HUGE_PAGE, Purpose, Region};
-use half::{bf16, f16};
+use half::f16;
 use support::tiny::{Random, Tiny, llama};
 use support::{load, logits, options, reference, try_load};
 
@@ -111,7 +111,12 @@ fn refuses_values_that_are_not_finite() {
         "output_norm.weight",
         "output.weight",
     ] {
-        for compute in Compute::ALL.iter().copied() {
+        // Matrices of 4 bits have a test of their own.
+        for compute in Compute::ALL
+            .iter()
+            .copied()
+            .filter(|c| *c != Compute::Q4G32)
+        {
             let mut model = Tiny::new(llama(), 1);
             let at = model.index(name);
             let (shape, mut values) = (model.tensors[at].shape.clone(), model.values[at].clone());
@@ -249,77 +254,25 @@ fn refuses_options_that_cannot_work() {
     );
 }
 
-/// Encodes each tensor of a model in another encoding; the values become those that the encoding
-/// holds.
+/// Matrices in all encodings of 32 weights, in turns.
 fn encoded(tied: bool) -> Tiny {
-    let config = ModelConfig {
+    Tiny::new(wide(tied), 4).encoded(&[
+        DType::Q8_0,
+        DType::F16,
+        DType::Q4_0,
+        DType::BF16,
+        DType::Q4_1,
+    ])
+}
+
+/// Widths that blocks of 32 divide.
+fn wide(tied_embeddings: bool) -> ModelConfig {
+    ModelConfig {
         hidden: 64,
         ffn: 96,
-        tied_embeddings: tied,
+        tied_embeddings,
         ..llama()
-    };
-    let mut model = Tiny::new(config, 4);
-    let names: Vec<String> = model
-        .tensors
-        .iter()
-        .filter(|t| t.shape.len() == 2)
-        .map(|t| t.name.clone())
-        .collect();
-    for (i, name) in names.iter().enumerate() {
-        let values = model.tensor(name).to_vec();
-        let mut bytes = Vec::new();
-        let mut held = Vec::new();
-        let dtype = [
-            DType::Q8_0,
-            DType::F16,
-            DType::Q4_0,
-            DType::BF16,
-            DType::Q4_1,
-        ][i % 5];
-        for block in values.chunks(32) {
-            let largest = block.iter().fold(0f32, |m, x| m.max(x.abs()));
-            let nibbles = |q: &[u8]| (0..16).map(|i| q[i] | q[i + 16] << 4).collect::<Vec<u8>>();
-            match dtype {
-                DType::F16 => block.iter().for_each(|&x| {
-                    bytes.extend(f16::from_f32(x).to_le_bytes());
-                    held.push(f16::from_f32(x).to_f32());
-                }),
-                DType::BF16 => block.iter().for_each(|&x| {
-                    bytes.extend(bf16::from_f32(x).to_le_bytes());
-                    held.push(bf16::from_f32(x).to_f32());
-                }),
-                DType::Q8_0 => {
-                    let d = f16::from_f32(largest / 127.0);
-                    bytes.extend(d.to_le_bytes());
-                    for x in block {
-                        let q = (x / d.to_f32()).round().clamp(-127.0, 127.0);
-                        bytes.push(q as i8 as u8);
-                        held.push(q * d.to_f32());
-                    }
-                }
-                DType::Q4_0 => {
-                    let d = f16::from_f32(largest / 7.0);
-                    let q: Vec<u8> = block.iter().map(|x| (x / d.to_f32() + 8.5) as u8).collect();
-                    bytes.extend(d.to_le_bytes());
-                    bytes.extend(nibbles(&q));
-                    held.extend(q.iter().map(|&q| (f32::from(q) - 8.0) * d.to_f32()));
-                }
-                _ => {
-                    let (d, m) = (f16::from_f32(largest / 7.5), f16::from_f32(-largest));
-                    let q: Vec<u8> = block
-                        .iter()
-                        .map(|x| ((x - m.to_f32()) / d.to_f32() + 0.5).min(15.0) as u8)
-                        .collect();
-                    bytes.extend(d.to_le_bytes());
-                    bytes.extend(m.to_le_bytes());
-                    bytes.extend(nibbles(&q));
-                    held.extend(q.iter().map(|&q| f32::from(q) * d.to_f32() + m.to_f32()));
-                }
-            }
-        }
-        model.encode(name, dtype, bytes, held);
     }
-    model
 }
 
 #[test]
@@ -337,24 +290,96 @@ fn every_encoding_loads_to_what_it_stands_for() {
 }
 
 #[test]
+fn weights_of_4_bits_stay_what_and_as_small_as_they_are() {
+    // Q4_0 is Q8_0 with small numbers: the same logits, bit for bit.
+    for tied in [false, true] {
+        let narrow = Tiny::new(wide(tied), 4).encoded(&[DType::Q4_0]);
+        let mut widened = narrow.clone();
+        for name in narrow.matrices() {
+            let mut bytes = Vec::new();
+            for block in narrow.bytes(&name).chunks(18) {
+                bytes.extend(&block[..2]);
+                let low = block[2..].iter().map(|b| b & 15);
+                let high = block[2..].iter().map(|b| b >> 4);
+                bytes.extend(low.chain(high).map(|n| n.wrapping_sub(8)));
+            }
+            let values = narrow.tensor(&name).to_vec();
+            widened.encode(&name, DType::Q8_0, bytes, values);
+        }
+        let tokens = narrow.prompt(30, 6);
+        let (four, eight) = (
+            load(&narrow, &options(Compute::Q4G32)),
+            load(&widened, &options(Compute::Int8)),
+        );
+        assert_eq!(logits(&four, &tokens), logits(&eight, &tokens));
+        // Every matrix is padded to 32 rows; the table of embeddings is read as it is sealed, or
+        // from the output layer.
+        let blocks = |name: String| {
+            let shape = &narrow.tensors[narrow.index(&name)].shape;
+            let rows = match &name[..] {
+                "token_embd.weight" if !tied => shape[0],
+                _ => shape[0].next_multiple_of(32),
+            };
+            rows * shape[1] / 32
+        };
+        let blocks: u64 = narrow.matrices().into_iter().map(blocks).sum();
+        assert_eq!(four.weight_bytes(), blocks * 18);
+        assert_eq!(four.compute_name(), "q4-g32");
+    }
+}
+
+#[test]
+fn mixed_files_keep_4_bits_where_they_have_them() {
+    let turns = [
+        DType::Q4_1,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::F16,
+        DType::Q4_0,
+    ];
+    for tied in [false, true] {
+        let model = Tiny::new(wide(tied), 4).encoded(&turns);
+        let tokens = model.prompt(50, 6);
+        let expected = reference::logits(&model, &tokens).concat();
+        let found = logits(&load(&model, &options(Compute::Q4G32)), &tokens).concat();
+        let square = |x: f64| x * x;
+        let spread: f64 = expected.iter().map(|x| square(*x)).sum();
+        let differences = found.iter().zip(&expected);
+        let differences: f64 = differences.map(|(a, b)| square(f64::from(*a) - b)).sum();
+        let typical = (differences / spread).sqrt();
+        assert!((1e-4..0.04).contains(&typical), "differs by {typical}");
+    }
+}
+
+#[test]
+fn arithmetic_for_4_bits_wants_some() {
+    for dtypes in [vec![DType::F32], vec![DType::Q8_0, DType::BF16]] {
+        let model = Tiny::new(wide(false), 4).encoded(&dtypes);
+        let refused = try_load(&model, &options(Compute::Q4G32));
+        assert!(matches!(refused, Err(LoadError::NoFourBits)));
+    }
+    for dtype in [DType::Q4_0, DType::Q4_1] {
+        let mut model = Tiny::new(wide(false), 4).encoded(&[dtype]);
+        let name = "blk.1.attn_v.weight";
+        let (mut bytes, values) = (model.bytes(name).to_vec(), model.tensor(name).to_vec());
+        let last = bytes.len() - if dtype == DType::Q4_0 { 18 } else { 20 };
+        bytes[last..last + 2].copy_from_slice(&f16::NAN.to_le_bytes());
+        model.encode(name, dtype, bytes, values);
+        match try_load(&model, &options(Compute::Q4G32)) {
+            Err(LoadError::NonFinite { name: found }) => assert_eq!(found, name),
+            other => panic!("{:?}", other.map(|_| ())),
+        }
+    }
+}
+
+#[test]
 fn q8_0_reaches_int8_without_loss() {
     // Values on the grid of Q8_0, whose blocks use the whole range: as Q8_0 and as F32 they are the
     // same int8 matrix.
-    let config = ModelConfig {
-        hidden: 64,
-        ffn: 96,
-        ..llama()
-    };
-    let mut plain = Tiny::new(config, 4);
+    let mut plain = Tiny::new(wide(false), 4);
     let mut quantised = plain.clone();
     let mut random = Random(99);
-    let names: Vec<String> = plain
-        .tensors
-        .iter()
-        .filter(|t| t.shape.len() == 2)
-        .map(|t| t.name.clone())
-        .collect();
-    for name in names {
+    for name in plain.matrices() {
         let (mut bytes, mut held) = (Vec::new(), Vec::new());
         for _ in 0..plain.tensor(&name).len() / 32 {
             let d = f16::from_f32(0.002 + 0.001 * random.unit());
@@ -396,8 +421,16 @@ fn all_matrices_share_one_region() {
             },
             1,
         );
+        let mixed = model
+            .clone()
+            .encoded(&[DType::Q4_1, DType::F16, DType::Q4_0]);
         for compute in Compute::ALL.iter().copied() {
-            let engine = load(&model, &options(compute));
+            let model = if compute == Compute::Q4G32 {
+                &mixed
+            } else {
+                &model
+            };
+            let engine = load(model, &options(compute));
             let Some(memory) = engine.weight_memory() else {
                 eprintln!("skipped: this system has no /proc/self/smaps to ask");
                 return;

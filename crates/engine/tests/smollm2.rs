@@ -155,6 +155,16 @@ fn int8_by_rows_stays_close_to_the_reference() {
 }
 
 #[test]
+fn weights_of_4_bits_stay_close_to_the_reference() {
+    let Some(found) = compare(Compute::Q4G32, None) else {
+        return;
+    };
+    assert!(found.agreement >= 0.95, "{found:?}");
+    assert!(found.perplexity.abs() <= 0.01, "{found:?}");
+    assert!(found.widest_disagreement <= 0.6, "{found:?}");
+}
+
+#[test]
 fn f32_with_a_cache_of_8_bits_stays_close_to_the_reference() {
     let Some(found) = compare(Compute::F32, Some(KvType::Int8)) else {
         return;

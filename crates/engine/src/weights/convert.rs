@@ -10,6 +10,7 @@ use casemate_container::{DType, Model as Container, ModelConfig, Progress};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::{Extent, Purpose, Region};
 use casemate_kernels::panels::{Bf16Matrix, Int8Matrix};
+use casemate_kernels::q4::{Encoding, Q4Matrix};
 use casemate_kernels::q8::{PackError, Q8Matrix};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
@@ -18,13 +19,14 @@ use super::tensors::{EMBEDDING, OUTPUT, ROPE_FACTORS};
 use super::{Compute, Layer};
 use crate::dequant::dequantise;
 use crate::error::LoadError;
-use crate::linear::{Bf16Linear, F32Linear, Int8RowLinear, LinearLayer, Q8Linear};
+use crate::linear::{Bf16Linear, F32Linear, GroupLinear, GroupMatrix, Int8RowLinear, LinearLayer};
 
-/// A converted matrix.
+/// A converted stack.
 pub(super) enum Matrix {
     F32(Arc<F32Matrix>),
     Bf16(Arc<Bf16Matrix>),
-    Q8(Arc<Q8Matrix>),
+    /// Stacked, at least one.
+    Groups(Vec<GroupMatrix>),
     Int8Row(Int8RowLinear),
 }
 
@@ -33,19 +35,53 @@ impl Matrix {
         match self {
             Matrix::F32(matrix) => Box::new(F32Linear(matrix)),
             Matrix::Bf16(matrix) => Box::new(Bf16Linear(matrix)),
-            Matrix::Q8(matrix) => Box::new(Q8Linear(matrix)),
+            Matrix::Groups(parts) => Box::new(GroupLinear::new(parts)),
             Matrix::Int8Row(layer) => Box::new(layer),
         }
     }
 }
 
-/// Bytes of a packed matrix, in whole pages.
-fn packed_bytes(compute: Compute, rows: usize, columns: usize) -> Option<usize> {
-    match compute {
-        Compute::F32 => F32Matrix::packed_bytes(rows, columns),
-        Compute::Bf16 => Bf16Matrix::packed_bytes(rows, columns),
-        Compute::Int8 => Q8Matrix::packed_bytes(rows, columns),
-        Compute::Int8Row => Int8Matrix::packed_bytes(rows, columns),
+/// How weights lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    F32,
+    Bf16,
+    Q8,
+    Q4(Encoding),
+    Int8Row,
+}
+
+impl Form {
+    /// What an arithmetic makes of an encoding.
+    fn of(compute: Compute, dtype: DType) -> Form {
+        match compute {
+            Compute::F32 => Form::F32,
+            Compute::Bf16 => Form::Bf16,
+            Compute::Int8 => Form::Q8,
+            Compute::Int8Row => Form::Int8Row,
+            Compute::Q4G32 => four_bits(dtype).map_or(Form::Q8, Form::Q4),
+        }
+    }
+
+    /// Bytes of a packed matrix, in whole pages.
+    fn packed_bytes(self, rows: usize, columns: usize) -> Option<usize> {
+        match self {
+            Form::F32 => F32Matrix::packed_bytes(rows, columns),
+            Form::Bf16 => Bf16Matrix::packed_bytes(rows, columns),
+            Form::Q8 => Q8Matrix::packed_bytes(rows, columns),
+            Form::Q4(encoding) => Q4Matrix::packed_bytes(encoding, rows, columns),
+            Form::Int8Row => Int8Matrix::packed_bytes(rows, columns),
+        }
+    }
+}
+
+/// The encodings of 4 bits that kernels read as they are.
+pub(super) fn four_bits(dtype: DType) -> Option<Encoding> {
+    match dtype {
+        DType::Q4_0 => Some(Encoding::Q4_0),
+        DType::Q4_1 => Some(Encoding::Q4_1),
+        DType::Q4_K => Some(Encoding::Q4K),
+        _ => None,
     }
 }
 
@@ -121,10 +157,13 @@ impl<'a> Loader<'a> {
         };
         let bytes = stacks(config)
             .try_fold(0usize, |sum, names| {
-                let parts = names.iter().map(|name| loader.tensor(name));
-                let (rows, columns) =
-                    parts.fold((0, 0), |(rows, _), part| (rows + part.rows, part.columns));
-                sum.checked_add(packed_bytes(compute, rows, columns)?)
+                let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                let runs = loader.runs(&names);
+                runs.into_iter().try_fold(sum, |sum, (form, names)| {
+                    let rows = names.iter().map(|name| loader.tensor(name).rows).sum();
+                    let columns = loader.tensor(names[0]).columns;
+                    sum.checked_add(form.packed_bytes(rows, columns)?)
+                })
             })
             .ok_or(io::ErrorKind::OutOfMemory)
             .map_err(io::Error::from)?;
@@ -181,21 +220,39 @@ impl<'a> Loader<'a> {
         Ok(matrix.into_layer())
     }
 
+    /// Tensors of a stack that follow each other and take one form.
+    fn runs<'n>(&self, names: &'n [&'n str]) -> Vec<(Form, &'n [&'n str])> {
+        let form = |name: &str| Form::of(self.compute, self.tensor(name).dtype);
+        names
+            .chunk_by(|a, b| form(a) == form(b))
+            .map(|run| (form(run[0]), run))
+            .collect()
+    }
+
     /// Stacks matrices of one width by rows and packs them. Their sources stay.
     pub(super) fn matrix(&mut self, names: &[&str]) -> Result<Matrix, LoadError> {
         let mut arena = std::mem::take(&mut self.arena);
         let width = self.tensor(names[0]).columns;
         let rotation = self.rotations.entry(width);
         let rotation = Arc::clone(rotation.or_insert_with(|| Arc::new(Rotation::new(width))));
-        let matrix = self.matrix_in(&mut arena, rotation, names);
+        let runs = self.runs(names).into_iter();
+        let matrices = runs.map(|(form, run)| self.matrix_in(&mut arena, &rotation, form, run));
+        let stacked = matrices.reduce(|stack, next| match (stack?, next?) {
+            (Matrix::Groups(mut stack), Matrix::Groups(next)) => {
+                stack.extend(next);
+                Ok(Matrix::Groups(stack))
+            }
+            _ => unreachable!("only arithmetic in groups has several forms"),
+        });
         self.arena = arena;
-        matrix
+        stacked.expect("a stack has at least one tensor")
     }
 
     fn matrix_in(
         &self,
         arena: &mut Region,
-        rotation: Arc<Rotation>,
+        rotation: &Arc<Rotation>,
+        form: Form,
         names: &[&str],
     ) -> Result<Matrix, LoadError> {
         let parts: Vec<Source<'_>> = names.iter().map(|name| self.tensor(name)).collect();
@@ -229,10 +286,15 @@ impl<'a> Loader<'a> {
             // The configuration's limits exclude the others, as far as memory that exists can be.
             _ => LoadError::System(std::io::ErrorKind::OutOfMemory.into()),
         };
-        match self.compute {
-            Compute::F32 => {
-                let matrix = F32Matrix::from_rows_in(arena, self.team, rows, columns, fill)
-                    .map_err(refused)?;
+        let sealed = |row: usize| {
+            let (part, row, _) = locate(row);
+            part.row(row)
+        };
+        let team = self.team;
+        match form {
+            Form::F32 => {
+                let matrix = F32Matrix::from_rows_in(arena, team, rows, columns, fill);
+                let matrix = matrix.map_err(refused)?;
                 if finite.load(Ordering::Relaxed) {
                     Ok(Matrix::F32(Arc::new(matrix)))
                 } else {
@@ -241,30 +303,35 @@ impl<'a> Loader<'a> {
                     })
                 }
             }
-            Compute::Bf16 => Ok(Matrix::Bf16(Arc::new(
-                Bf16Matrix::from_rows_in(arena, self.team, rows, columns, fill).map_err(refused)?,
-            ))),
-            Compute::Int8 if parts.iter().all(|p| p.dtype == DType::Q8_0) => {
-                let row = |row: usize| {
-                    let (part, row, _) = locate(row);
-                    part.row(row)
-                };
-                Ok(Matrix::Q8(Arc::new(
-                    Q8Matrix::from_q8_0_in(arena, self.team, rows, columns, row)
-                        .map_err(refused)?,
-                )))
+            Form::Bf16 => {
+                let matrix = Bf16Matrix::from_rows_in(arena, team, rows, columns, fill);
+                Ok(Matrix::Bf16(Arc::new(matrix.map_err(refused)?)))
             }
-            Compute::Int8 => Ok(Matrix::Q8(Arc::new(
-                Q8Matrix::from_rows_in(arena, self.team, rows, columns, fill).map_err(refused)?,
-            ))),
-            Compute::Int8Row => {
+            Form::Q8 => {
+                let matrix = if parts.iter().all(|p| p.dtype == DType::Q8_0) {
+                    Q8Matrix::from_q8_0_in(arena, team, rows, columns, sealed)
+                } else {
+                    Q8Matrix::from_rows_in(arena, team, rows, columns, fill)
+                };
+                let matrix = Arc::new(matrix.map_err(refused)?);
+                Ok(Matrix::Groups(vec![GroupMatrix::Q8(matrix)]))
+            }
+            Form::Q4(encoding) => {
+                let shape = (rows, columns);
+                let matrix = Q4Matrix::from_blocks_in(arena, team, encoding, shape, sealed);
+                let matrix = Arc::new(matrix.map_err(refused)?);
+                Ok(Matrix::Groups(vec![GroupMatrix::Q4(matrix)]))
+            }
+            Form::Int8Row => {
                 let rotated = |row: usize, out: &mut [f32]| {
                     fill(row, out);
-                    rotation.apply(self.team.isa(), out);
+                    rotation.apply(team.isa(), out);
                 };
-                let weights = Int8Matrix::from_rows_in(arena, self.team, rows, columns, rotated)
-                    .map_err(refused)?;
-                Ok(Matrix::Int8Row(Int8RowLinear { weights, rotation }))
+                let weights = Int8Matrix::from_rows_in(arena, team, rows, columns, rotated);
+                Ok(Matrix::Int8Row(Int8RowLinear {
+                    weights: weights.map_err(refused)?,
+                    rotation: Arc::clone(rotation),
+                }))
             }
         }
     }

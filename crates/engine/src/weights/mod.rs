@@ -13,12 +13,13 @@ use casemate_container::{DType, Model as Container, ModelConfig, Progress, Stage
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::Granted;
 use casemate_kernels::panels::Bf16Matrix;
+use casemate_kernels::q4::Q4Matrix;
 use casemate_kernels::q8::Q8Matrix;
 use casemate_kernels::team::Team;
 
 use crate::dequant::dequantise;
 use crate::error::LoadError;
-use crate::linear::LinearLayer;
+use crate::linear::{GroupMatrix, LinearLayer};
 pub(crate) use config::check_config;
 use config::check_widths;
 use convert::{Loader, Matrix};
@@ -34,6 +35,9 @@ pub enum Compute {
     /// Weights and activations in int8 with a scale per group of 32 (`Q8_0` weights exactly as they
     /// are, others rounded from f32), KV cache in f16.
     Int8,
+    /// Weights of 4 bits exactly as they are (`Q4_0`, `Q4_1`, `Q4_K`), the matrices that have none as
+    /// [`Compute::Int8`] has them; activations as there, KV cache in f16.
+    Q4G32,
     /// Weights and activations in int8 with a scale per row, both rotated, rounded from f32
     /// whatever they were; KV cache in f16.
     Int8Row,
@@ -41,7 +45,13 @@ pub enum Compute {
 
 impl Compute {
     /// Every arithmetic there is.
-    pub const ALL: &[Compute] = &[Compute::F32, Compute::Bf16, Compute::Int8, Compute::Int8Row];
+    pub const ALL: &[Compute] = &[
+        Compute::F32,
+        Compute::Bf16,
+        Compute::Int8,
+        Compute::Int8Row,
+        Compute::Q4G32,
+    ];
 
     /// Its name in keysets and receipts.
     #[must_use]
@@ -50,8 +60,17 @@ impl Compute {
             Compute::F32 => "f32",
             Compute::Bf16 => casemate_kernels::panels::BF16_NAME,
             Compute::Int8 => casemate_kernels::q8::NAME,
+            Compute::Q4G32 => casemate_kernels::q4::NAME,
             Compute::Int8Row => casemate_kernels::panels::NAME,
         }
+    }
+}
+
+impl Compute {
+    /// Whether it is for models whose tensors are encoded so: 4-bit arithmetic wants some of 4 bits.
+    #[must_use]
+    pub fn suits(self, mut encodings: impl Iterator<Item = DType>) -> bool {
+        self != Compute::Q4G32 || encodings.any(|dtype| convert::four_bits(dtype).is_some())
     }
 }
 
@@ -87,6 +106,8 @@ pub(crate) enum Embedding {
     Bf16(Arc<Bf16Matrix>),
     /// The tied output layer's own weights.
     Q8(Arc<Q8Matrix>),
+    /// The tied output layer's own weights.
+    Q4(Arc<Q4Matrix>),
     /// The tensor as it was sealed, one row converted at a time. The container holds nothing else
     /// any more.
     Sealed {
@@ -106,6 +127,7 @@ impl Embedding {
             Embedding::F32(matrix) => matrix.row(token, out),
             Embedding::Bf16(matrix) => matrix.row(token, out),
             Embedding::Q8(matrix) => matrix.row(token, out),
+            Embedding::Q4(matrix) => matrix.row(token, out),
             Embedding::Sealed {
                 container,
                 dtype,
@@ -127,7 +149,7 @@ impl Embedding {
     fn bytes(&self) -> u64 {
         match self {
             // Counted with the output layer.
-            Embedding::F32(_) | Embedding::Bf16(_) | Embedding::Q8(_) => 0,
+            Embedding::F32(_) | Embedding::Bf16(_) | Embedding::Q8(_) | Embedding::Q4(_) => 0,
             Embedding::Sealed { container, .. } => container
                 .tensor(EMBEDDING)
                 .map_or(0, |t| t.bytes.len() as u64),
@@ -160,6 +182,9 @@ pub(crate) fn load(
 ) -> Result<Weights, LoadError> {
     check_widths(config, compute)?;
     check_tensors(&container, config)?;
+    if !compute.suits(container.manifest().tensors().iter().map(|t| t.dtype)) {
+        return Err(LoadError::NoFourBits);
+    }
     progress.begin(Stage::Convert, container.manifest().tensor_bytes());
     let mut loader = Loader::new(&mut container, config, compute, team, progress)?;
     let extent = loader.extent();
@@ -179,19 +204,25 @@ pub(crate) fn load(
     let (dtype, row_bytes) = (sealed.dtype, sealed.bytes.len() / sealed.rows);
     progress.advance(sealed.bytes.len() as u64);
     let tied = config.tied_embeddings;
-    let embedding = match &head {
-        Matrix::F32(matrix) if tied => Embedding::F32(Arc::clone(matrix)),
+    let plain = matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+    let shared = match &head {
+        _ if !tied => None,
+        Matrix::F32(matrix) => Some(Embedding::F32(Arc::clone(matrix))),
         // Of 4-bit and 8-bit encodings the sealed table is smaller and exact.
-        Matrix::Bf16(matrix) if tied && matches!(dtype, DType::F32 | DType::F16 | DType::BF16) => {
-            Embedding::Bf16(Arc::clone(matrix))
-        }
-        // From 4-bit encodings int8 would lose something and save nothing.
-        Matrix::Q8(matrix)
-            if tied && matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::Q8_0) =>
-        {
-            Embedding::Q8(Arc::clone(matrix))
-        }
-        _ => {
+        Matrix::Bf16(matrix) if plain => Some(Embedding::Bf16(Arc::clone(matrix))),
+        Matrix::Groups(parts) => match &parts[..] {
+            // From 4-bit encodings int8 would lose something and save nothing.
+            [GroupMatrix::Q8(matrix)] if plain || dtype == DType::Q8_0 => {
+                Some(Embedding::Q8(Arc::clone(matrix)))
+            }
+            [GroupMatrix::Q4(matrix)] => Some(Embedding::Q4(Arc::clone(matrix))),
+            _ => None,
+        },
+        _ => None,
+    };
+    let embedding = match shared {
+        Some(embedding) => embedding,
+        None => {
             loader.check_finite(EMBEDDING)?;
             Embedding::Sealed {
                 container: Box::new(container),

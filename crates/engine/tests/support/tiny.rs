@@ -3,6 +3,7 @@
 use casemate_container::{
     DType, Family, ModelConfig, ModelSource, RopeLayout, RopeScaling, SourceError, SourceTensor,
 };
+use half::{bf16, f16};
 
 /// A model in memory whose tensors tests may change.
 #[derive(Clone)]
@@ -168,6 +169,27 @@ impl Tiny {
         self.values[at] = values;
     }
 
+    /// The same model with its matrices in other encodings, in turns; the values become those that
+    /// the encodings hold.
+    pub fn encoded(mut self, dtypes: &[DType]) -> Self {
+        for (name, dtype) in self.matrices().into_iter().zip(dtypes.iter().cycle()) {
+            let (bytes, held) = encode(*dtype, self.tensor(&name));
+            self.encode(&name, *dtype, bytes, held);
+        }
+        self
+    }
+
+    /// Names of all matrices, in order.
+    pub fn matrices(&self) -> Vec<String> {
+        let matrices = self.tensors.iter().filter(|t| t.shape.len() == 2);
+        matrices.map(|t| t.name.clone()).collect()
+    }
+
+    /// A tensor as it is encoded.
+    pub fn bytes(&self, name: &str) -> &[u8] {
+        &self.bytes[self.index(name)]
+    }
+
     pub fn index(&self, name: &str) -> usize {
         self.tensors
             .iter()
@@ -183,6 +205,58 @@ impl Tiny {
         let mut random = Random(seed);
         (0..length).map(|_| 3 + random.below(250) as u32).collect()
     }
+}
+
+/// Values in an encoding, and what it holds of them.
+fn encode(dtype: DType, values: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let (mut bytes, mut held) = (Vec::new(), Vec::new());
+    for block in values.chunks(32) {
+        let largest = block.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let nibbles = |q: &[u8]| (0..16).map(|i| q[i] | q[i + 16] << 4).collect::<Vec<u8>>();
+        match dtype {
+            DType::F32 => block.iter().for_each(|&x| {
+                bytes.extend(x.to_le_bytes());
+                held.push(x);
+            }),
+            DType::F16 => block.iter().for_each(|&x| {
+                bytes.extend(f16::from_f32(x).to_le_bytes());
+                held.push(f16::from_f32(x).to_f32());
+            }),
+            DType::BF16 => block.iter().for_each(|&x| {
+                bytes.extend(bf16::from_f32(x).to_le_bytes());
+                held.push(bf16::from_f32(x).to_f32());
+            }),
+            DType::Q8_0 => {
+                let d = f16::from_f32(largest / 127.0);
+                bytes.extend(d.to_le_bytes());
+                for x in block {
+                    let q = (x / d.to_f32()).round().clamp(-127.0, 127.0);
+                    bytes.push(q as i8 as u8);
+                    held.push(q * d.to_f32());
+                }
+            }
+            DType::Q4_0 => {
+                let d = f16::from_f32(largest / 7.0);
+                let q: Vec<u8> = block.iter().map(|x| (x / d.to_f32() + 8.5) as u8).collect();
+                bytes.extend(d.to_le_bytes());
+                bytes.extend(nibbles(&q));
+                held.extend(q.iter().map(|&q| (f32::from(q) - 8.0) * d.to_f32()));
+            }
+            DType::Q4_1 => {
+                let (d, m) = (f16::from_f32(largest / 7.5), f16::from_f32(-largest));
+                let q: Vec<u8> = block
+                    .iter()
+                    .map(|x| ((x - m.to_f32()) / d.to_f32() + 0.5).min(15.0) as u8)
+                    .collect();
+                bytes.extend(d.to_le_bytes());
+                bytes.extend(m.to_le_bytes());
+                bytes.extend(nibbles(&q));
+                held.extend(q.iter().map(|&q| f32::from(q) * d.to_f32() + m.to_f32()));
+            }
+            _ => panic!("no encoder for {dtype}"),
+        }
+    }
+    (bytes, held)
 }
 
 impl ModelSource for Tiny {
