@@ -328,7 +328,9 @@ fn told<E: Display, S: Stream<Item = Result<Bytes, E>>>(
     log: &Log,
 ) -> impl Stream<Item = Result<Bytes, E>> + use<E, S> {
     let log = log.clone();
-    body.inspect_err(move |error| log.tell("answer_cut_off", &error.to_string()))
+    body.inspect_err(move |error| {
+        let _ = log.tell("answer_cut_off", &error.to_string());
+    })
 }
 
 /// The request as the service will see it.

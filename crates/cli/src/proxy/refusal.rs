@@ -98,8 +98,20 @@ const QUIET: Duration = Duration::from_secs(10);
 
 /// Tells refusals in the log: each code at once, and then no more often than every [`QUIET`], with the number of those that
 /// were left out. There are as many codes as the program knows.
-#[derive(Clone, Default)]
-pub(super) struct Log(Arc<Mutex<BTreeMap<&'static str, Told>>>);
+#[derive(Clone)]
+pub(super) struct Log {
+    told: Arc<Mutex<BTreeMap<&'static str, Told>>>,
+    quiet: Duration,
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log {
+            told: Arc::default(),
+            quiet: QUIET,
+        }
+    }
+}
 
 struct Told {
     at: Instant,
@@ -107,13 +119,14 @@ struct Told {
 }
 
 impl Log {
-    /// A refusal, or the end of an answer, for `reason`.
-    pub(super) fn tell(&self, code: &'static str, reason: &str) {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// A refusal, or the end of an answer, for `reason`. Returns whether there is a line about it, and how many others it
+    /// stands for.
+    pub(super) fn tell(&self, code: &'static str, reason: &str) -> Option<u64> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let untold = match told.get_mut(code) {
-            Some(last) if last.at.elapsed() < QUIET => {
+            Some(last) if last.at.elapsed() < self.quiet => {
                 last.untold += 1;
-                return;
+                return None;
             }
             Some(last) => last.untold,
             None => 0,
@@ -122,10 +135,9 @@ impl Log {
         told.insert(code, Told { at, untold: 0 });
         match untold {
             0 => warn!(code, %reason, "a request failed"),
-            more => {
-                warn!(code, %reason, more, "a request failed, and more for the same reason since the last line")
-            }
+            more => warn!(code, %reason, more, "a request failed, and others before it"),
         }
+        Some(untold)
     }
 }
 
@@ -135,7 +147,28 @@ pub(super) async fn log(State(log): State<Log>, request: Request, next: Next) ->
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>()
         && refusal.status.is_server_error()
     {
-        log.tell(refusal.code, &refusal.message);
+        let _ = log.tell(refusal.code, &refusal.message);
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_is_told_at_once_and_then_counted() {
+        let mut log = Log {
+            quiet: Duration::from_secs(3600),
+            ..Log::default()
+        };
+        assert_eq!(log.tell("service_unreachable", "refused"), Some(0));
+        for _ in 0..3 {
+            assert_eq!(log.tell("service_unreachable", "refused"), None);
+        }
+        assert_eq!(log.tell("answer_refused", "cut"), Some(0));
+        log.quiet = Duration::ZERO;
+        assert_eq!(log.tell("service_unreachable", "refused"), Some(3));
+        assert_eq!(log.tell("service_unreachable", "refused"), Some(0));
+    }
 }
