@@ -328,7 +328,12 @@ fn read_rollback(file: Option<&Path>) -> Result<Option<Vec<u8>>> {
 /// Reads a file of bounded size; a larger one is some other file, and its name says which.
 fn read(file: &Path, limit: usize, what: &str) -> Result<Zeroizing<Vec<u8>>> {
     let shown = || file.display().to_string();
-    let length = std::fs::metadata(file).with_context(shown)?.len();
+    let about = std::fs::metadata(file).with_context(shown)?;
+    if about.is_dir() {
+        let error = std::io::Error::from(std::io::ErrorKind::IsADirectory);
+        return Err(error).with_context(|| format!("{}: give one file", shown()));
+    }
+    let length = about.len();
     let too_large = || {
         let text = format!(
             "{} is too large: {what} has at most {limit} bytes; is it the right file?",

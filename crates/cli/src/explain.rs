@@ -17,6 +17,9 @@ use crate::exit::{self, Class, Failure, InJson};
 use crate::terminal::printable;
 use reading::Finding;
 
+/// What the proxy adds to its refusals, and an explanation leaves out.
+pub(crate) const TELLS_MORE: &str = "; `casemate explain` reads this answer and tells more";
+
 /// The longest input that is read; a log can have the end of it cut off.
 const MAX_INPUT: u64 = 16 << 20;
 

@@ -44,14 +44,15 @@ const MORE: &str = "likely cause and what to do: `casemate verify --json` of the
 /// service.
 ///
 /// Nothing is served unless the service verifies; it is verified again before its keys, its
-/// credential or its evidence get too old. Exit code when it does not start: as `casemate verify`. `casemate explain`
-/// reads what the proxy answers when it refuses.
+/// credential or its evidence get too old. GET /readyz tells whether a request would be served now, and what the service
+/// proved last. Exit code when it does not start: as `casemate verify`. `casemate explain` reads what the proxy answers
+/// when it refuses.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// URL of the service, as its provider gave it to you: https:// or http://, where anybody may stand
     /// in between, or tls://HOST:PORT for a connection that ends inside the enclave.
-    #[arg(long, alias = "service", value_name = "URL")]
-    enclave: String,
+    #[arg(long, alias = "enclave", value_name = "URL")]
+    service: String,
     /// The policy file that says what is accepted; docs/policy.md describes it.
     #[arg(long, value_name = "FILE")]
     policy: PathBuf,
@@ -78,7 +79,7 @@ pub(crate) fn run(args: &Args, granted: Hardening) -> Result<(), Failure> {
         .init();
     tracing::info!("{granted}");
     let service = Service::new(
-        &args.enclave,
+        &args.service,
         read_policy(&args.policy)?,
         args.ca.as_deref(),
     )?;

@@ -110,7 +110,13 @@ impl Verdict<'_> {
         }
         match self.outcome {
             Ok(_) => Ok(()),
-            Err(denial) => Err(NotVerified::Denied(denial).into_failure().hint(MORE)),
+            Err(denial) => {
+                let failure = NotVerified::Denied(denial).into_failure();
+                Err(match json {
+                    true => failure,
+                    false => failure.hint(MORE),
+                })
+            }
         }
     }
 

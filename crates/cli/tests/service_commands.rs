@@ -78,6 +78,9 @@ fn the_exit_code_of_verify_is_the_verdict() {
         setup.enclave.set_fault(fault);
         let output = setup.verify(&["--json"]);
         assert_eq!(output.status.code(), Some(code), "{fault:?}: {output:?}");
+        let more = "the same with --json";
+        let advises = |output: &Output| String::from_utf8_lossy(&output.stderr).contains(more);
+        assert!(!advises(&output), "it was given");
         let json: Value = serde_json::from_slice(&output.stdout).unwrap();
         if fault == Fault::NoAttestation {
             assert_eq!(json["error"]["code"], verdict);
@@ -91,6 +94,7 @@ fn the_exit_code_of_verify_is_the_verdict() {
 
         let output = setup.verify(&[]);
         assert_eq!(output.status.code(), Some(code));
+        assert_eq!(advises(&output), ![0, 40].contains(&code));
         let text = String::from_utf8(output.stdout).unwrap();
         assert_eq!(text.contains("TRUSTED: NOT A TEE"), code == 0, "{text}");
         assert_eq!(text.contains("service demo of issuer"), code == 0, "{text}");

@@ -5,6 +5,8 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
+use super::TELLS_MORE;
+
 /// One refusal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Finding {
@@ -159,7 +161,10 @@ fn of_error(error: &Value) -> Finding {
             .or_else(|| class.clone())
             .unwrap_or_default(),
         class,
-        found: text(error, "message"),
+        found: match text(error, "message") {
+            message if message.ends_with(TELLS_MORE) => message.replace(TELLS_MORE, ""),
+            message => message,
+        },
         context: some(error, "param").map(|param| format!("parameter {param}")),
         ..Finding::default()
     }
@@ -263,6 +268,14 @@ mod tests {
             let all = findings(input.as_bytes()).unwrap();
             assert_eq!((all[0].by, all[0].claim.as_str()), (by, claim), "{input}");
         }
+    }
+
+    #[test]
+    fn what_is_being_explained_does_not_ask_to_be_explained() {
+        let message = format!("the service is unreachable: http://x{TELLS_MORE}");
+        let answer = serde_json::json!({"error": {"message": message, "type": "proxy_error"}});
+        let all = findings(answer.to_string().as_bytes()).unwrap();
+        assert_eq!(all[0].found, "the service is unreachable: http://x");
     }
 
     #[test]

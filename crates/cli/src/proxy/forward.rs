@@ -83,7 +83,8 @@ pub(super) fn router(session: Arc<Session>, saver: Option<Saver>, address: Socke
         .route("/v1/receipts/{id}", get(receipt))
         .route("/v1/{*path}", axum::routing::any(forward))
         .fallback(async || {
-            let message = "this proxy serves the paths under /v1/, /livez and /readyz";
+            let message = "this proxy serves the paths under /v1/, /livez and /readyz; clients are given its address with \
+                           /v1 at its end";
             Refusal::new(StatusCode::NOT_FOUND, "not_found", message)
         })
         .method_not_allowed_fallback(async || method_not_allowed())

@@ -28,7 +28,7 @@ pub(super) struct Pace {
 impl Default for Pace {
     fn default() -> Pace {
         Pace {
-            fresh: Duration::from_secs(5),
+            fresh: Duration::from_secs(2),
             pause: Duration::from_secs(1),
             verify_pause: Duration::from_secs(15),
             patience: Duration::from_secs(10),

@@ -13,6 +13,8 @@ use http::{StatusCode, header};
 use serde_json::json;
 use tracing::warn;
 
+use crate::explain::TELLS_MORE;
+
 /// The code of a service without a verification that holds.
 pub(super) const NOT_VERIFIED: &str = "service_not_verified";
 
@@ -66,10 +68,7 @@ impl Refusal {
             "proxy_error"
         };
         let message = match self.status.is_server_error() {
-            true => &format!(
-                "{}; `casemate explain` reads this answer and tells more",
-                self.message
-            ),
+            true => &format!("{}{TELLS_MORE}", self.message),
             false => &self.message,
         };
         let body = json!({
