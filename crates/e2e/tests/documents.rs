@@ -31,12 +31,13 @@ const OURS: [&str; 6] = [
     "xtask",
 ];
 /// Programs in documents that are not ours: neither run nor checked where a block is not run.
-const FOREIGN: [&str; 5] = [
+const FOREIGN: [&str; 6] = [
     "python3",
     "venv/bin/pip",
     "venv/bin/python",
     "rustup",
     "sleep",
+    "curl",
 ];
 /// Stands where a document has a key.
 const KEY: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -251,7 +252,6 @@ impl Dry {
                 real.is_file(),
                 "{program} is not built; run `cargo build --workspace --bins`"
             );
-            // What a program printed is no business of the next command.
             let body = format!("understand '{}' '{program}' \"$@\"\n", real.display());
             dry.stub(program, &body);
         }
@@ -270,9 +270,10 @@ impl Dry {
     fn stub(&self, program: &str, body: &str) {
         let path = self.folder.path().join(program);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // What it prints stands for whatever the next command takes from it.
         let script = format!(
             "#!/bin/bash\nunderstand() {{\n  local real=$1 name=$2; shift 2\n  \
-             if said=$(\"$real\" \"$@\" --help 2>&1); then echo \"$name $*\" >> \"$DRY/log/understood\"\n  \
+             if said=$(\"$real\" \"$@\" --help 2>&1); then echo \"$name $*\" >> \"$DRY/log/understood\"; echo {KEY}\n  \
              else echo \"$name $*: ${{said%%$'\\n'*}}\" >> \"$DRY/log/refused\"; fi\n}}\n{body}"
         );
         fs::write(&path, script).unwrap();
