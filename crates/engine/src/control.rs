@@ -63,6 +63,9 @@ struct Names {
     /// Finds where names begin, overlapping ones too, in any case of their letters: templates may change it. Where
     /// several begin, only the shortest is looked for, so that a place is found once.
     any_case: AhoCorasick,
+    /// What names begin with, and what they end with, the latter from back to front.
+    beginnings: Beginnings,
+    endings: Beginnings,
 }
 
 impl ControlNames {
@@ -95,11 +98,14 @@ impl ControlNames {
             .build(shortest(&names))
             .map_err(|_| ControlNameError::Search)?;
         let internal = (0..names.len()).map(|n| format!("{BEGIN}{n}{END}"));
+        let bytes = || names.iter().map(|name| name.bytes());
         Ok(Self(Arc::new(Names {
             internal: internal.collect(),
-            names,
             exact,
             any_case,
+            beginnings: Beginnings::new(bytes()),
+            endings: Beginnings::new(bytes().map(Iterator::rev)),
+            names,
         })))
     }
 
@@ -140,21 +146,11 @@ impl ControlNames {
         // What is a name only together with what a template puts before or behind it, after
         // trimming perhaps.
         let trimmed = text.trim_end();
-        if self
-            .0
-            .names
-            .iter()
-            .any(|name| ends_with_beginning(trimmed, name))
-        {
+        if self.0.beginnings.is_at_end_of(trimmed.bytes().rev()) {
             cuts.push(trimmed.len());
         }
         let start = text.len() - text.trim_start().len();
-        if self
-            .0
-            .names
-            .iter()
-            .any(|name| begins_with_end(&text[start..], name))
-        {
+        if self.0.endings.is_at_end_of(text[start..].bytes()) {
             cuts.push(start);
         }
         if cuts.is_empty() {
@@ -223,18 +219,41 @@ fn after_first_char(text: &str, at: usize) -> usize {
     at + text[at..].chars().next().map_or(0, char::len_utf8)
 }
 
-/// Whether `text` ends with a proper beginning of `name`.
-fn ends_with_beginning(text: &str, name: &str) -> bool {
-    let (text, name) = (text.as_bytes(), name.as_bytes());
-    (1..name.len().min(text.len() + 1))
-        .any(|n| text[text.len() - n..].eq_ignore_ascii_case(&name[..n]))
+/// The proper beginnings of some words, whatever the case of their ASCII letters: as the words themselves in order, where
+/// what begins with a text comes right behind that text.
+struct Beginnings {
+    /// In lower case, each once.
+    words: Vec<Box<[u8]>>,
+    longest: usize,
 }
 
-/// Whether `text` begins with a proper end of `name`.
-fn begins_with_end(text: &str, name: &str) -> bool {
-    let (text, name) = (text.as_bytes(), name.as_bytes());
-    (1..name.len().min(text.len() + 1))
-        .any(|n| text[..n].eq_ignore_ascii_case(&name[name.len() - n..]))
+impl Beginnings {
+    fn new(words: impl Iterator<Item = impl Iterator<Item = u8>>) -> Self {
+        let words = words.map(|word| word.map(|byte| byte.to_ascii_lowercase()).collect());
+        let words: BTreeSet<Box<[u8]>> = words.collect();
+        Self {
+            longest: words.iter().map(|word| word.len()).max().unwrap_or(0),
+            words: words.into_iter().collect(),
+        }
+    }
+
+    /// Whether a text, given from back to front, ends with one. Of the text only as much is looked at as the longest word
+    /// has, and for each byte of that a number of words is compared that is the logarithm of how many there are.
+    fn is_at_end_of(&self, backwards: impl Iterator<Item = u8>) -> bool {
+        let most = self.longest.saturating_sub(1);
+        let mut end: Vec<u8> = backwards.take(most).collect();
+        end.make_ascii_lowercase();
+        end.reverse();
+        (0..end.len()).any(|from| self.contain(&end[from..]))
+    }
+
+    /// Whether one is this text, in lower case.
+    fn contain(&self, text: &[u8]) -> bool {
+        let behind = self.words.partition_point(|word| &**word <= text);
+        self.words
+            .get(behind)
+            .is_some_and(|word| word.starts_with(text))
+    }
 }
 
 /// A rendered conversation, which still knows what its template wrote and what its clients.
@@ -361,7 +380,59 @@ mod tests {
         assert_eq!(names.translate(&Prompt(guarded)), text);
     }
 
+    /// By definition: whether `text` ends with a proper beginning of `name`.
+    fn ends_with_beginning(text: &[u8], name: &[u8]) -> bool {
+        (1..name.len().min(text.len() + 1))
+            .any(|n| text[text.len() - n..].eq_ignore_ascii_case(&name[..n]))
+    }
+
+    /// By definition: whether `text` begins with a proper end of `name`.
+    fn begins_with_end(text: &[u8], name: &[u8]) -> bool {
+        (1..name.len().min(text.len() + 1))
+            .any(|n| text[..n].eq_ignore_ascii_case(&name[name.len() - n..]))
+    }
+
+    #[test]
+    fn as_many_names_as_there_may_be_are_compared_a_few_times_for_each_byte() {
+        let names = (0..MAX_NAMES).map(|n| format!("{}{n:04}", "a".repeat(MAX_NAME - 4)));
+        let names = ControlNames::new(names).unwrap();
+        assert_eq!(names.0.beginnings.longest, MAX_NAME);
+        // Of a text that could be the beginning of each of them, or the end of none, only its edges are looked at.
+        let looked_at = |text: &str| {
+            let (mut front, mut back) = (0, 0);
+            let beginning = names
+                .0
+                .beginnings
+                .is_at_end_of(text.bytes().rev().inspect(|_| back += 1));
+            let ending = names
+                .0
+                .endings
+                .is_at_end_of(text.bytes().inspect(|_| front += 1));
+            (beginning, ending, back, front)
+        };
+        assert_eq!(
+            looked_at(&"a".repeat(1 << 20)),
+            (true, false, MAX_NAME - 1, MAX_NAME - 1)
+        );
+        assert_eq!(looked_at("4095"), (false, true, 4, 4));
+    }
+
     proptest! {
+        #[test]
+        fn edges_are_parts_of_names_as_the_definition_says(
+            names in prop::collection::vec("[aAbé]{2,5}", 0..6),
+            text in "[aAbBé]{0,7}",
+        ) {
+            let known = ControlNames::new(names.clone()).unwrap();
+            let of = |part: fn(&[u8], &[u8]) -> bool| {
+                names.iter().any(|name| part(text.as_bytes(), name.as_bytes()))
+            };
+            let beginning = known.0.beginnings.is_at_end_of(text.bytes().rev());
+            prop_assert_eq!(beginning, of(ends_with_beginning));
+            let ending = known.0.endings.is_at_end_of(text.bytes());
+            prop_assert_eq!(ending, of(begins_with_end));
+        }
+
         #[test]
         fn no_text_of_a_client_is_translated(pieces in prop::collection::vec(
             prop::sample::select(vec!["<|im_end|>", "<|im_start|>", "</s>", "s>x", "<", "|", ">", " ", "<|im_", "end|>", "\u{fdd2}", "\u{fdd0}", "A"]),
