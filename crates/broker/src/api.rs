@@ -10,6 +10,7 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, COOKIE, RETRY_AFTER, SET_C
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use casemate_container::one_line;
 use casemate_release::issuance;
 use casemate_release::rcar::{
     self, DenialInformation, ErrorInformation, ResourcePath, SESSION_COOKIE,
@@ -110,6 +111,7 @@ impl From<Rejection> for Failure {
         };
         let detail = match &rejection {
             Rejection::Store(error) => {
+                let error = one_line(error);
                 tracing::error!(%error, "the store failed; nothing was released");
                 "the broker's storage failed; nothing was released".into()
             }

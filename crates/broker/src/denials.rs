@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use casemate_attest::UnixTime;
+use casemate_container::one_line;
 
 use crate::broker::Broker;
 use crate::log::Action;
@@ -100,6 +101,7 @@ pub async fn keep_counted(broker: Arc<Broker>, period: Duration) {
         let broker = broker.clone();
         let logged = tokio::task::spawn_blocking(move || broker.log_what_was_left_out()).await;
         if let Ok(Err(error)) = logged {
+            let error = one_line(&error);
             tracing::error!(%error, "the count of denials that were left out is not logged");
         }
     }

@@ -12,6 +12,7 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use casemate_channel::keyset::ChannelBinding;
 use casemate_channel::ohttp::{GATEWAY_PATH, KEYSETS_PATH};
+use casemate_container::one_line;
 
 use crate::api::Api;
 use crate::gateway::Gateway;
@@ -141,6 +142,7 @@ fn no_evidence(error: &ServingError) -> Response<Body> {
         let text = "too many wait for evidence\n";
         return (StatusCode::SERVICE_UNAVAILABLE, soon, text).into_response();
     }
+    let error = one_line(error);
     tracing::error!(%error, "no evidence for a user");
     let text = "no evidence can be made at the moment\n";
     (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
@@ -174,8 +176,10 @@ async fn gateway(State(shared): State<Arc<Shared>>, request: Request<Body>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::provision::ProvisionError;
     use crate::quotes::TooManyWait;
     use axum::body::to_bytes;
+    use casemate_tee::TeeError;
     use tower::ServiceExt;
 
     fn starting() -> Arc<Shared> {
@@ -228,6 +232,31 @@ mod tests {
         let answer = no_evidence(&ServingError::TooManyWait(TooManyWait));
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(answer.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the quoting service is away")]
+    struct Away(#[source] std::io::Error);
+
+    #[test]
+    fn the_log_says_why_there_is_no_evidence_and_the_user_is_not_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(Arc::new(file.reopen().unwrap()))
+            .finish();
+        let away = Away(std::io::Error::other("no such socket"));
+        let error = ServingError::Provision(ProvisionError::Tee(TeeError::Unavailable {
+            path: "/run/tee.sock".into(),
+            source: std::io::Error::other(away),
+        }));
+        let answer = tracing::subscriber::with_default(subscriber, || no_evidence(&error));
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let log = std::fs::read_to_string(file.path()).unwrap();
+        let told = "no evidence: /run/tee.sock: the quoting service is away: no such socket\n";
+        assert!(log.ends_with(told), "{log}");
+        let body = futures::executor::block_on(to_bytes(answer.into_body(), 1 << 10)).unwrap();
+        assert_eq!(body, "no evidence can be made at the moment\n");
     }
 
     #[tokio::test]

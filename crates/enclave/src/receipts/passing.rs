@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use axum::body::{Body, BodyDataStream, Bytes, HttpBody as _};
 use axum::http::StatusCode;
 use casemate_channel::receipt::{AnswerHasher, FetchedReceipt, RequestHash, Salt};
+use casemate_container::one_line;
 use futures::{Stream, StreamExt as _};
 use tracing::error;
 
@@ -68,6 +69,7 @@ impl Open {
             // The keyset has ended, and its key with it: nobody can sign for it any more.
             Ok(Signed::KeysetEnded) => return,
             Err(error) => {
+                let error = one_line(&error);
                 error!(%error, "no receipt");
                 return;
             }
