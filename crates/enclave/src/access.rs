@@ -12,6 +12,7 @@
 mod bucket;
 mod keys;
 
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,12 @@ impl PartialEq for Caller {
 }
 
 impl Eq for Caller {}
+
+impl Hash for Caller {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.as_ref().map(|holder| holder.key).hash(state);
+    }
+}
 
 impl Caller {
     /// Somebody who needed no key.
