@@ -25,15 +25,18 @@ pub enum Denied {
     Concurrency,
     /// Too many bytes of all callers' requests wait to be parsed.
     Room,
+    /// Too many bytes of what all callers' answers must be are held.
+    Grammars,
 }
 
 impl Denied {
-    const ALL: [(Denied, &'static str); 5] = [
+    const ALL: [(Denied, &'static str); 6] = [
         (Denied::Key, "key"),
         (Denied::Requests, "requests"),
         (Denied::Tokens, "tokens"),
         (Denied::Concurrency, "concurrency"),
         (Denied::Room, "room"),
+        (Denied::Grammars, "grammars"),
     ];
 }
 
@@ -53,9 +56,10 @@ pub struct Metrics {
     refused: AtomicU64,
     attestations: AtomicU64,
     open: AtomicU64,
-    denied: [AtomicU64; 5],
+    denied: [AtomicU64; Denied::ALL.len()],
     connections: OnceLock<Arc<Counters>>,
     bodies_waiting: OnceLock<Arc<Bodies>>,
+    grammars: OnceLock<Arc<Bodies>>,
     relayed: AtomicU64,
     relays_running: AtomicU64,
     key_release: OnceLock<Duration>,
@@ -98,6 +102,11 @@ impl Metrics {
     /// The bodies that have arrived and are not parsed yet.
     pub fn bodies_waiting(&self, bodies: Arc<Bodies>) {
         let _ = self.bodies_waiting.set(bodies);
+    }
+
+    /// What answers under way must be.
+    pub fn grammars(&self, grammars: Arc<Bodies>) {
+        let _ = self.grammars.set(grammars);
     }
 
     /// Another replica answered a request that was relayed to it.
@@ -173,6 +182,14 @@ impl Metrics {
                 "gauge",
                 "Bodies that are not parsed yet, each rounded up to a power of two.",
                 bodies.held() as f64,
+            );
+        }
+        if let Some(grammars) = self.grammars.get() {
+            metric(
+                "grammar_bytes_used",
+                "gauge",
+                "What answers under way must be, all of it rounded up to a power of two.",
+                coarse(grammars.held() as u64) as f64,
             );
         }
         if let Some(connections) = self.connections.get() {

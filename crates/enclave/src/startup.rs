@@ -259,7 +259,8 @@ async fn prepare(
     let fingerprint = format!("fp_{}", &digest[..12]);
     access::announce(session.grant.access());
     let api = Api::new(engine, config.service.name, fingerprint, system_clock)
-        .with_extraction(config.extraction);
+        .with_extraction(config.extraction)
+        .with_metrics(Arc::clone(&metrics));
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
     let waiting = Arc::new(Bodies::default());
     metrics.bodies_waiting(Arc::clone(&waiting));

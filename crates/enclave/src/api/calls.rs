@@ -227,7 +227,7 @@ mod tests {
     fn reader(format: CallFormat, single: bool, forced: bool) -> CallReader {
         let reading = Reading {
             format,
-            names: vec!["rain".into(), "sun".into()],
+            names: ["rain".into(), "sun".into()].into(),
             single,
             forced,
             grammar: None,

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::convert::Infallible;
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::http::header;
@@ -21,6 +22,7 @@ use super::extraction::Shown;
 use super::format::{Constraint, Told};
 use super::tools::Reading;
 use crate::access::Meter;
+use crate::bodies::Room;
 
 /// Most answers to one request: choices times prompts.
 const MAX_ANSWERS: u64 = 16;
@@ -45,6 +47,13 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// What its grammar and the names of its functions take, which all its answers share.
+    fn bytes_held(&self) -> usize {
+        let grammar = self.constraint.as_ref().map_or(0, |c| c.grammar.bytes());
+        let names = self.reading.as_ref().map_or(0, Reading::bytes_of_names);
+        grammar + names
+    }
+
     /// What a receipt says about how tokens are drawn, and what steers them.
     fn parameters(&self) -> Parameters {
         let sampling = &self.sampling;
@@ -106,6 +115,8 @@ pub(super) struct Generation {
     parameters: Parameters,
     ending: Ending,
     readers: Vec<Reader>,
+    /// For what readers hold. The engine has its share of it, which it may drop later.
+    _room: Arc<Room>,
 }
 
 impl Api {
@@ -117,6 +128,7 @@ impl Api {
                 format!("at most {MAX_ANSWERS} answers to one request, over all its prompts");
             return Err(ApiError::value("n", most));
         }
+        let room = Arc::new(self.hold(job.bytes_held())?);
         // Every choice computes its prompt anew.
         let prompts: usize = job.prompts.iter().map(Vec::len).sum();
         job.meter
@@ -131,6 +143,7 @@ impl Api {
             parameters: job.parameters(),
             ending: Ending::default(),
             readers: Vec::new(),
+            _room: Arc::clone(&room),
         };
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
@@ -153,8 +166,10 @@ impl Api {
                 let sender = sender.clone();
                 let index = generation.running;
                 let meter = job.meter.clone();
+                let room = Arc::clone(&room);
                 // Counted where tokens are made: who does not read them has caused them all the same.
                 let sink = move |event: Event<'_>| {
+                    let _for_the_grammar_beside_it = &room;
                     if let Event::Token { .. } = event {
                         meter.generated();
                     }

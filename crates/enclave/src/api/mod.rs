@@ -29,6 +29,9 @@ use serde::Serialize;
 use answer::{Answer, Shape};
 use casemate_channel::receipt::RequestId;
 
+use crate::bodies::{Bodies, Room};
+use crate::metrics::{Denied, Metrics};
+
 pub use answer::{Ending, Served};
 pub use error::ApiError;
 pub use extraction::{Extraction, Logprobs};
@@ -41,6 +44,8 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 pub struct Api {
     inner: Arc<Inner>,
     extraction: Extraction,
+    grammars: Arc<Bodies>,
+    metrics: Arc<Metrics>,
 }
 
 struct Inner {
@@ -65,7 +70,17 @@ impl Api {
                 clock,
             }),
             extraction: Extraction::default(),
+            grammars: Arc::default(),
+            metrics: Arc::default(),
         }
+    }
+
+    /// The same API, which tells these metrics what it holds and refuses.
+    #[must_use]
+    pub fn with_metrics(mut self, metrics: Arc<Metrics>) -> Self {
+        metrics.grammars(Arc::clone(&self.grammars));
+        self.metrics = metrics;
+        self
     }
 
     /// The same API under another extraction policy.
@@ -77,6 +92,22 @@ impl Api {
 
     fn extraction(&self) -> Extraction {
         self.extraction
+    }
+
+    /// Room for what schemas and functions of requests became, which is kept until their answers are made and taken, or
+    /// nobody wants them.
+    pub fn grammars(&self) -> &Arc<Bodies> {
+        &self.grammars
+    }
+
+    /// Takes room for that many bytes of them.
+    fn hold(&self, bytes: usize) -> Result<Room, ApiError> {
+        let room = self.grammars.room();
+        room.grow(bytes).map_err(|_| {
+            self.metrics.denied(Denied::Grammars);
+            ApiError::overloaded()
+        })?;
+        Ok(room)
     }
 
     /// The engine behind the API.

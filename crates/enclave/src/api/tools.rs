@@ -1,6 +1,8 @@
 //! `tools` and `tool_choice`: which functions a model may or must call. What it writes is read by
 //! [`super::calls`].
 
+use std::sync::Arc;
+
 use casemate_channel::receipt::ForcedCall;
 use casemate_engine::{CallFormat, CallGrammar, ChatTemplate, Grammar, Offered};
 use serde::Deserialize;
@@ -12,6 +14,8 @@ use super::format::{Constraint, MAX_SCHEMA_BYTES, Told};
 /// Most functions of one request, and their definitions in bytes of JSON.
 const MAX_TOOLS: usize = 128;
 const MAX_TOOL_BYTES: usize = 256 << 10;
+/// Most that an allocation takes beyond what was asked for.
+const ALLOCATION: usize = 24;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -87,13 +91,21 @@ pub(super) struct Tools {
 pub(super) struct Reading {
     pub(super) format: CallFormat,
     /// Names that count.
-    pub(super) names: Vec<String>,
+    pub(super) names: Arc<[String]>,
     /// At most one call.
     pub(super) single: bool,
     /// The whole answer is one call.
     pub(super) forced: bool,
     /// What calls must be: nothing else is one. It also bound the model.
     pub(super) grammar: Option<CallGrammar>,
+}
+
+impl Reading {
+    /// What its names take, which clones share.
+    pub(super) fn bytes_of_names(&self) -> usize {
+        let each = |name: &String| size_of::<String>() + name.capacity() + ALLOCATION;
+        self.names.iter().map(each).sum()
+    }
 }
 
 /// 1 to 64 letters, digits, `_` and `-`.
