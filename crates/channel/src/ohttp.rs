@@ -25,8 +25,11 @@ pub use client::{
     Answer, AnswerBody, AnswerError, EncapsulateError, PendingAnswer, Recipient, UnsupportedConfig,
 };
 pub use frames::{FRAME_BYTES, FRAME_DATA_BYTES, MINIMUM_FRAMES, padded_frames};
-pub use message::{MINIMUM_REQUEST_BYTES, MessageFault, padded_request_bytes};
-pub use server::{Keyring, NoFreeKeyId, PublicKeyConfig, ReceiveError, Received, Responder};
+pub use message::{MAX_REQUEST_HEAD, MINIMUM_REQUEST_BYTES, MessageFault, padded_request_bytes};
+pub use server::{
+    Arrived, Keyring, LOOKED_AT_EARLY, NoFreeKeyId, PublicKeyConfig, ReceiveError, Received,
+    Responder,
+};
 
 /// What is around the ciphertext and what is inside of it, as pure functions: for fuzzers, and for whoever holds
 /// another implementation against this one.

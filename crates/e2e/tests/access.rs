@@ -80,3 +80,30 @@ fn the_enclave_says_who_may_ask_and_a_removed_key_ends_with_a_renewal() {
     assert_eq!(said.len(), 3, "{said:?}");
     assert!(said[2].starts_with("open to anybody"), "{said:?}");
 }
+
+/// It is refused while most of it is still to come, at either door.
+#[test]
+fn who_has_a_wrong_key_learns_so_however_large_its_request_is() {
+    let mut stage = Stage::until_replicas(1).unwrap();
+    let alice = stage.deployment.api_key("alice", &[]).unwrap();
+    stage.deployment.admit_model().unwrap();
+    let replica = stage.deployment.start_replica(0).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let prompt = "go ".repeat(1_300_000);
+    let body = json!({ "model": TINY, "prompt": prompt, "max_tokens": 1 });
+    for service in [replica.url, replica.attested_tls.unwrap()] {
+        let url = stage.deployment.start_proxy_to(&service).unwrap().url;
+        for _ in 0..4 {
+            let request = client.post(format!("{url}/v1/completions"));
+            let request = request.bearer_auth(format!("{alice}0")).json(&body);
+            let (status, text) = runtime.block_on(async {
+                let answer = request.send().await.unwrap();
+                (answer.status(), answer.text().await.unwrap())
+            });
+            assert_eq!(status, 401, "{service}: {text}");
+            assert!(text.contains("invalid_api_key"), "{service}: {text}");
+        }
+        assert_eq!(runtime.block_on(ask(&url, Some(&alice))), 200, "{service}");
+    }
+}

@@ -196,12 +196,9 @@ impl Access {
     /// Lets a request of a known caller within its limits through to `next`, and answers any other.
     pub async fn handle(&self, mut request: Request<Body>, next: Router) -> Response<Body> {
         let open = self.metrics.open_request();
-        let key = match self.authenticate(request.headers()) {
+        let key = match self.key(request.headers()) {
             Ok(key) => key,
-            Err(error) => {
-                self.metrics.denied(Denied::Key);
-                return error.into_response();
-            }
+            Err(error) => return error.into_response(),
         };
         // Nothing behind this door has use for it.
         request.headers_mut().remove(header::AUTHORIZATION);
@@ -248,6 +245,23 @@ impl Access {
                 piece
             }))
         })
+    }
+
+    /// Refuses who has no key of the grant, by the fields of a request of which the rest need not be there. Whoever passes
+    /// is asked again when it is: another grant may be in force by then.
+    ///
+    /// # Errors
+    /// The answer.
+    pub fn refuse_strangers(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        self.key(headers).map(|_| ())
+    }
+
+    fn key(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, ApiError> {
+        let key = self.authenticate(headers);
+        if key.is_err() {
+            self.metrics.denied(Denied::Key);
+        }
+        key
     }
 
     fn authenticate(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, ApiError> {

@@ -1,7 +1,8 @@
 //! The one door for prompts: opens encapsulated requests, calls the API, encrypts its answer as it is made.
 //!
 //! [`Gateway::handle`] is that door; [`Gateway::handle_direct`] the same for connections that end in here. Both let a body
-//! arrive in the same way, refuse in the same way ([`Refusal`]), and hand on to the same threads.
+//! arrive in the same way, refuse in the same way ([`Refusal`]), and hand on to the same threads. Whoever has no API key
+//! of the grant is refused by the head of the request, without waiting for its body.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use axum::body::{Body, Bytes, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use casemate_channel::ohttp::{
-    MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder, TransportError, padded_request_bytes,
+    Arrived, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder, TransportError,
+    padded_request_bytes,
 };
 use casemate_channel::receipt::RECEIPT_FIELD;
 use futures::stream::BoxStream;
@@ -21,6 +23,7 @@ use crate::access::{self, Access};
 use crate::api::{ApiError, MAX_REQUEST_BYTES};
 use crate::arrival::Arrivals;
 use crate::bodies::{Bodies, Room};
+use crate::linger::Lingering;
 use crate::metrics::{Denied, Metrics};
 use crate::refusal::Refusal;
 use crate::relay::{self, Hint, Peers};
@@ -52,6 +55,8 @@ pub struct Gateway {
     pub arriving: Arc<Bodies>,
     /// Bytes of those that have arrived and are not parsed yet.
     pub waiting: Arc<Bodies>,
+    /// Reads on for a moment when a request is refused that still comes.
+    pub lingering: Lingering,
     /// The other replicas of the service.
     pub peers: Arc<Peers>,
     /// Counts requests by outcome.
@@ -66,6 +71,7 @@ type Transport = BoxStream<'static, Result<Bytes, TransportError>>;
 impl Gateway {
     /// Answers one encapsulated request.
     pub async fn handle(self, request: Request<Body>) -> Response<Body> {
+        let request = request.map(|body| self.lingering.over(body));
         let outcome = self.open(request).await;
         self.told(outcome, Refusal::outside)
     }
@@ -73,6 +79,7 @@ impl Gateway {
     /// Answers a request that came over attested TLS: as if it had been decrypted, with the same limits. What the
     /// connection showed must still hold when the request is there.
     pub async fn handle_direct(self, request: Request<Body>, shown: &Shown) -> Response<Body> {
+        let request = request.map(|body| self.lingering.over(body));
         let outcome = self.take(request, shown).await;
         self.told(outcome, Refusal::inside)
     }
@@ -108,17 +115,25 @@ impl Gateway {
         if !serves() {
             return Err(Refusal::Ended);
         }
-        let (received, room) = self
+        let (arrived, room) = self
             .arrive(request.into_body(), async |transport| {
-                let keyring = &self.serving.keyring;
-                let received = keyring.receive(transport, MAX_ENCAPSULATED, (self.clock)());
-                Ok(received.await?)
+                let (keyring, now) = (&self.serving.keyring, (self.clock)());
+                let admit = |headers: &HeaderMap| self.access.refuse_strangers(headers);
+                let arrived = keyring.receive_if(transport, MAX_ENCAPSULATED, now, admit);
+                Ok(arrived.await?)
             })
             .await?;
         if !serves() {
             return Err(Refusal::Ended);
         }
         self.metrics.accepted();
+        let received = match arrived {
+            Arrived::Whole(received) => received,
+            Arrived::Refused(error, responder) => {
+                drop(room);
+                return Ok(last_answer(encrypt(responder, error.into_response())));
+            }
+        };
         // From here on everything is answered inside the channel, faults of the message included.
         let inner = match received.request {
             Ok(mut request) => {
@@ -127,7 +142,10 @@ impl Gateway {
                 }
                 self.call(request, room).await
             }
-            Err(fault) => bad_message(&fault),
+            Err(fault) => {
+                let answer = encrypt(received.responder, bad_message(&fault));
+                return Ok(last_answer(answer));
+            }
         };
         Ok(encrypt(received.responder, inner))
     }
@@ -141,7 +159,13 @@ impl Gateway {
         // What has no body takes nobody's place.
         let (body, room) = match body.is_end_stream() {
             true => (Bytes::new(), Arc::new(self.arriving.room())),
-            false => self.arrive(body, whole).await?,
+            false => {
+                if let Err(error) = self.access.refuse_strangers(&parts.headers) {
+                    self.metrics.accepted();
+                    return Ok(last_answer(error.into_response()));
+                }
+                self.arrive(body, whole).await?
+            }
         };
         if !holds() {
             return Err(Refusal::Ended);
@@ -194,6 +218,13 @@ impl Gateway {
             ApiError::internal("the request could not be processed").into_response()
         })
     }
+}
+
+/// The answer to a request that is not read to its end, so that its connection takes no other.
+fn last_answer(mut answer: Response<Body>) -> Response<Body> {
+    let close = HeaderValue::from_static("close");
+    answer.headers_mut().insert(header::CONNECTION, close);
+    answer
 }
 
 /// A body as the API takes it.

@@ -14,6 +14,7 @@
 //! | [`access`] | who asks |
 //! | [`attested_tls`] | the other door: TLS that ends here |
 //! | [`arrival`], [`bodies`] | places for requests that are arriving, and how many bytes all of them hold |
+//! | [`linger`] | what still comes of one that was refused |
 //! | [`refusal`] | why one is refused before the API sees it |
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
@@ -37,6 +38,7 @@ pub mod config;
 pub mod denial;
 pub mod exit;
 pub mod gateway;
+pub mod linger;
 pub mod metrics;
 pub mod provision;
 pub mod quotes;

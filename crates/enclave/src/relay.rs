@@ -190,7 +190,8 @@ impl Peers {
         let place = self.places.enter().await;
         let arriving = place.ok_or(Refusal::TooManyRelayed)?;
         let (finished, mut end) = oneshot::channel();
-        let body = self.bounded(arriving.counted(transport), finished);
+        let deadline = Instant::now() + self.limits.arrival;
+        let body = self.bounded(arriving.counted(transport), deadline, finished);
         let mut sent = pin!(
             http.post(peers[peer].join(GATEWAY_PATH))
                 .header(header::CONTENT_TYPE, REQUEST_MEDIA_TYPE)
@@ -199,19 +200,13 @@ impl Peers {
                 .body(reqwest::Body::wrap_stream(body))
                 .send()
         );
-        let deadline = Instant::now() + self.limits.arrival;
-        let mut place = None;
         // Looked at here and not where pieces are taken: nobody takes any while the peer does not read.
-        let sent = tokio::select! {
-            sent = &mut sent => {
-                if let Ok(()) = end.try_recv() {
-                    place = Some(arriving.arrived());
-                }
-                sent
-            }
+        let (sent, place) = tokio::select! {
+            // Perhaps before the end of the request, of which its head is enough to be refused.
+            sent = &mut sent => (sent, arriving.arrived()),
             Ok(()) = &mut end => {
-                place = Some(arriving.arrived());
-                sent.await
+                let place = arriving.arrived();
+                (sent.await, place)
             }
             _ = timeout_at(deadline, arriving.overdue()) => return Err(Refusal::TooSlow),
         };
@@ -233,7 +228,7 @@ impl Peers {
         &self,
         keyset: &KeysetDigest,
         answer: reqwest::Response,
-        place: Option<OwnedSemaphorePermit>,
+        place: OwnedSemaphorePermit,
     ) -> Result<Response<Body>, Refusal> {
         let status = answer.status();
         let is = |media_type: &str| {
@@ -242,11 +237,7 @@ impl Peers {
                 .get(header::CONTENT_TYPE)
                 .is_some_and(|value| value == media_type)
         };
-        // Nobody can have opened a request before its end.
-        if status == StatusCode::OK
-            && is(ANSWER_MEDIA_TYPE)
-            && let Some(place) = place
-        {
+        if status == StatusCode::OK && is(ANSWER_MEDIA_TYPE) {
             self.metrics.relayed();
             let running = self.metrics.relay_runs();
             let stream = answer.bytes_stream().map(move |piece| {
@@ -303,10 +294,12 @@ impl Peers {
         known().map_or(Found::Nowhere, Found::At)
     }
 
-    /// The request's bytes, which fail when they are too many; `finished` is told of their end.
+    /// The request's bytes, which fail when they are too many or late, also when its answer is there already; `finished` is
+    /// told of their end.
     fn bounded<S, E>(
         &self,
         transport: S,
+        deadline: Instant,
         finished: oneshot::Sender<()>,
     ) -> impl Stream<Item = Result<Bytes, Cut>> + Send + use<S, E>
     where
@@ -314,8 +307,9 @@ impl Peers {
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         let state = (Box::pin(transport), self.limits.bytes, finished);
-        futures::stream::try_unfold(state, |(mut transport, left, finished)| async move {
-            match transport.next().await {
+        futures::stream::try_unfold(state, move |(mut transport, left, finished)| async move {
+            let next = timeout_at(deadline, transport.next()).await;
+            match next.map_err(|_| Cut::TooLate)? {
                 None => {
                     let _ = finished.send(());
                     Ok(None)
@@ -376,6 +370,8 @@ enum Cut {
     Transport(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the request is too large")]
     TooLarge,
+    #[error("the request did not arrive in time")]
+    TooLate,
 }
 
 /// At most `limit` bytes of an answer's body; nothing if there are more, or the connection fails.

@@ -35,6 +35,7 @@ use crate::bodies::Bodies;
 use crate::clock::SteadyClock;
 use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
+use crate::linger::Lingering;
 use crate::metrics::Metrics;
 use crate::provision::{Provisioner, Session};
 use crate::receipts::{self, Receipts};
@@ -272,6 +273,7 @@ async fn prepare(
         arrivals: Arc::new(Arrivals::new(arriving)),
         arriving: Arc::default(),
         waiting,
+        lingering: Lingering::default(),
         peers: Arc::new(peers),
         metrics,
         clock: system_clock,

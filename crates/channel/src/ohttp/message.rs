@@ -13,6 +13,8 @@ use super::chunks::{put_varint, take_varint};
 
 /// The smallest size of a padded request.
 pub const MINIMUM_REQUEST_BYTES: usize = 1024;
+/// The largest head of a request: all before the length of its content.
+pub const MAX_REQUEST_HEAD: usize = 16 * 1024;
 /// The largest head of an answer.
 const MAX_ANSWER_HEAD: usize = 16 * 1024;
 const MAX_FIELDS: usize = 64;
@@ -65,6 +67,8 @@ pub fn encode_request(request: &Request<Bytes>) -> Result<Vec<u8>, MessageFault>
     message
         .write_bhttp(bhttp::Mode::KnownLength, &mut out)
         .map_err(|_| MessageFault::Encoding)?;
+    // What no service reads is not sent.
+    decode_request_head(&out)?;
     out.resize(padded_request_bytes(out.len()), 0);
     Ok(out)
 }
@@ -77,10 +81,7 @@ pub fn decode_request(bytes: &[u8]) -> Result<Request<Bytes>, MessageFault> {
     if padded_request_bytes(bytes.len()) != bytes.len() {
         return Err(MessageFault::Padding);
     }
-    // The framing indicator 0 is a request of known length.
-    if bytes[0] != 0 {
-        return Err(MessageFault::Encoding);
-    }
+    let head = decode_request_head(bytes)?.ok_or(MessageFault::Encoding)?;
     let mut cursor = Cursor::new(bytes);
     let message = bhttp::Message::read_bhttp(&mut cursor).map_err(|_| MessageFault::Encoding)?;
     let end = usize::try_from(cursor.position()).map_err(|_| MessageFault::Encoding)?;
@@ -89,29 +90,92 @@ pub fn decode_request(bytes: &[u8]) -> Result<Request<Bytes>, MessageFault> {
     if padding.iter().any(|&b| b != 0) || padded_request_bytes(end) != bytes.len() {
         return Err(MessageFault::Padding);
     }
-    let control = message.control();
-    if control.scheme() != Some(b"https") || control.authority().is_some() {
-        return Err(MessageFault::Field("scheme or authority"));
-    }
     if !message.trailer().is_empty() {
         return Err(MessageFault::Field("a trailer"));
     }
-    let method = control.method().and_then(|m| Method::from_bytes(m).ok());
-    let method = method.ok_or(MessageFault::Field("the method"))?;
-    let path = control.path().and_then(|p| std::str::from_utf8(p).ok());
+    let content = Bytes::copy_from_slice(message.content());
+    Ok(head.map(|()| content))
+}
+
+/// Decodes the head of a request from its first bytes, or returns nothing if bytes are missing.
+///
+/// # Errors
+/// [`MessageFault`], as soon as it is certain.
+pub(super) fn decode_request_head(bytes: &[u8]) -> Result<Option<Request<()>>, MessageFault> {
+    let Some(head) = take_request_head(bytes)? else {
+        return match bytes.len() {
+            ..=MAX_REQUEST_HEAD => Ok(None),
+            _ => Err(MessageFault::Limit("head of the request")),
+        };
+    };
+    if head.scheme != b"https" || !head.authority.is_empty() {
+        return Err(MessageFault::Field("scheme or authority"));
+    }
+    let method = Method::from_bytes(head.method).map_err(|_| MessageFault::Field("the method"))?;
+    let path = std::str::from_utf8(head.path).ok();
     let path = path
         .filter(|p| p.starts_with('/'))
         .ok_or(MessageFault::Field("the path"))?;
     let uri: Uri = path.parse().map_err(|_| MessageFault::Field("the path"))?;
-    let fields = message.header().fields();
-    let headers = headers(fields.iter().map(|f| (f.name(), f.value())))?;
+    let mut fields = Vec::new();
+    let mut rest = head.fields;
+    while !rest.is_empty() {
+        if fields.len() == MAX_FIELDS {
+            return Err(MessageFault::Limit("fields"));
+        }
+        let (name, after) = take_bytes(rest).ok_or(MessageFault::Encoding)?;
+        let (value, after) = take_bytes(after).ok_or(MessageFault::Encoding)?;
+        fields.push((name, value));
+        rest = after;
+    }
+    let headers = headers(fields.into_iter())?;
     check_limits(&headers, path)?;
 
-    let mut request = Request::new(Bytes::copy_from_slice(message.content()));
+    let mut request = Request::new(());
     *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.headers_mut() = headers;
-    Ok(request)
+    Ok(Some(request))
+}
+
+/// `0 ‖ method ‖ scheme ‖ authority ‖ path ‖ fields`, each with its length before it.
+struct RequestHead<'a> {
+    method: &'a [u8],
+    scheme: &'a [u8],
+    authority: &'a [u8],
+    path: &'a [u8],
+    fields: &'a [u8],
+}
+
+fn take_request_head(bytes: &[u8]) -> Result<Option<RequestHead<'_>>, MessageFault> {
+    let mut rest = match bytes.split_first() {
+        None => return Ok(None),
+        // The framing indicator of a request of known length.
+        Some((0, rest)) => rest,
+        Some(_) => return Err(MessageFault::Encoding),
+    };
+    let mut parts = [&[][..]; 5];
+    for part in &mut parts {
+        let Some((length, after)) = take_varint(rest) else {
+            return Ok(None);
+        };
+        let end = (bytes.len() - after.len()) as u64;
+        if end.saturating_add(length) > MAX_REQUEST_HEAD as u64 {
+            return Err(MessageFault::Limit("head of the request"));
+        }
+        let Some((taken, after)) = after.split_at_checked(length as usize) else {
+            return Ok(None);
+        };
+        (*part, rest) = (taken, after);
+    }
+    let [method, scheme, authority, path, fields] = parts;
+    Ok(Some(RequestHead {
+        method,
+        scheme,
+        authority,
+        path,
+        fields,
+    }))
 }
 
 fn check_limits(headers: &HeaderMap, path: &str) -> Result<(), MessageFault> {

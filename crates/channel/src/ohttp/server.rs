@@ -1,5 +1,6 @@
 //! The enclave's half: holds the private keys, opens requests once each, encrypts answers.
 
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +22,10 @@ use super::{KEY_PROBLEM, PROBLEM_MEDIA_TYPE, TransportError};
 /// How many requests a key serves unless the caller says otherwise: at 32 bytes each and the set's
 /// overhead, about 24 MiB when full.
 const DEFAULT_REPLAY_CAPACITY: usize = 1 << 18;
+/// A request of which more than so many bytes came may be refused by its head, and its head must be there. Shorter ones are
+/// read to their end, so that nobody sees that they were refused. The largest head is within it, unless it comes in tiny
+/// chunks, of which each byte takes eighteen.
+pub const LOOKED_AT_EARLY: u64 = 40 << 10;
 /// Padding is sealed in runs of this many frames, so that its memory does not grow with the answer.
 const PADDING_RUN: u64 = 64;
 
@@ -175,6 +180,46 @@ pub struct Received {
     pub responder: Responder,
 }
 
+/// A transport of which no more than so many bytes are read.
+struct Limited<S> {
+    transport: S,
+    arrived: u64,
+    limit: u64,
+}
+
+impl<S, E> Limited<S>
+where
+    S: Stream<Item = Result<Bytes, E>> + Send + Unpin,
+    E: Into<TransportError>,
+{
+    async fn next(&mut self) -> Result<Option<Bytes>, ReceiveError> {
+        let Some(item) = self.transport.next().await else {
+            return Ok(None);
+        };
+        let bytes = item.map_err(|error| ReceiveError::Transport(error.into()))?;
+        self.arrived += bytes.len() as u64;
+        let limit = self.limit;
+        if self.arrived > limit {
+            return Err(ReceiveError::TooLarge { limit });
+        }
+        Ok(Some(bytes))
+    }
+}
+
+/// Why the rest of a request is not read.
+enum Early<R> {
+    Refused(R),
+    NoRequest(MessageFault),
+}
+
+/// What came of a request that may be refused by its head.
+pub enum Arrived<R> {
+    /// It arrived whole.
+    Whole(Box<Received>),
+    /// It was refused, and of the rest nothing was read.
+    Refused(R, Responder),
+}
+
 impl Default for Keyring {
     fn default() -> Keyring {
         Keyring::new(DEFAULT_REPLAY_CAPACITY)
@@ -258,7 +303,7 @@ impl Keyring {
     /// [`ReceiveError`]; the transport is then not worth reading on.
     pub async fn receive<S, E>(
         &self,
-        mut transport: S,
+        transport: S,
         limit: u64,
         now: u64,
     ) -> Result<Received, ReceiveError>
@@ -266,23 +311,42 @@ impl Keyring {
         S: Stream<Item = Result<Bytes, E>> + Send + Unpin,
         E: Into<TransportError>,
     {
-        let mut arrived = 0;
-        let mut next = async || -> Result<Option<Bytes>, ReceiveError> {
-            let Some(item) = transport.next().await else {
-                return Ok(None);
-            };
-            let bytes = item.map_err(|error| ReceiveError::Transport(error.into()))?;
-            arrived += bytes.len() as u64;
-            if arrived > limit {
-                return Err(ReceiveError::TooLarge { limit });
-            }
-            Ok(Some(bytes))
-        };
+        let anybody = |_: &HeaderMap| Ok::<(), Infallible>(());
+        match self.receive_if(transport, limit, now, anybody).await? {
+            Arrived::Whole(received) => Ok(*received),
+            Arrived::Refused(never, _) => match never {},
+        }
+    }
 
+    /// As [`Keyring::receive`], but asks `admit` about the fields of a request of which more than [`LOOKED_AT_EARLY`] came,
+    /// and reads no further if it refuses. Nor if what is there is the head of no request. What is refused so counts as
+    /// served: it is not opened again, so nobody can ask again in its sender's name.
+    ///
+    /// The fields are authentic, as far as anything is that anybody may encrypt. Whether the rest belongs to them shows
+    /// only at its end, so nothing else may follow from them.
+    ///
+    /// # Errors
+    /// [`ReceiveError`], as there.
+    pub async fn receive_if<S, E, R>(
+        &self,
+        transport: S,
+        limit: u64,
+        now: u64,
+        admit: impl FnOnce(&HeaderMap) -> Result<(), R>,
+    ) -> Result<Arrived<R>, ReceiveError>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + Unpin,
+        E: Into<TransportError>,
+    {
+        let mut transport = Limited {
+            transport,
+            arrived: 0,
+            limit,
+        };
         // key id ‖ suite ‖ enc: enough to refuse without opening anything.
         let mut start = Vec::with_capacity(REQUEST_HEAD_BYTES);
         let head = loop {
-            start.extend_from_slice(&next().await?.ok_or(ReceiveError::Truncated)?);
+            start.extend_from_slice(&transport.next().await?.ok_or(ReceiveError::Truncated)?);
             if let Some(head) = start.first_chunk::<REQUEST_HEAD_BYTES>() {
                 break head;
             }
@@ -298,16 +362,35 @@ impl Keyring {
         let mut reader = ChunkReader::new();
         let mut plaintext = Vec::new();
         let mut ready = reader.push(&start[REQUEST_HEAD_BYTES..])?;
-        loop {
+        let mut undecided = Some(admit);
+        let early = loop {
             for chunk in ready {
                 plaintext.extend(opener.open(&chunk, false)?);
             }
-            match next().await? {
-                Some(bytes) => ready = reader.push(&bytes)?,
-                None => break,
+            if transport.arrived > LOOKED_AT_EARLY
+                && let Some(admit) = undecided.take()
+            {
+                match message::decode_request_head(&plaintext) {
+                    Ok(Some(head)) => {
+                        if let Err(refusal) = admit(head.headers()) {
+                            break Some(Early::Refused(refusal));
+                        }
+                    }
+                    Ok(None) => {
+                        let fault = MessageFault::Limit("head of the request");
+                        break Some(Early::NoRequest(fault));
+                    }
+                    Err(fault) => break Some(Early::NoRequest(fault)),
+                }
             }
+            match transport.next().await? {
+                Some(bytes) => ready = reader.push(&bytes)?,
+                None => break None,
+            }
+        };
+        if early.is_none() {
+            plaintext.extend(opener.open(&reader.finish()?, true)?);
         }
-        plaintext.extend(opener.open(&reader.finish()?, true)?);
 
         // Only a request that was opened may take room in the cache; two copies that were opened at
         // the same time are told apart here.
@@ -321,11 +404,17 @@ impl Keyring {
             out: nonce.to_vec(),
             frames: 0,
         };
-        Ok(Received {
-            request: message::decode_request(&plaintext),
+        let responder = Responder { sealer };
+        let request = match early {
+            Some(Early::Refused(refusal)) => return Ok(Arrived::Refused(refusal, responder)),
+            Some(Early::NoRequest(fault)) => Err(fault),
+            None => message::decode_request(&plaintext),
+        };
+        Ok(Arrived::Whole(Box::new(Received {
+            request,
             key_id: key.id,
-            responder: Responder { sealer },
-        })
+            responder,
+        })))
     }
 
     fn key(&self, id: u8, now: u64) -> Result<Arc<ServerKey>, ReceiveError> {

@@ -15,6 +15,8 @@ use proptest::prelude::*;
 use super::suite::{CONFIG_BYTES, ENC_BYTES};
 use super::*;
 
+mod early;
+
 const LIMIT: u64 = 1 << 20;
 const EXPIRY: u64 = 1_000;
 const NOW: u64 = 10;

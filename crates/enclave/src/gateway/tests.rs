@@ -16,6 +16,8 @@ use super::*;
 use crate::receipts::{self, Receipts, Signer};
 use crate::serving::tests::{add_signer_of_the_same_key_id, until};
 
+mod strangers;
+
 /// Sends an inner answer through the channel; returns its head's fields and its pieces.
 async fn through_the_channel(
     inner: Response<Body>,
@@ -109,6 +111,7 @@ fn gateway(clock: fn() -> u64) -> Gateway {
         arrivals: Arc::new(Arrivals::new(1)),
         arriving: Arc::default(),
         waiting: Arc::default(),
+        lingering: Lingering::default(),
         peers: Arc::new(Peers::new(Vec::new(), limits, Arc::clone(&metrics)).unwrap()),
         metrics,
         clock,

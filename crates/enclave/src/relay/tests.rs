@@ -8,12 +8,13 @@ use axum::http::HeaderValue;
 use axum::response::IntoResponse as _;
 use axum::routing::{get, post};
 use casemate_channel::ohttp::KEY_PROBLEM;
-use futures::stream;
+use futures::{TryStreamExt as _, stream};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::linger::Lingering;
 
 const HELD: KeysetDigest = KeysetDigest([7; 32]);
 const LIMITS: Limits = Limits {
@@ -251,6 +252,64 @@ async fn more_requests_than_may_wait_are_told_to_come_back() {
     assert!(replica.relayed.lock().unwrap().is_empty());
     drop(places);
     assert_eq!(relayed(&peers, &HELD, request(&["x"])).await.status(), 200);
+}
+
+/// A peer that answers by the head of a request, and waits for no more of it.
+async fn early() -> Peer {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peer = format!("http://{}", listener.local_addr().unwrap());
+    let refusing = async |request: Request| {
+        let _rest = Lingering::default().over(request.into_body());
+        answer()
+    };
+    let router = Router::new().route(GATEWAY_PATH, post(refusing));
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    peer.parse().unwrap()
+}
+
+#[tokio::test]
+async fn an_answer_before_the_requests_end_is_passed_on() {
+    let peers = peers(&[&early().await]);
+    peers.directory.known().insert(HELD, 0);
+    // The head of a request, of which the rest never comes.
+    let begun = request(&["x"]).chain(stream::pending());
+    let answer = timeout(Duration::from_secs(20), relayed(&peers, &HELD, begun));
+    let answer = answer.await.expect("nobody waits for the rest");
+    assert_eq!(peers.places.free(), RELAYS - 1);
+    let sealed = (StatusCode::OK, "sealed answer".to_owned());
+    assert_eq!(text(answer).await, sealed);
+    assert_eq!(peers.places.free(), RELAYS);
+}
+
+#[tokio::test]
+async fn a_request_that_was_answered_is_not_carried_beyond_its_time() {
+    let limits = Limits {
+        bytes: 1 << 30,
+        arrival: Duration::from_millis(300),
+    };
+    // It answers, and goes on reading.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peer = format!("http://{}", listener.local_addr().unwrap());
+    let endless = async |request: Request| {
+        let rest = request.into_body().into_data_stream();
+        let answer = stream::iter([Ok(Bytes::from("sealed"))]);
+        let rest = rest.map_ok(|_| Bytes::from("."));
+        encapsulated(Body::from_stream(answer.chain(rest)))
+    };
+    let router = Router::new().route(GATEWAY_PATH, post(endless));
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let peers = Peers::new(vec![peer.parse().unwrap()], limits, Arc::default()).unwrap();
+    peers.directory.known().insert(HELD, 0);
+    let trickle = stream::unfold((), async |()| {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        Some((Ok(Bytes::from_static(b"x")), ()))
+    });
+    let answer = relayed(&peers, &HELD, trickle).await;
+    assert_eq!(answer.status(), StatusCode::OK);
+    let all = to_bytes(answer.into_body(), 1 << 20);
+    let all = timeout(Duration::from_secs(20), all).await;
+    assert!(all.expect("it is cut off").is_err());
+    assert_eq!(peers.places.free(), RELAYS);
 }
 
 #[tokio::test]
