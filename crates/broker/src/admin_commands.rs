@@ -219,6 +219,9 @@ pub(crate) async fn administer(options: Admin) -> Result<()> {
                     let text = |key: &str| resource[key].as_str().unwrap_or("-").to_owned();
                     let fields = ["path", "service", "model_digest", "access"].map(text);
                     println!("{}", fields.join("\t"));
+                    if let Some(remedy) = resource["remedy"].as_str() {
+                        eprintln!("{} is not released any more: {remedy}", text("path"));
+                    }
                 }
             }
         }

@@ -39,7 +39,7 @@ use crate::log::{Action, Decision, Head, LoggedDenial, Verdict};
 use crate::metrics::Metrics;
 use crate::sessions::{Attested, Released, SessionFault, SessionLimits, Sessions, session_digest};
 use crate::state::State;
-use crate::store::{Store, StoreError};
+use crate::store::{Kind, Store, StoreError};
 use crate::token::{TokenClaims, TokenKey};
 
 /// What an operator may set.
@@ -309,7 +309,7 @@ impl Broker {
         let resource = self.settle(&mut inner, now, session, &decision, judged)?;
         let jwe = Jwe::encrypt(&resource.bytes, &attested.recipient, &*self.random)?;
         self.record(&mut inner, now, decision)?;
-        if let Some(grant) = &resource.grant {
+        if let Kind::Grant(grant) = &resource.kind {
             let released = Released {
                 path: path.clone(),
                 content: sha256(&resource.bytes),

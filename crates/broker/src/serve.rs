@@ -62,6 +62,7 @@ pub(crate) async fn serve(options: Serve) -> Result<()> {
             }
         }
     }
+    broker.warn_of_former_grants()?;
     let listener = TcpListener::bind(options.listen)
         .await
         .with_context(|| format!("cannot listen on {}", options.listen))?;

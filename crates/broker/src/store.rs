@@ -17,11 +17,11 @@ use std::time::Duration;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use casemate_attest::UnixTime;
 use casemate_container::signing::{SigningKey, VerifyingKey};
-use casemate_release::ReleaseError;
 use casemate_release::grant::{self, GrantSummary};
 use casemate_release::random::Random;
 use casemate_release::rcar::ResourcePath;
 use casemate_release::rollback::{VerifiedRollback, sha256};
+use casemate_release::{Malformed, ReleaseError};
 use minicbor::{Decode, Encode};
 use rusqlite::{
     Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params,
@@ -168,8 +168,32 @@ pub struct Resource {
     pub bytes: Zeroizing<Vec<u8>>,
     /// The name under which a service using it may be credentialed.
     pub service: String,
-    /// What it says, when it is a key grant.
-    pub grant: Option<GrantSummary>,
+    /// What kind of secret it is.
+    pub kind: Kind,
+}
+
+/// Kinds of stored secrets.
+pub enum Kind {
+    /// A key grant, and what it says.
+    Grant(GrantSummary),
+    /// A key grant of the former form, which does not say who may use the model, and what it said. It is not released.
+    FormerGrant(GrantSummary),
+    /// Anything else.
+    Opaque,
+}
+
+impl Kind {
+    fn of(record: &Record) -> Result<Self, StoreError> {
+        if !record.is_grant {
+            return Ok(Self::Opaque);
+        }
+        match grant::inspect(&record.bytes) {
+            Err(ReleaseError::Malformed(Malformed::FormerGrant)) => {
+                Ok(Self::FormerGrant(grant::inspect_former(&record.bytes)?))
+            }
+            inspected => Ok(Self::Grant(inspected?)),
+        }
+    }
 }
 
 /// The storage key, 32 bytes, wiped when dropped.
@@ -254,8 +278,11 @@ impl Store {
     fn upgrade(&mut self, version: i64) -> Result<(), StoreError> {
         let mut grants = Vec::new();
         for path in self.resource_paths()? {
-            let grant = self.resource(&path)?.and_then(|resource| resource.grant);
-            grants.extend(grant.map(|grant| (path, grant)));
+            // What a grant of the former form said holds for the next one at its place.
+            match self.resource(&path)?.map(|resource| resource.kind) {
+                Some(Kind::Grant(grant) | Kind::FormerGrant(grant)) => grants.push((path, grant)),
+                Some(Kind::Opaque) | None => {}
+            }
         }
         let tx = self
             .connection
@@ -309,6 +336,10 @@ impl Store {
         let summary = match (&resource, grant::inspect(bytes)) {
             (NewResource::Grant { .. }, inspected) => Some(inspected?),
             (NewResource::Opaque(_), Ok(_)) => return Err(StoreError::GrantAsOpaque),
+            (
+                NewResource::Opaque(_),
+                Err(former @ ReleaseError::Malformed(Malformed::FormerGrant)),
+            ) => return Err(former.into()),
             (NewResource::Opaque(_), Err(_)) => None,
         };
         let record = Record {
@@ -412,6 +443,24 @@ impl Store {
         .collect()
     }
 
+    /// Paths of the grants of the former form, which must be made anew. What cannot be read is not among them: it is told
+    /// when it is asked for.
+    ///
+    /// # Errors
+    /// [`StoreError`], if there is no list of resources.
+    pub fn former_grants(&self) -> Result<Vec<ResourcePath>, StoreError> {
+        let mut paths = self.resource_paths()?;
+        paths.retain(|path| {
+            let kind = self
+                .resource(path)
+                .ok()
+                .flatten()
+                .map(|resource| resource.kind);
+            matches!(kind, Some(Kind::FormerGrant(_)))
+        });
+        Ok(paths)
+    }
+
     /// The end of the log.
     ///
     /// # Errors
@@ -463,16 +512,10 @@ impl Store {
             .open_in_place(nonce, Aad::from(aad(path)), &mut body)
             .map_err(|_| damaged())?;
         let mut record: Record = minicbor::decode(plain).map_err(|_| damaged())?;
-        let bytes = Zeroizing::new(std::mem::take(&mut record.bytes));
-        let grant = if record.is_grant {
-            Some(grant::inspect(&bytes)?)
-        } else {
-            None
-        };
         Ok(Resource {
-            bytes,
+            kind: Kind::of(&record)?,
+            bytes: Zeroizing::new(std::mem::take(&mut record.bytes)),
             service: std::mem::take(&mut record.service),
-            grant,
         })
     }
 }

@@ -86,6 +86,12 @@ pub enum Malformed {
         /// The key in question.
         what: &'static str,
     },
+    /// A key grant that does not say who may use its model, as grants once did not.
+    #[error(
+        "the key grant is of the former form, which does not say who may use the model: make it anew with `casemate \
+         grant --api-keys LIST` or `casemate grant --open`"
+    )]
+    FormerGrant,
     /// Text that may not stand in this field.
     #[error("{what} holds a character or length that is not allowed")]
     Text {

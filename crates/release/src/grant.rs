@@ -8,6 +8,9 @@
 //! A signed envelope (`signed`) of the domain [`DOMAIN`] carries it, and is secret: it travels inside a JWE and rests
 //! in files of mode 0600. Anyone can encrypt to a TEE's public key, so an enclave accepts a grant only under the provider
 //! key of its own measured configuration. Access says who may use the model ([`crate::api_key`]); it is never left out.
+//! Once it was: such a grant is told from bytes that are none, and accepted nowhere ([`Malformed::FormerGrant`]).
+
+mod former;
 
 use casemate_container::signing::{SigningKey, VerifyingKey};
 use casemate_container::{DataKey, ModelDigest};
@@ -16,7 +19,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::api_key::{self, Access, MAX_API_KEYS, MAX_ENTRY_BYTES};
 use crate::encoding::check_model_name;
-use crate::error::{Refused, ReleaseError, Unverified};
+use crate::error::{Malformed, Refused, ReleaseError, Unverified};
 use crate::signed::{FORMAT, Kind};
 
 /// Domain of the provider's signature.
@@ -72,7 +75,7 @@ impl KeyGrant {
     /// Signs the grant and returns the envelope.
     ///
     /// # Errors
-    /// [`Malformed::Text`](crate::Malformed::Text) when the model's name is not one that a manifest may have.
+    /// [`Malformed::Text`] when the model's name is not one that a manifest may have.
     pub fn sign(&self, provider: &SigningKey) -> Result<Zeroizing<Vec<u8>>, ReleaseError> {
         check_model_name("grant.model_name", &self.model_name)?;
         let (access, api_keys) = api_key::to_wire(&self.access);
@@ -93,10 +96,15 @@ impl VerifiedGrant {
     /// Parses an envelope and verifies that `provider` signed it.
     ///
     /// # Errors
-    /// [`ReleaseError::Malformed`] for anything but the one encoding of a grant,
-    /// [`Unverified::Grant`] for another signer or changed bytes.
+    /// [`ReleaseError::Malformed`] for anything but the one encoding of a grant, [`Malformed::FormerGrant`] for one that
+    /// does not say who may use the model, [`Unverified::Grant`] for another signer or changed bytes.
     pub fn verify(envelope: &[u8], provider: &VerifyingKey) -> Result<Self, ReleaseError> {
-        let body: Body = KIND.verify(envelope, provider)?;
+        let body: Body = match KIND.verify(envelope, provider) {
+            Err(_) if former::verify(envelope, provider).is_ok() => {
+                return Err(Malformed::FormerGrant.into());
+            }
+            verified => verified?,
+        };
         check_model_name("grant.model_name", &body.model_name)?;
         let grant = KeyGrant {
             model_digest: ModelDigest(body.model_digest),
@@ -183,6 +191,17 @@ pub fn inspect(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
     })
 }
 
+/// As [`inspect`], of a grant of the former form: what it says, and who may use the model as its time understood it, which
+/// is anybody where it lists no API keys. For who keeps such grants and has to tell its owner. Nothing is released, and
+/// nobody served, under one.
+///
+/// # Errors
+/// As [`VerifiedGrant::verify`], for anything else, today's form too.
+pub fn inspect_former(envelope: &[u8]) -> Result<GrantSummary, ReleaseError> {
+    let provider = KIND.claimed_signer(envelope)?;
+    former::verify(envelope, &provider)
+}
+
 #[derive(Encode, Decode)]
 #[cbor(map)]
 struct Body {
@@ -218,7 +237,6 @@ mod tests {
     use super::*;
     use crate::api_key::{ApiKey, ApiKeys, Limits, MAX_NAME_BYTES};
     use crate::encoding::encode;
-    use crate::error::Malformed;
     use crate::signed::Envelope;
 
     const VECTORS: &str = include_str!("../../../docs/vectors/key-release.json");
@@ -484,10 +502,7 @@ mod tests {
         let mut silent = vec![0xa5];
         silent.extend(&encode(&body(1), MAX_GRANT_BYTES)[1..]);
         silent.truncate(silent.len() - 2);
-        assert_eq!(
-            refusal(&sign(silent)),
-            Malformed::Cbor { what: "grant.body" }.into()
-        );
+        assert_eq!(refusal(&sign(silent)), Malformed::FormerGrant.into());
     }
 
     #[test]

@@ -8,9 +8,10 @@ use casemate_release::grant;
 use casemate_release::rcar::ResourcePath;
 use casemate_release::rollback::{VerifiedRollback, sha256};
 
+use super::judgement::former_grant_remedy;
 use super::{Broker, Rejection};
 use crate::log::{Access, Action, Anchor, Decision, Entry, Head, LoggedDenial, Verdict};
-use crate::store::{NewResource, Store, StoreError, verify_offline};
+use crate::store::{Kind, NewResource, Store, StoreError, verify_offline};
 
 /// What is listed of a resource; never its bytes.
 #[derive(Debug, serde::Serialize)]
@@ -37,6 +38,9 @@ pub struct ResourceSummary {
     /// How many API keys the grant lists, where it lists any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_keys: Option<usize>,
+    /// What to do where this is not released any more: a grant of the former form.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
 }
 
 impl Broker {
@@ -147,6 +151,21 @@ impl Broker {
             .collect()
     }
 
+    /// Logs which grants are not released any more, and what to do about each.
+    ///
+    /// # Errors
+    /// [`Rejection::Store`].
+    pub fn warn_of_former_grants(&self) -> Result<(), Rejection> {
+        for path in self.inner().store.former_grants()? {
+            let remedy = former_grant_remedy(&path);
+            tracing::warn!(
+                %path,
+                "a grant of the former form, which does not say who may use the model, is kept and not released: {remedy}"
+            );
+        }
+        Ok(())
+    }
+
     /// Deletes a resource.
     ///
     /// # Errors
@@ -209,7 +228,12 @@ fn summarise(store: &Store, path: &ResourcePath) -> Result<ResourceSummary, Reje
     let resource = store
         .resource(path)?
         .ok_or_else(|| Rejection::NoResource(path.clone()))?;
-    let grant = resource.grant.as_ref();
+    // Of a grant of the former form, what holds for the next one at its place; it does not say who may use the model.
+    let (grant, access, remedy) = match &resource.kind {
+        Kind::Grant(grant) => (Some(grant), Some(&grant.access), None),
+        Kind::FormerGrant(grant) => (Some(grant), None, Some(former_grant_remedy(path))),
+        Kind::Opaque => (None, None, None),
+    };
     Ok(ResourceSummary {
         path: path.to_string(),
         service: resource.service.clone(),
@@ -217,7 +241,8 @@ fn summarise(store: &Store, path: &ResourcePath) -> Result<ResourceSummary, Reje
         model_name: grant.map(|grant| grant.model_name.clone()),
         minimum_version: grant.map(|grant| grant.minimum_version),
         provider: grant.map(|grant| grant.provider.to_string()),
-        access: grant.map(|grant| (&grant.access).into()),
-        api_keys: grant.and_then(|grant| Some(grant.access.api_keys()?.as_slice().len())),
+        access: access.map(Into::into),
+        api_keys: access.and_then(|access| Some(access.api_keys()?.as_slice().len())),
+        remedy,
     })
 }

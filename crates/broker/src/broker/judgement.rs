@@ -11,7 +11,7 @@ use casemate_release::rollback::sha256;
 use super::{Rejection, verdict};
 use crate::log::Decision;
 use crate::sessions::{Attested, Released};
-use crate::store::{Resource, Store, StoreError};
+use crate::store::{Kind, Resource, Store, StoreError};
 
 /// Why a request is not allowed, or could not be judged.
 pub(super) enum Refusal {
@@ -52,9 +52,16 @@ pub(super) fn release(
     let resource = store
         .resource(path)?
         .ok_or_else(|| Refusal::NoResource(path.clone()))?;
-    if let Some(grant) = &resource.grant {
-        decision.model = Some((*grant.model_digest.as_bytes()).into());
-        model_is_allowed(policy, &grant.model_digest)?;
+    match &resource.kind {
+        Kind::Grant(grant) => {
+            decision.model = Some((*grant.model_digest.as_bytes()).into());
+            model_is_allowed(policy, &grant.model_digest)?;
+        }
+        Kind::FormerGrant(grant) => {
+            decision.model = Some((*grant.model_digest.as_bytes()).into());
+            return Err(former_grant(path).into());
+        }
+        Kind::Opaque => {}
     }
     decision.verdict = verdict(&appraised);
     Ok(resource)
@@ -67,6 +74,26 @@ pub(super) fn no_resource(path: &ResourcePath) -> Denial {
         path.as_str(),
         "a stored resource",
         "store it with `casemate-broker admin resource put`, or correct the path",
+    )
+}
+
+/// The denial for a grant that does not say who may use its model.
+fn former_grant(path: &ResourcePath) -> Denial {
+    Denial::refused(
+        "grant.former",
+        format!(
+            "{path} holds a grant of the former form, which does not say who may use the model"
+        ),
+        "a grant that says who may use the model",
+        former_grant_remedy(path),
+    )
+}
+
+/// What to do about a grant of the former form.
+pub(super) fn former_grant_remedy(path: &ResourcePath) -> String {
+    format!(
+        "make it anew with `casemate grant --api-keys LIST` or `casemate grant --open`, and put it with `casemate-broker \
+         admin resource put {path} --grant FILE`"
     )
 }
 

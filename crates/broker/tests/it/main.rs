@@ -7,6 +7,7 @@ mod crash;
 mod credentials;
 mod decisions;
 mod floods;
+mod former;
 mod http;
 mod log;
 mod program;

@@ -12,6 +12,7 @@ use casemate_testkit::fake_tee::FakeTee;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::former::{VERSIONS, former_grant, plant};
 use crate::serving::{
     IO, MALFORMED, NOT_AUTHENTIC, REFUSED, Serving, USAGE, failed, program, run, stderr, stdout,
 };
@@ -512,4 +513,40 @@ fn files_that_are_something_else_are_named_as_such() {
         help.contains("admin --socket <PATH> [--json] <COMMAND>"),
         "{help}"
     );
+}
+
+#[test]
+fn who_serves_grants_of_the_former_form_is_told_which_and_what_to_do() {
+    let files = Files::new();
+    let state = files.state();
+    let path = "default/model/m".parse().unwrap();
+    plant(&state, &path, &former_grant(&files.provider, 2, true));
+    let connection = rusqlite::Connection::open(database(&state)).unwrap();
+    connection.execute_batch(VERSIONS[1].1).unwrap();
+    drop(connection);
+
+    let serving = Serving::start(&state);
+    let told =
+        "default/model/m is not released any more: make it anew with `casemate grant --api-keys";
+    let listed = serving.admin(&["resource", "list"]);
+    assert!(stdout(&listed).starts_with("default/model/m\tm\t"));
+    assert!(stderr(&listed).starts_with(told), "{}", stderr(&listed));
+    let former = files.write("former.grant", &former_grant(&files.provider, 2, true));
+    let put =
+        |grant: &str| serving.admin(&["resource", "put", "default/model/m", "--grant", grant]);
+    failed(
+        &put(&former),
+        MALFORMED,
+        "make it anew with `casemate grant",
+    );
+    failed(&put(&files.grant()), REFUSED, "asked for API keys");
+    let keyed = files.write("keyed.grant", &keyed_grant(&files.provider, 2));
+    assert!(put(&keyed).status.success());
+    assert_eq!(stderr(&serving.admin(&["resource", "list"])), "");
+    let log = serving.log();
+    assert!(
+        log.contains("is kept and not released: make it anew"),
+        "{log}"
+    );
+    assert!(log.contains("default/model/m"), "{log}");
 }

@@ -8,6 +8,7 @@ use casemate_container::signing::SigningKey;
 use casemate_release::ReleaseError;
 use casemate_release::rollback::{Rollback, Target, sha256};
 
+use crate::former::VERSIONS;
 use crate::support::{MODEL, Rig, grant, path};
 
 fn to_policy(rig: &Rig, from_version: u64, to_version: u64, text: &str) -> Rollback {
@@ -302,15 +303,7 @@ fn a_database_of_the_first_version_is_brought_up_to_date() {
     let file = database(&rig.state());
     let older = grant(&rig.provider, 2);
     let connection = rusqlite::Connection::open(&file).unwrap();
-    connection
-        .execute_batch(
-            "CREATE TABLE old (version INTEGER PRIMARY KEY, toml TEXT NOT NULL, set_at INTEGER NOT NULL) STRICT;
-             INSERT INTO old SELECT version, toml, set_at FROM policy;
-             DROP TABLE policy; DROP TABLE model_floor; DROP TABLE used_rollback; DROP TABLE keyed_path;
-             ALTER TABLE old RENAME TO policy;
-             PRAGMA user_version = 1;",
-        )
-        .unwrap();
+    connection.execute_batch(VERSIONS[0].1).unwrap();
     drop(connection);
     let head = rig.broker.verify_log(&[]).unwrap();
     let rig = rig.restart();

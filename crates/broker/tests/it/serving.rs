@@ -1,5 +1,6 @@
 //! The program as a child process: commands, and a broker that is killed when dropped.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -48,15 +49,17 @@ pub(crate) struct Serving {
     pub(crate) child: Child,
     pub(crate) address: String,
     pub(crate) socket: PathBuf,
+    log: PathBuf,
 }
 
 impl Serving {
     pub(crate) fn start(state: &Path) -> Self {
+        let log = state.with_extension("log");
         let mut child = program()
             .args(["serve", "--listen", "127.0.0.1:0", "--state"])
             .arg(state)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(File::create(&log).unwrap())
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
@@ -77,7 +80,13 @@ impl Serving {
             child,
             address,
             socket: state.join("admin.sock"),
+            log,
         }
+    }
+
+    /// What it logged so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
     }
 
     pub(crate) fn admin(&self, arguments: &[&str]) -> Output {

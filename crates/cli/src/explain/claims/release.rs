@@ -36,6 +36,13 @@ pub(super) const TABLE: &[Explanation] = &[
         "Compare `resource` in the enclave's configuration with `casemate-broker admin resource list`.",
     ),
     about(
+        &["grant.former"],
+        "The grant says who may use the model.",
+        "It was made, and stored, by a version of Casemate whose grants did not say so. It is kept, but released to nobody.",
+        "Make it anew with `casemate grant --api-keys` or `--open`, and put it in its place: `casemate-broker admin resource \
+         put`. `casemate-broker admin resource list` names all of them.",
+    ),
+    about(
         &["session"],
         "The request belongs to a session of the broker that is still open.",
         "The session ended, since sessions live for minutes only, or the broker was started again meanwhile.",
