@@ -37,7 +37,7 @@ impl Arithmetic {
         // Behind a `+` stands how keys and values are stored.
         match compute.split('+').next().unwrap_or(compute) {
             "f32" => Arithmetic::F32,
-            "bf16" => Arithmetic::Bf16,
+            "bf16" | "bf16-tiles" => Arithmetic::Bf16,
             // int8-g32, int8-row, q4-g32: integers, whatever the weights are stored in.
             _ => Arithmetic::Int8,
         }

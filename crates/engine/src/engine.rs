@@ -8,7 +8,9 @@ use std::thread::JoinHandle;
 
 use casemate_container::{ModelConfig, ModelDigest, Progress};
 use casemate_kernels::attention::KvType;
+use casemate_kernels::cpu::Isa;
 use casemate_kernels::mem::Granted;
+use casemate_kernels::panels;
 use casemate_kernels::team::{PATIENCE, Team};
 
 use crate::chat::ChatTemplate;
@@ -398,10 +400,15 @@ impl Drop for Engine {
 
 fn compute_name(options: &EngineOptions) -> String {
     let (compute, kv_type) = (options.compute, options.kv_type());
+    let name = match compute {
+        // In which order sums are taken is a part of what was computed.
+        Compute::Bf16 => panels::bf16_name(Isa::detect()),
+        other => other.name(),
+    };
     if kv_type == usual_kv_type(compute) {
-        compute.name().to_owned()
+        name.to_owned()
     } else {
-        format!("{}+kv-{}", compute.name(), kv_type.name())
+        format!("{name}+kv-{}", kv_type.name())
     }
 }
 

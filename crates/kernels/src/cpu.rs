@@ -7,7 +7,7 @@ use std::fmt;
 
 use crate::isa::{Scalar, Simd};
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{avx2::Avx2, avx512::Avx512};
+use crate::isa::{amx, amx::Amx, avx2::Avx2, avx512::Avx512};
 
 /// An instruction set that this machine has: a value exists only if detection succeeded.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,11 +22,19 @@ enum Level {
     Avx512(Avx512<false>),
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512<true>),
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
+    #[cfg(all(test, target_arch = "x86_64"))]
+    Interpreted(Scalar),
 }
 
 impl Isa {
     /// The portable twin, available everywhere.
     pub const SCALAR: Isa = Isa(Level::Scalar(Scalar::new()));
+
+    /// The portable twin with [tile registers](amx::interpreter) that are interpreted.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(crate) const INTERPRETED: Isa = Isa(Level::Interpreted(Scalar::new()));
 
     /// The best instruction set of this machine.
     pub fn detect() -> Isa {
@@ -35,12 +43,13 @@ impl Isa {
 
     /// Every instruction set of this machine, the slowest first.
     pub fn available() -> impl DoubleEndedIterator<Item = Isa> {
-        let mut found = [Some(Isa::SCALAR), None, None, None];
+        let mut found = [Some(Isa::SCALAR), None, None, None, None];
         #[cfg(target_arch = "x86_64")]
         {
             found[1] = Avx2::detect().map(|token| Isa(Level::Avx2(token)));
             found[2] = Avx512::<false>::detect().map(|token| Isa(Level::Avx512(token)));
             found[3] = Avx512::<true>::detect().map(|token| Isa(Level::Avx512Bf16(token)));
+            found[4] = Amx::detect().map(|token| Isa(Level::Amx(token)));
         }
         found.into_iter().flatten()
     }
@@ -50,7 +59,8 @@ impl Isa {
         Isa::available().find(|isa| isa.name() == name)
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512-vnni"` or `"avx512-bf16"` (which includes the one before).
+    /// `"scalar"`, `"avx2"`, `"avx512-vnni"`, `"avx512-bf16"` or `"amx"`, of which the last two include the one
+    /// before.
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Scalar(_) => "scalar",
@@ -60,6 +70,10 @@ impl Isa {
             Level::Avx512(_) => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16(_) => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(_) => "amx",
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Level::Interpreted(_) => "interpreted",
         }
     }
 
@@ -89,6 +103,50 @@ impl Isa {
             Level::Avx512(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16(token) => token.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(token) => token.enter(kernel),
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Level::Interpreted(token) => kernel.run(token),
+        }
+    }
+
+    /// Whether there are tile registers.
+    pub(crate) fn has_tiles(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx(_) => true,
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Level::Interpreted(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Runs a kernel with tile registers beside this instruction set.
+    ///
+    /// # Panics
+    /// If there are none.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(crate) fn dispatch_tiles<K: TileKernel>(self, kernel: K) {
+        struct Beside<K>(K, Amx);
+
+        impl<K: TileKernel> Kernel for Beside<K> {
+            type Output = ();
+
+            const BF16: bool = true;
+
+            #[inline(always)]
+            fn run<V: Simd>(self, v: V) {
+                self.0.run(v, &mut self.1.tiles());
+            }
+        }
+        match self.0 {
+            Level::Amx(token) => token.enter(Beside(kernel, token)),
+            #[cfg(test)]
+            Level::Interpreted(token) => {
+                kernel.run(token, &mut amx::interpreter::Interpreter::new());
+            }
+            _ => unreachable!("rows are laid out for tiles only where there are tiles"),
         }
     }
 }
@@ -116,6 +174,13 @@ pub(crate) trait Kernel {
     const BF16: bool = false;
 
     fn run<V: Simd>(self, v: V) -> Self::Output;
+}
+
+/// An algorithm that also uses tile registers; `run` must be `#[inline(always)]` as
+/// [`Kernel::run`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) trait TileKernel {
+    fn run<V: Simd, T: amx::Tiles>(self, v: V, tiles: &mut T);
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@
 //! nothing here knows what it multiplies.
 //!
 //! Every kernel is written once over sixteen lanes and instantiated per instruction set, so that
-//! **all instruction sets, all thread counts and all batch sizes give the same bits**.
+//! **all instruction sets, all thread counts and all batch sizes give the same bits** (but for bf16 on
+//! AMX, which has a name of its own).
 //! `docs/kernels.md` draws the layouts and states the order of every sum.
 
 #![warn(missing_docs)]

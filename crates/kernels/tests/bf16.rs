@@ -4,7 +4,7 @@ mod support;
 
 use casemate_kernels::cpu::Isa;
 use casemate_kernels::mem::{Purpose, Region};
-use casemate_kernels::panels::{Bf16Matrix, Bf16Rows, matmul_bf16};
+use casemate_kernels::panels::{BF16_TILES_NAME, Bf16Matrix, Bf16Rows, bf16_name, matmul_bf16};
 use casemate_kernels::q8::PackError;
 use casemate_kernels::team::Team;
 use half::bf16;
@@ -31,11 +31,48 @@ fn product(x: &[f32], w: &[f32]) -> f32 {
     })
 }
 
-fn expected(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+/// The documented product of two rounded rows on tile registers.
+fn product_on_tiles(x: &[f32], w: &[f32]) -> f32 {
+    x.chunks(32).zip(w.chunks(32)).fold(0.0, |sum, (x, w)| {
+        let mut parts = [0f32; 2];
+        for (i, (x, w)) in x.iter().zip(w).enumerate() {
+            parts[i % 2] = x.mul_add(*w, parts[i % 2]);
+        }
+        sum + (parts[0] + parts[1])
+    })
+}
+
+fn expected(isa: Isa, x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    let product = match bf16_name(isa) {
+        BF16_TILES_NAME => product_on_tiles,
+        _ => product,
+    };
     let (x, w) = (rounded(x), rounded(w));
     x.chunks(k)
         .flat_map(|x| w.chunks(k).map(|w| product(x, w)))
         .collect()
+}
+
+/// What is expected of all instruction sets here, each order computed once.
+struct Expected(Vec<(&'static str, Vec<f32>)>);
+
+impl Expected {
+    fn new(x: &[f32], w: &[f32], k: usize) -> Expected {
+        let mut orders: Vec<(&str, Vec<f32>)> = vec![];
+        for isa in Isa::available() {
+            let name = bf16_name(isa);
+            if orders.iter().all(|(order, _)| *order != name) {
+                orders.push((name, expected(isa, x, w, k)));
+            }
+        }
+        Expected(orders)
+    }
+
+    fn of(&self, team: &Team) -> &[f32] {
+        let name = bf16_name(team.isa());
+        let found = self.0.iter().find(|(order, _)| *order == name);
+        &found.expect("each order is there").1
+    }
 }
 
 fn pack(team: &Team, w: &[f32], k: usize) -> Result<Bf16Matrix, PackError> {
@@ -52,9 +89,9 @@ fn multiply(team: &Team, x: &[f32], w: &Bf16Matrix) -> Vec<f32> {
 }
 
 #[track_caller]
-fn check(team: &Team, x: &[f32], w: &Bf16Matrix, expected: &[f32], what: &str) {
+fn check(team: &Team, x: &[f32], w: &Bf16Matrix, expected: &Expected, what: &str) {
     let what = format!("{} {what}", describe(team));
-    assert_same_bits(&multiply(team, x, w), expected, &what);
+    assert_same_bits(&multiply(team, x, w), expected.of(team), &what);
 }
 
 #[test]
@@ -80,7 +117,7 @@ fn product_has_the_documented_bits_on_every_isa_thread_count_and_batch() {
         let batches = (1..=26).chain([31, 32, 33, 40, 41, 47, 48, 49, 57, 64, 65]);
         for m in batches.filter(|m| m * n * k < 100_000) {
             let x = random.vector(m * k);
-            let expected = expected(&x, &w, k);
+            let expected = Expected::new(&x, &w, k);
             for team in &teams {
                 let w = pack(team, &w, k).unwrap();
                 check(team, &x, &w, &expected, &format!("m={m} n={n} k={k}"));
@@ -97,7 +134,7 @@ fn columns_beyond_one_cache_piece_are_summed_on() {
         let w = random.vector(35 * k);
         for m in [1, 5, 9, 25] {
             let x = random.vector(m * k);
-            let expected = expected(&x, &w, k);
+            let expected = Expected::new(&x, &w, k);
             for isa in Isa::available() {
                 let team = Team::with_isa(2, isa).unwrap();
                 let w = pack(&team, &w, k).unwrap();
@@ -138,7 +175,7 @@ fn numbers_of_any_magnitude_give_the_same_bits_on_every_isa() {
             };
             for _ in 0..20 {
                 let (x, w) = (numbers(m * k), numbers(n * k));
-                let expected = expected(&x, &w, k);
+                let expected = Expected::new(&x, &w, k);
                 for isa in Isa::available() {
                     let team = Team::with_isa(1, isa).unwrap();
                     let w = pack(&team, &w, k).unwrap();
@@ -163,12 +200,17 @@ fn sums_beyond_the_range_give_the_same_infinities_on_every_isa() {
         .flat_map(|w| [*w; 8])
         .collect();
     let x = rows.concat();
-    let expected = expected(&x, &w, 8);
-    assert!(expected.contains(&f32::INFINITY));
-    assert!(expected.iter().any(|y| y.is_finite()));
+    let expected = Expected::new(&x, &w, 8);
+    let scalar = Team::with_isa(1, Isa::SCALAR).unwrap();
+    assert!(expected.of(&scalar).contains(&f32::INFINITY));
+    assert!(expected.of(&scalar).iter().any(|y| y.is_finite()));
     for team in teams() {
         let w = pack(&team, &w, 8).unwrap();
-        for (i, (found, expected)) in multiply(&team, &x, &w).iter().zip(&expected).enumerate() {
+        for (i, (found, expected)) in multiply(&team, &x, &w)
+            .iter()
+            .zip(expected.of(&team))
+            .enumerate()
+        {
             let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
             assert!(same, "{} {i}: {found} for {expected}", describe(&team));
         }
@@ -228,7 +270,7 @@ fn a_smaller_batch_after_a_larger_one_uses_its_own_rows() {
     assert_eq!((rows.rows(), rows.columns()), (2, 31));
     let mut y = vec![0.0; 66];
     matmul_bf16(&team, &rows, &packed, &mut y);
-    assert_same_bits(&y, &expected(&x, &w, 31), "the smaller batch");
+    assert_same_bits(&y, &expected(team.isa(), &x, &w, 31), "the smaller batch");
     rows.round(&team, &[], 31);
     matmul_bf16(&team, &rows, &packed, &mut []);
     assert_eq!(rows.rows(), 0);
@@ -346,7 +388,7 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let (x, w) = (random.vector(m * k), random.vector(n * k));
-        let expected = expected(&x, &w, k);
+        let expected = Expected::new(&x, &w, k);
         for isa in Isa::available() {
             let team = Team::with_isa(threads, isa).unwrap();
             check(&team, &x, &pack(&team, &w, k).unwrap(), &expected, "");

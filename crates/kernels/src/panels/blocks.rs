@@ -6,7 +6,9 @@
 //! ```text
 //! block of h rows, step k:  row 0: word k | row 1: word k | ... | row h-1: word k        4 bytes each
 //! ```
+//! For tile registers blocks are sixteen rows, each of which is stored by itself.
 
+use crate::cpu::Isa;
 use crate::mem::{Purpose, Region};
 use crate::team::Team;
 
@@ -15,6 +17,8 @@ use crate::team::Team;
 const ONE_PASS: usize = 24;
 const WIDE_BLOCK: usize = 8;
 const NARROW_BLOCK: usize = 4;
+/// Rows of a tile.
+const TILE_BLOCK: usize = 16;
 
 /// Rows of each block but the last, for so many rows.
 fn block_height(rows: usize, wide: bool) -> usize {
@@ -27,6 +31,13 @@ fn block_height(rows: usize, wide: bool) -> usize {
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
+/// Whether so many rows, of which a word holds `word` columns, are for tile registers. Sums of integers
+/// are exact, so products with few rows, which wait for memory, need none; sums of bf16 must not
+/// depend on how many rows there are.
+fn for_tiles(isa: Isa, rows: usize, word: usize) -> bool {
+    isa.has_tiles() && (word == 2 || rows > ONE_PASS)
+}
+
 /// A reusable buffer of rows, all of one length.
 pub(super) struct Blocks {
     /// Zeros after the last column.
@@ -36,6 +47,7 @@ pub(super) struct Blocks {
     /// Columns of a row in a word.
     word: usize,
     height: usize,
+    tiled: bool,
 }
 
 impl Blocks {
@@ -50,6 +62,7 @@ impl Blocks {
             columns,
             word,
             height: 1,
+            tiled: false,
         }
     }
 
@@ -68,16 +81,26 @@ impl Blocks {
     ) {
         self.columns = columns;
         self.rows = row_count(x, columns);
-        self.height = block_height(self.rows, team.isa().wide());
+        self.tiled = for_tiles(team.isa(), self.rows, self.word);
+        self.height = if self.tiled {
+            TILE_BLOCK
+        } else {
+            block_height(self.rows, team.isa().wide())
+        };
+        let tiled = self.tiled;
         let lines = self.lines();
         grow(&mut self.words, self.rows * lines);
         let height = self.height;
         let block = |own: &mut S, block: usize, words: &mut [i32]| {
-            let stride = words.len() / lines;
-            for i in 0..stride {
+            let rows = words.len() / lines;
+            for i in 0..rows {
                 let row = block * height + i;
                 let x = &x[row * columns..(row + 1) * columns];
-                write(own, row, x, &mut words[i..], stride);
+                if tiled {
+                    write(own, row, x, &mut words[i * lines..(i + 1) * lines], 1);
+                } else {
+                    write(own, row, x, &mut words[i..], rows);
+                }
             }
         };
         let words = &mut self.words.view_mut::<i32>()[..self.rows * lines];
@@ -112,6 +135,11 @@ impl Blocks {
         self.height
     }
 
+    /// Whether they are laid out for tile registers.
+    pub(super) fn tiled(&self) -> bool {
+        self.tiled
+    }
+
     /// How many blocks there are.
     pub(super) fn count(&self) -> usize {
         self.rows.div_ceil(self.height)
@@ -136,7 +164,12 @@ impl Blocks {
             "a row has as many elements as there are columns"
         );
         let (words, height) = self.block(row / self.height);
-        words[row % self.height..].iter().step_by(height).copied()
+        let lines = self.lines();
+        let (first, step) = match self.tiled {
+            true => (row % self.height * lines, 1),
+            false => (row % self.height, height),
+        };
+        words[first..].iter().step_by(step).take(lines).copied()
     }
 }
 

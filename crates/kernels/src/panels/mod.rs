@@ -22,7 +22,16 @@
 //! 2^-56 in magnitude are zero, so that neither a product nor a sum is ever subnormal, which that
 //! instruction would take for zero.
 //!
-//! No instruction set, thread count or number of rows changes a bit of a result.
+//! On tile registers (AMX) sums of bf16 have another order, that of `tdpbf16ps`:
+//!
+//! ```text
+//! y[i][j] = 0, then for each 32 columns from k = 0 on, the last perhaps fewer
+//!           even = 0, then over k, k+2, ... even + x[i][k] * w[j][k]         by fused multiply-add
+//!           odd  = 0, then over k+1, k+3, ... the same
+//!           y[i][j] + (even + odd)
+//! ```
+//!
+//! But for that no instruction set changes a bit of a result, and no thread count or number of rows does.
 //!
 //! # Panels
 //! A *panel* is sixteen rows of weights (outputs), as a sequence of 64-byte lines, each of which
@@ -34,7 +43,7 @@
 //! ```
 //! Panels follow each other. Products with many rows of activations hold 8 rows by 3 panels in
 //! registers and keep as many panels as fit half of an L2 cache close by; products with few stream
-//! two to four panels at once, each line once.
+//! two to four panels at once, each line once. Sixteen lines of a panel are a tile.
 
 mod bf16;
 mod blocks;
@@ -42,11 +51,15 @@ mod int8;
 mod packed;
 mod product;
 mod rows;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use bf16::{Bf16Matrix, Bf16Rows};
 pub use int8::Int8Matrix;
 pub use product::{matmul_bf16, matmul_int8, matmul_int8_sums, scale_sums};
 pub use rows::Int8Rows;
+
+use crate::cpu::Isa;
 
 /// Rows of weights in a panel.
 pub const PANEL: usize = 16;
@@ -59,3 +72,15 @@ pub const NAME: &str = "int8-row";
 
 /// Name of the bf16 compute scheme, for keysets and receipts.
 pub const BF16_NAME: &str = "bf16";
+
+/// The same on tile registers, where sums of bf16 have another order.
+pub const BF16_TILES_NAME: &str = "bf16-tiles";
+
+/// Which of the two an instruction set has.
+pub fn bf16_name(isa: Isa) -> &'static str {
+    if isa.has_tiles() {
+        BF16_TILES_NAME
+    } else {
+        BF16_NAME
+    }
+}

@@ -5,11 +5,13 @@ use super::blocks::Blocks;
 use super::packed::{Line, Panels};
 use super::{Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, PANEL};
 use crate::cpu::{Isa, Kernel};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::amx::Tiles;
 use crate::isa::{LANES, Simd};
 use crate::team::{SharedMut, Team};
 
 /// Lines of a panel that many rows are multiplied with before the next: three panels' are 384 KiB.
-const DEEP: usize = 2048;
+pub(super) const DEEP: usize = 2048;
 /// Bytes of panels that blocks of rows take turns on: half of the smallest L2 cache we serve with
 /// wide registers, and with narrow ones.
 const CLOSE_WIDE: usize = 512 << 10;
@@ -82,7 +84,7 @@ fn as_bits(y: &mut [f32]) -> &mut [i32] {
     unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast(), y.len()) }
 }
 
-fn check(x: &Blocks, w: &Panels, elements: usize) {
+pub(super) fn check(x: &Blocks, w: &Panels, elements: usize) {
     assert_eq!(
         x.columns(),
         w.columns(),
@@ -96,7 +98,7 @@ fn check(x: &Blocks, w: &Panels, elements: usize) {
 }
 
 /// Rows and weights, what their words hold, and what becomes of their products.
-trait Arithmetic: Copy + Sync {
+pub(super) trait Arithmetic: Copy + Sync {
     /// Whether words are pairs of bf16: [`Kernel::BF16`].
     const BF16: bool;
     /// A line of weights, loaded.
@@ -114,6 +116,15 @@ trait Arithmetic: Copy + Sync {
     /// Unfinished sums as the output holds them, and back.
     fn pause<V: Simd>(v: V, sums: Self::Sums<V>) -> V::I;
     fn resume<V: Simd>(v: V, sums: V::I) -> Self::Sums<V>;
+    /// What a row of a tile of sums starts from, in each of its words.
+    #[cfg(target_arch = "x86_64")]
+    fn start_of_tile(&self, row: usize) -> i32;
+    /// Adds the products of two tiles, `A` of activations and `B` of weights, to tile `C`.
+    ///
+    /// # Safety
+    /// As [`Tiles::dot_int8`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn tiles<T: Tiles, const C: u8, const A: u8, const B: u8>(tiles: &mut T);
     /// The bits of the result of a row of activations and a panel.
     fn finish<V: Simd>(&self, v: V, sums: Self::Sums<V>, row: usize, panel: usize) -> V::I;
 }
@@ -159,6 +170,17 @@ impl Arithmetic for Int8<'_> {
     #[inline(always)]
     fn resume<V: Simd>(_: V, sums: V::I) -> V::I {
         sums
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn start_of_tile(&self, row: usize) -> i32 {
+        self.x.offsets()[row]
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn tiles<T: Tiles, const C: u8, const A: u8, const B: u8>(tiles: &mut T) {
+        // SAFETY: the caller's.
+        unsafe { tiles.dot_int8::<C, A, B>() };
     }
     #[inline(always)]
     fn finish<V: Simd>(&self, v: V, sums: V::I, row: usize, panel: usize) -> V::I {
@@ -210,6 +232,17 @@ impl Arithmetic for Bf16<'_> {
     fn resume<V: Simd>(v: V, sums: V::I) -> V::F {
         v.float_from_bits(sums)
     }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn start_of_tile(&self, _: usize) -> i32 {
+        0f32.to_bits() as i32
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn tiles<T: Tiles, const C: u8, const A: u8, const B: u8>(tiles: &mut T) {
+        // SAFETY: the caller's.
+        unsafe { tiles.dot_bf16::<C, A, B>() };
+    }
     #[inline(always)]
     fn finish<V: Simd>(&self, v: V, sums: V::F, _: usize, _: usize) -> V::I {
         v.bits(sums)
@@ -233,6 +266,10 @@ fn multiply<A: Arithmetic>(team: &Team, arithmetic: A, out: &mut [i32]) {
     check(x, w, out.len());
     if x.rows() == 0 {
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if x.tiled() {
+        return super::tiles::multiply(team, arithmetic, out);
     }
     let isa = team.isa();
     let blocks = x.count();
