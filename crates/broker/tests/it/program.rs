@@ -490,6 +490,9 @@ fn files_that_are_something_else_are_named_as_such() {
         MALFORMED,
         "a policy has at most",
     );
+    let state = files.state().display().to_string();
+    let output = serving.admin(&["policy", "set", &state]);
+    failed(&output, IO, &format!("{state}: give one file"));
     let small = files.write("small", b"text");
     let put = ["resource", "put", "a/b/c", "--grant", &small];
     let output = serving.admin(&put);
