@@ -301,9 +301,14 @@ impl Dry {
                 .env("provider", KEY)
                 .env("issuer", KEY),
         );
+        let fatal = [
+            "command not found",
+            "syntax error",
+            "No such file or directory",
+        ];
         let unknown = said
             .lines()
-            .filter(|line| line.contains("command not found") || line.contains("syntax error"));
+            .filter(|line| fatal.iter().any(|text| line.contains(text)));
         let mut refused = self.lines("refused");
         refused.extend(unknown.map(str::to_owned));
         refused
@@ -434,6 +439,7 @@ fn a_command_that_drifted_is_noticed() {
         ),
         ("for i in 1; do cargo xtask demos; done", "demos"),
         ("nosuchprogram", "nosuchprogram"),
+        ("no/such/program", "no/such/program"),
     ] {
         let refused = dry.understands(script);
         assert!(
