@@ -210,6 +210,11 @@ unsafe impl Simd for Avx2 {
         // address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
+    #[inline(always)]
+    fn prefetch_l2(self, line: *const u8) {
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
 
     registers! {
         fn splat(x: f32) -> F {{ let x = _mm256_set1_ps(x); F(x, x) }}

@@ -163,6 +163,11 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         // address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
+    #[inline(always)]
+    fn prefetch_l2(self, line: *const u8) {
+        // SAFETY: as in `prefetch`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
 
     registers! {
         fn splat(x: f32) -> __m512 { _mm512_set1_ps(x) }

@@ -44,6 +44,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     /// Asks for a cache line ahead of its use. Any address is allowed, also one past the end of
     /// everything.
     fn prefetch(self, line: *const u8);
+    /// As [`Simd::prefetch`], no closer than the second-level cache.
+    fn prefetch_l2(self, line: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
     fn store(self, x: Self::F, to: &mut [f32; LANES]);

@@ -51,6 +51,8 @@ unsafe impl Simd for Scalar {
     #[inline(always)]
     fn prefetch(self, _line: *const u8) {}
     #[inline(always)]
+    fn prefetch_l2(self, _line: *const u8) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         [x; LANES]
     }

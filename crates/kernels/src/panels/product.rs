@@ -18,7 +18,8 @@ const CLOSE_WIDE: usize = 512 << 10;
 const CLOSE_NARROW: usize = 256 << 10;
 /// How far ahead of its use a line is asked for, in lines of its panel: from memory, where all
 /// panels of a group together have 4 KiB on their way (the processor's own prefetcher stops at each
-/// page of 4 KiB), and from L2.
+/// page of 4 KiB), and from L2. Lines from memory are asked for into L2 only: asked for into L1,
+/// several streams at once ran at 80 % of the read bandwidth instead of 96 % (Zen 4).
 const AHEAD_MEMORY: usize = 64;
 const AHEAD_CLOSE: usize = 8;
 
@@ -491,7 +492,13 @@ fn steps<A: Arithmetic, V: Simd, const M: usize, const P: usize>(
         for p in 0..P {
             // SAFETY: `k` is below the length of `x`, which is that of each of `w`.
             let line = unsafe { w[p].get_unchecked(k) };
-            v.prefetch((&raw const *line).wrapping_add(ahead).cast());
+            let line_ahead = (&raw const *line).wrapping_add(ahead).cast();
+            // Shapes that (almost) only products from memory have; see `panels_at_once`.
+            if if V::WIDE { P != 3 } else { M == 1 } {
+                v.prefetch_l2(line_ahead);
+            } else {
+                v.prefetch(line_ahead);
+            }
             loaded[p] = A::load(v, line);
         }
         for i in 0..M {

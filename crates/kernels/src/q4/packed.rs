@@ -16,7 +16,10 @@ use half::f16;
 
 use crate::isa::{LANES, Simd};
 use crate::mem::Element;
-use crate::q8::{GROUP, Packed, RowGroup, TILE};
+use crate::q8::{GROUP, Packed, RowGroup, TILE, ask};
+
+/// See [`ask`]: unpacking makes lines come more slowly than those of 8 bits.
+const FEW: usize = 1;
 
 /// A block of a file's rows, packed.
 pub(super) trait Block: Packed {
@@ -57,14 +60,13 @@ impl Nibbles {
         v: V,
         half: usize,
         x: [&RowGroup; M],
-        ahead: *const u8,
         mut dots: [[V::I; N]; M],
     ) -> [[V::I; N]; M] {
         for step in 0..4 {
             for n in 0..N {
-                let line = 2 * step + half + n;
-                v.prefetch(ahead.wrapping_add(64 * line));
-                let [lower, upper] = v.nibbles(&self.0[line]);
+                let line = &self.0[2 * step + half + n];
+                ask::<V, M, FEW>(v, line.as_ptr());
+                let [lower, upper] = v.nibbles(line);
                 for i in 0..M {
                     dots[i][n] = v.dot4_small(dots[i][n], lower, x[i].quants[step]);
                     dots[i][n] = v.dot4_small(dots[i][n], upper, x[i].quants[step + 4]);
@@ -142,15 +144,14 @@ impl Packed for Q4_0 {
         v: V,
         (_, half): (usize, usize),
         x: [&RowGroup; M],
-        ahead: *const u8,
     ) -> [[V::I; N]; M] {
-        v.prefetch(ahead);
+        ask::<V, M, FEW>(v, self.d.as_ptr().cast());
         let mut dots = [[v.splat_i(0); N]; M];
         for i in 0..M {
             // -8 times the sum of the activations.
             dots[i] = [v.splat_i(x[i].offset >> 4); N];
         }
-        self.nibbles.dots(v, half, x, ahead.wrapping_add(64), dots)
+        self.nibbles.dots(v, half, x, dots)
     }
 
     #[inline(always)]
@@ -206,12 +207,11 @@ impl Packed for Q4_1 {
         v: V,
         (_, half): (usize, usize),
         x: [&RowGroup; M],
-        ahead: *const u8,
     ) -> [[V::I; N]; M] {
-        v.prefetch(ahead);
-        v.prefetch(ahead.wrapping_add(64));
+        ask::<V, M, FEW>(v, self.d.as_ptr().cast());
+        ask::<V, M, FEW>(v, self.m.as_ptr().cast());
         let dots = [[v.splat_i(0); N]; M];
-        self.nibbles.dots(v, half, x, ahead.wrapping_add(128), dots)
+        self.nibbles.dots(v, half, x, dots)
     }
 
     #[inline(always)]
@@ -277,17 +277,15 @@ impl Packed for Q4K {
         v: V,
         (group, half): (usize, usize),
         x: [&RowGroup; M],
-        ahead: *const u8,
     ) -> [[V::I; N]; M] {
         if group == 0 {
-            v.prefetch(ahead);
-            v.prefetch(ahead.wrapping_add(64));
+            ask::<V, M, FEW>(v, self.d.as_ptr().cast());
+            ask::<V, M, FEW>(v, self.dmin.as_ptr().cast());
         }
-        let ahead = ahead.wrapping_add(128 + group * size_of::<Eighth>());
-        v.prefetch(ahead);
+        let eighth = &self.eighths[group];
+        ask::<V, M, FEW>(v, eighth.scales.as_ptr());
         let dots = [[v.splat_i(0); N]; M];
-        let nibbles = &self.eighths[group].nibbles;
-        nibbles.dots(v, half, x, ahead.wrapping_add(64), dots)
+        eighth.nibbles.dots(v, half, x, dots)
     }
 
     #[inline(always)]

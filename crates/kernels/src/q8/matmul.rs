@@ -12,9 +12,28 @@ use crate::team::{SharedMut, Team};
 /// Most activation rows that one pass over a tile takes.
 const ROWS_WIDE: usize = 6;
 const ROWS_NARROW: usize = 4;
-/// How far ahead of its use a tile is asked for, in bytes. The processor's own prefetcher stops at
-/// each 4 KiB page.
+/// How far ahead of its use a tile is asked for, in bytes.
 const AHEAD: usize = 4 * 1088;
+const PAGE: usize = 4096;
+/// Bytes at the beginning of a page that are asked for ahead even where the processor does the rest.
+const KICK: usize = 256;
+
+/// Asks for what a product of `M` rows needs later, while it reads a line.
+///
+/// The processor's own prefetcher stops at each page of 4 KiB. With up to `FEW` rows it is faster by
+/// itself from page begin to page end than together with requests of ours, so it is only led into
+/// each page. With more rows, lines come too slowly for it to run far ahead, and it is the other way
+/// round. Both were measured on Zen 4; `docs/kernels.md` has the figures.
+#[inline(always)]
+pub(crate) fn ask<V: Simd, const M: usize, const FEW: usize>(v: V, line: *const u8) {
+    if M > FEW {
+        v.prefetch_l2(line.wrapping_add(2 * AHEAD));
+    } else {
+        let ahead = line.wrapping_add(AHEAD);
+        let begins_page = ahead.addr() % PAGE < KICK;
+        v.prefetch(if begins_page { ahead } else { line });
+    }
+}
 
 /// Weights of 32 rows (a tile) by one or more groups of 32 columns.
 pub(crate) trait Packed: Element {
@@ -22,14 +41,12 @@ pub(crate) trait Packed: Element {
     const GROUPS: usize;
 
     /// The exact sums of a group: `M` rows of activations times `N` vectors of sixteen weight rows,
-    /// starting with vector `half`. Asks for as much from `ahead`, which is to the memory that is
-    /// read later what `self` is to this.
+    /// starting with vector `half`. [Asks](ask) for each line that it reads.
     fn dots<V: Simd, const M: usize, const N: usize>(
         &self,
         v: V,
         at: (usize, usize),
         x: [&RowGroup; M],
-        ahead: *const u8,
     ) -> [[V::I; N]; M];
 
     /// Adds them to `sums`, scaled.
@@ -224,7 +241,6 @@ fn product<P: Packed, V: Simd, const M: usize, const N: usize>(
     }
     let mut sums = [[v.splat(0.0); N]; M];
     for (g, packed) in packed.iter().enumerate() {
-        let ahead = std::ptr::from_ref(packed).cast::<u8>().wrapping_add(AHEAD);
         for group in 0..P::GROUPS {
             // SAFETY: every row has `GROUPS` groups for each of `packed`, and there is a row.
             let mut x = [unsafe { rows[0].get_unchecked(g * P::GROUPS + group) }; M];
@@ -232,7 +248,7 @@ fn product<P: Packed, V: Simd, const M: usize, const N: usize>(
                 // SAFETY: as above. A check here would have the sums leave their registers.
                 x[i] = unsafe { rows[i].get_unchecked(g * P::GROUPS + group) };
             }
-            let dots = packed.dots::<V, M, N>(v, (group, half), x, ahead);
+            let dots = packed.dots::<V, M, N>(v, (group, half), x);
             sums = packed.add::<V, M, N>(v, (group, half), x, dots, sums);
         }
     }

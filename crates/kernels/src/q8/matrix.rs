@@ -15,7 +15,7 @@
 use half::f16;
 use zeroize::Zeroizing;
 
-use super::matmul::{Packed, Tiles};
+use super::matmul::{Packed, Tiles, ask};
 use super::rows::{RowGroup, largest_magnitude, load_group, round};
 use super::{GROUP, TILE};
 use crate::cpu::Kernel;
@@ -49,6 +49,9 @@ impl PackedGroup {
     }
 }
 
+/// See [`ask`].
+const FEW: usize = 4;
+
 impl Packed for PackedGroup {
     const GROUPS: usize = 1;
 
@@ -58,9 +61,8 @@ impl Packed for PackedGroup {
         v: V,
         (_, half): (usize, usize),
         x: [&RowGroup; M],
-        ahead: *const u8,
     ) -> [[V::I; N]; M] {
-        v.prefetch(ahead);
+        ask::<V, M, FEW>(v, std::ptr::from_ref(&self.scales).cast());
         let mut dots = [[v.splat_i(0); N]; M];
         for i in 0..M {
             dots[i] = [v.dot_start(x[i].offset); N];
@@ -68,8 +70,9 @@ impl Packed for PackedGroup {
         for step in 0..GROUP / 4 {
             let mut w = [v.weights(&self.quants[2 * step + half]); N];
             for n in 0..N {
-                v.prefetch(ahead.wrapping_add(64 * (1 + 2 * step + half + n)));
-                w[n] = v.weights(&self.quants[2 * step + half + n]);
+                let line = &self.quants[2 * step + half + n];
+                ask::<V, M, FEW>(v, line.as_ptr());
+                w[n] = v.weights(line);
             }
             for i in 0..M {
                 let a = x[i].quants[step];
