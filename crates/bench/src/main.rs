@@ -27,10 +27,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use casemate_container::DType;
+use casemate_testkit::gguf;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Usage;
 use crate::report::{Report, csv, html, table};
+use crate::synthetic::{Shape, Synthetic};
 
 #[derive(Parser)]
 #[command(
@@ -54,6 +57,7 @@ enum Command {
     Open(open::Args),
     Kernels(kernels::Args),
     Report(ReportArgs),
+    Write(WriteArgs),
     #[command(hide = true)]
     ServePlain(protected::ServePlain),
 }
@@ -71,6 +75,18 @@ struct ReportArgs {
     html: Option<PathBuf>,
 }
 
+/// Write a model of random weights as a GGUF file, so that other engines can be given the same.
+#[derive(clap::Args)]
+struct WriteArgs {
+    /// Whose shape.
+    shape: Shape,
+    /// Encoding of the matrices.
+    #[arg(value_parser = ["q8_0", "q4_0", "bf16"])]
+    encoding: String,
+    /// Where to; what stands there is replaced.
+    file: PathBuf,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     exit::report(match cli.command {
@@ -78,6 +94,7 @@ fn main() -> ExitCode {
         Some(Command::Open(args)) => open::run(&args),
         Some(Command::Kernels(args)) => kernels::run(&args),
         Some(Command::Report(args)) => show(&args),
+        Some(Command::Write(args)) => write_model(&args),
         Some(Command::ServePlain(args)) => protected::serve(&args),
     })
 }
@@ -110,6 +127,17 @@ fn show(args: &ReportArgs) -> Result<()> {
         None if args.csv => print(&csv::csv(&report)),
         None => print(&table::table(&report)),
     }
+}
+
+fn write_model(args: &WriteArgs) -> Result<()> {
+    let dtype = match args.encoding.as_str() {
+        "q4_0" => DType::Q4_0,
+        "bf16" => DType::BF16,
+        _ => DType::Q8_0,
+    };
+    let model = Synthetic::new(args.shape, dtype);
+    gguf::write_source(&model, model.vocabulary(), &args.file)
+        .with_context(|| args.file.display().to_string())
 }
 
 fn write_html(report: &Report, path: &PathBuf) -> Result<()> {

@@ -94,10 +94,10 @@ pub(crate) struct Synthetic {
 }
 
 impl Synthetic {
-    /// Matrices in `dtype`, which is Q8_0 or Q4_0; vectors are F32.
+    /// Matrices in `dtype`, which is Q8_0, Q4_0 or BF16; vectors are F32.
     pub(crate) fn new(shape: Shape, dtype: DType) -> Synthetic {
         assert!(
-            matches!(dtype, DType::Q8_0 | DType::Q4_0),
+            matches!(dtype, DType::Q8_0 | DType::Q4_0 | DType::BF16),
             "no generator for {dtype}"
         );
         let config = shape.config();
@@ -186,6 +186,14 @@ impl ModelSource for Synthetic {
         }
         // Every byte depends on its place only, so that ranges may be read in any order and more than once.
         let (block, scale) = match tensor.dtype {
+            DType::BF16 => {
+                fill_random((index as u64) << 40, offset, out);
+                // Sign and mantissa are random; the exponent is that of 1/128 to 1/32.
+                for (_, high) in (offset..).zip(out).filter(|(at, _)| at % 2 == 1) {
+                    *high = *high & 0x80 | 0x3c;
+                }
+                return Ok(());
+            }
             DType::Q8_0 => (34, Q8_SCALE),
             DType::Q4_0 => (18, Q4_SCALE),
             _ => {
@@ -259,7 +267,7 @@ mod tests {
 
     #[test]
     fn any_range_reads_as_the_whole_does() {
-        for dtype in [DType::Q8_0, DType::Q4_0] {
+        for dtype in [DType::Q8_0, DType::Q4_0, DType::BF16] {
             let model = Synthetic::new(Shape::Smoke, dtype);
             // An embedding, and a norm.
             for index in [0, 2] {

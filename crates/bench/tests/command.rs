@@ -244,3 +244,22 @@ fn opening_compares_three_ways_and_leaves_nothing_behind() {
     assert!(result["ratio"].as_f64().unwrap() > 0.0);
     assert_eq!(std::fs::read_dir(place).unwrap().count(), 0);
 }
+
+#[test]
+fn a_written_model_is_measured_like_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    for encoding in ["q8_0", "q4_0", "bf16"] {
+        let model = folder.path().join(format!("{encoding}.gguf"));
+        let model = model.to_str().unwrap();
+        printed(&["write", "smoke", encoding, model]);
+        let run = printed(&[model, "--quick", "--compute", "f32", "--json"]);
+        let report: Value = serde_json::from_str(&run).unwrap();
+        assert_eq!(report["model"]["vocab"], 4096, "{encoding}");
+        assert!(
+            report["formats"][0]["latency"]["next_token"]["median"]
+                .as_f64()
+                .unwrap()
+                > 0.0
+        );
+    }
+}
