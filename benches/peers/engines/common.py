@@ -48,6 +48,29 @@ def measure(engine, options):
     return samples
 
 
+def measure_whole(seconds, options, vocab):
+    """For engines that only generate as a whole: `seconds(prompts, tokens)`. Decoding is what more tokens take longer."""
+
+    def after(prompts):
+        first = seconds(prompts, 1)
+        rest = seconds(prompts, options.tokens + 1) - first
+        if rest <= 0:
+            raise RuntimeError(f"{options.tokens} tokens more took {rest:.3f} s longer: too small a model for this measure")
+        return first, len(prompts) * options.tokens / rest
+
+    seconds([tokens(32, 1, vocab)], 2)
+    samples = {}
+    for context in options.contexts:
+        first, rate = after([tokens(context, context + 7, vocab)])
+        samples[f"prefill {context}"] = context / first
+        samples[f"decode at {context}"] = rate
+    if options.batch > 1:
+        context = min(options.contexts)
+        prompts = [tokens(context, sequence + 99, vocab) for sequence in range(options.batch)]
+        samples[f"decode, batch {options.batch}"] = after(prompts)[1]
+    return samples
+
+
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -55,6 +78,8 @@ def arguments():
     parser.add_argument("--contexts", type=lambda text: [int(n) for n in text.split(",")], required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--format", default="int8", help="what the engine computes in, where it has a choice")
+    parser.add_argument("--scratch", default=".", help="folder for converted models")
     options = parser.parse_args()
     options.context = -(-(max(options.contexts) + options.tokens) // 256) * 256
     return options

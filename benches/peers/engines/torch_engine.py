@@ -1,7 +1,5 @@
-"""PyTorch: `transformers`' Llama with random weights of the shape, its linear layers quantised dynamically to int8 (oneDNN), or
-optimised by intel-extension-for-pytorch in bf16 (the paper's stack) when started as `torch_engine.py --ipex`."""
-
-import sys
+"""PyTorch: `transformers`' Llama with random weights of the shape, its linear layers quantised dynamically to int8
+(oneDNN)."""
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -9,14 +7,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from common import Engine, main
 from shapes import SHAPES
 
-IPEX = "--ipex" in sys.argv
-if IPEX:
-    sys.argv.remove("--ipex")
-    import intel_extension_for_pytorch as ipex
-
 
 class Torch(Engine):
-    name = "ipex bf16" if IPEX else "torch dynamic int8"
+    name = "torch dynamic int8"
 
     def __init__(self, options):
         torch.set_num_threads(options.threads)
@@ -24,14 +17,8 @@ class Torch(Engine):
         shape = SHAPES[options.model]
         config = LlamaConfig(max_position_embeddings=options.context, tie_word_embeddings=False, **shape)
         self.vocab, self.batch = shape["vocab_size"], options.batch
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if IPEX else torch.float32)
         model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(previous)
-        if IPEX:
-            self.model = ipex.llm.optimize(model, dtype=torch.bfloat16, inplace=True, deployment_mode=False)
-        else:
-            self.model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        self.model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
         self.clear()
 
     def clear(self):
@@ -50,7 +37,7 @@ class Torch(Engine):
         self.forward(torch.tensor(prompts), 0)
 
     def forward(self, ids, position):
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=IPEX):
+        with torch.inference_mode():
             positions = torch.arange(position, position + ids.shape[1])
             self.model(
                 input_ids=ids, past_key_values=self.caches, cache_position=positions, use_cache=True, logits_to_keep=1
