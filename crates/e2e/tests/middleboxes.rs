@@ -17,11 +17,19 @@ const MEDIA_TYPE: &str = "message/ohttp-chunked-req";
 
 /// Two replicas that serve, or nothing on a machine without nginx.
 fn replicas() -> Option<(Stage, Vec<SocketAddr>, CertificateFacts)> {
+    replicas_after(|_| {})
+}
+
+/// The same, after something else was done.
+fn replicas_after(
+    prepare: impl FnOnce(&mut Deployment),
+) -> Option<(Stage, Vec<SocketAddr>, CertificateFacts)> {
     if !Deployment::has_nginx() {
         data::skip::<()>("nginx-light is not installed");
         return None;
     }
     let mut stage = Stage::until_replicas(2).unwrap();
+    prepare(&mut stage.deployment);
     let mut addresses = Vec::new();
     for index in 0..2 {
         let url = stage.deployment.start_replica(index).unwrap().url;
@@ -129,6 +137,44 @@ fn two_replicas_behind_nginx_serve_as_one_and_survive_the_death_of_either() {
         .kill();
     (0..4).for_each(|_| ask());
     assert!(opened(holder) >= 4.0);
+}
+
+/// By the replica that can open the request, while most of it is still to come: through nginx, and half of the times through
+/// the other replica.
+#[test]
+fn a_wrong_api_key_is_told_through_gateway_and_replica_however_large_the_request_is() {
+    let mut alice = String::new();
+    let prepared = replicas_after(|deployment| {
+        alice = deployment.api_key("alice", &[]).unwrap();
+        deployment.admit_model().unwrap();
+    });
+    let Some((mut stage, addresses, certificate)) = prepared else {
+        return;
+    };
+    let deployment = &mut stage.deployment;
+    let gateway = deployment.start_nginx(&certificate, &addresses).unwrap();
+    let proxy = deployment
+        .start_proxy_through(&gateway.url, Some(&certificate.authority))
+        .unwrap();
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let runtime = runtime();
+    let ask = |key: &str, prompt: &str| {
+        let request = client.post(format!("{}/v1/chat/completions", proxy.url));
+        let request = request.bearer_auth(key).json(&chat(prompt, 1));
+        runtime.block_on(async {
+            let answer = request.send().await.unwrap();
+            (answer.status().as_u16(), answer.text().await.unwrap())
+        })
+    };
+    let large = "go ".repeat(1_300_000);
+    for _ in 0..6 {
+        let (status, text) = ask("cm-a wrong key", &large);
+        assert_eq!(status, 401, "{text}");
+        assert!(text.contains("invalid_api_key"), "{text}");
+    }
+    let relayed = |i: usize| figure(addresses[i], "casemate_requests_relayed_total");
+    assert_eq!(relayed(0) + relayed(1), 3.0);
+    assert_eq!(ask(&alice, "go").0, 200);
 }
 
 #[test]
