@@ -2,9 +2,11 @@
 //! work is done by the scheduler's thread.
 
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use casemate_container::{ModelConfig, ModelDigest, Progress};
 use casemate_kernels::attention::KvType;
@@ -17,8 +19,9 @@ use crate::chat::ChatTemplate;
 use crate::error::{LoadError, SubmitError};
 use crate::kv::KvCache;
 use crate::model::Model;
-use crate::request::{Limits, Request, RequestId, Sequence, Sink};
+use crate::request::{Request, RequestId, Sink};
 use crate::scheduler::{Command, Evaluation, Mailbox, PROMPT_ROWS, Scheduler};
+use crate::sequence::{Limits, Sequence};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Compute};
 
@@ -31,7 +34,7 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Longest context served, in tokens; the model's own limit where that is smaller.
     pub max_context: usize,
-    /// Most requests computed together.
+    /// Most sequences computed together: requests, and of those that search each beam.
     pub max_batch: usize,
     /// Most requests that wait for a place.
     pub max_waiting: usize,
@@ -40,6 +43,11 @@ pub struct EngineOptions {
     pub kv_bytes: Option<u64>,
     /// How keys and values are stored. `None`: f32 beside the arithmetic of f32, otherwise f16.
     pub kv_type: Option<KvType>,
+    /// How long keys and values of a user's prompts and answers stay after their last use, for that
+    /// user's next requests; they go sooner where memory is needed. Zero: nothing is reused.
+    pub reuse: Duration,
+    /// Time since any fixed moment, to tell when that is over.
+    pub clock: fn() -> Duration,
     /// How many `pause` instructions the team's threads wait for each other before they sleep: the
     /// longer, the fewer system calls, the more processor time.
     pub patience: u32,
@@ -70,9 +78,17 @@ impl Default for EngineOptions {
             max_waiting: 256,
             kv_bytes: None,
             kv_type: None,
+            reuse: Duration::from_secs(600),
+            clock: monotonic,
             patience: PATIENCE,
         }
     }
+}
+
+/// Time since it was first asked for.
+fn monotonic() -> Duration {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed()
 }
 
 /// A loaded model that answers requests. Dropping it cancels what is unfinished and waits for its
@@ -88,7 +104,9 @@ pub struct Engine {
     end_tokens: Vec<u32>,
     compute: String,
     context: usize,
-    kv_bytes: u64,
+    batch: usize,
+    kv_pages: usize,
+    kv_page_bytes: u64,
     kv_memory: Option<Granted>,
     kv_bytes_per_position: u64,
     weight_bytes: u64,
@@ -102,23 +120,33 @@ pub struct Engine {
 pub struct Stats {
     /// Requests being computed.
     pub running: usize,
-    /// Requests accepted but not started.
+    /// Requests accepted but not started, or that gave way and wait to go on.
     pub waiting: usize,
     /// Requests started.
     pub requests: u64,
     /// Requests that ended in an error.
     pub failed: u64,
-    /// Prompt tokens computed.
+    /// Prompt tokens computed, each once for its request.
     pub prompt_tokens: u64,
+    /// Prompt tokens that were not, because they had been for an earlier request of the same user.
+    pub cached_tokens: u64,
+    /// Tokens computed again for requests that had given their pages back.
+    pub recomputed_tokens: u64,
+    /// Times that a running request gave its pages back, to go on later.
+    pub preemptions: u64,
     /// Tokens generated.
     pub completion_tokens: u64,
     /// Prompt tokens of the requests that have ended, each request's rounded up to a power of two: for whom the exact
     /// length of somebody's prompt is none of their business.
     pub coarse_prompt_tokens: u64,
+    /// Prompt tokens of theirs that were not computed, rounded likewise.
+    pub coarse_cached_tokens: u64,
     /// Generated tokens of the requests that have ended, rounded likewise.
     pub coarse_completion_tokens: u64,
-    /// Bytes of KV cache set aside for running requests.
+    /// Bytes of KV cache that running requests use.
     pub kv_bytes_used: u64,
+    /// Bytes of KV cache that nobody uses and that users' next requests may reuse.
+    pub kv_bytes_kept: u64,
     /// Bytes of KV cache in all.
     pub kv_bytes: u64,
 }
@@ -164,8 +192,10 @@ impl Engine {
             context,
             options.max_batch,
             options.kv_bytes,
+            options.reuse,
         )?;
-        let (kv_bytes, kv_memory) = (kv.bytes(), kv.memory());
+        let kv_memory = kv.memory();
+        let (kv_pages, kv_page_bytes) = (kv.pages(), kv.page_bytes());
         let kv_bytes_per_position = kv.bytes_per_position();
         let team = Team::new(options.threads)?;
         team.set_patience(options.patience);
@@ -182,7 +212,8 @@ impl Engine {
         )?;
 
         let mailbox = Arc::new(Mailbox::new(options.max_waiting));
-        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), options.max_batch);
+        let (batch, clock) = (options.max_batch, options.clock);
+        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock);
         let thread = std::thread::Builder::new()
             .name("casemate-engine".into())
             .spawn(move || scheduler.serve())?;
@@ -197,7 +228,9 @@ impl Engine {
             digest,
             compute: compute_name(options),
             context,
-            kv_bytes,
+            batch,
+            kv_pages,
+            kv_page_bytes,
             kv_memory,
             kv_bytes_per_position,
             weight_bytes,
@@ -314,6 +347,9 @@ impl Engine {
             context: self.context,
             vocab: self.config.vocab,
             end_tokens: &self.end_tokens,
+            batch: self.batch,
+            pages: self.kv_pages,
+            page_bytes: self.kv_page_bytes,
         };
         let sequence = Sequence::new(id, request, &limits, &self.tokenizer, sink)?;
         Ok(Box::new(sequence))
@@ -380,10 +416,15 @@ impl Engine {
             failed: c.failed.load(Ordering::Relaxed),
             prompt_tokens: c.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens: c.completion_tokens.load(Ordering::Relaxed),
+            cached_tokens: c.cached_tokens.load(Ordering::Relaxed),
+            recomputed_tokens: c.recomputed_tokens.load(Ordering::Relaxed),
+            preemptions: c.preemptions.load(Ordering::Relaxed),
+            coarse_cached_tokens: c.coarse_cached_tokens.load(Ordering::Relaxed),
             coarse_prompt_tokens: c.coarse_prompt_tokens.load(Ordering::Relaxed),
             coarse_completion_tokens: c.coarse_completion_tokens.load(Ordering::Relaxed),
             kv_bytes_used: c.kv_bytes_used.load(Ordering::Relaxed),
-            kv_bytes: self.kv_bytes,
+            kv_bytes_kept: c.kv_bytes_kept.load(Ordering::Relaxed),
+            kv_bytes: self.kv_pages as u64 * self.kv_page_bytes,
         }
     }
 }

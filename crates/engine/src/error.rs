@@ -161,6 +161,40 @@ pub enum SubmitError {
     /// A stop string could cut what the grammar promises to be whole.
     #[error("stop strings cannot be combined with a grammar")]
     StopWithGrammar,
+    /// More beams than run together, or none.
+    #[error("{asked} beams were asked for, but 1 to {most} are possible")]
+    Beams {
+        /// Beams.
+        asked: usize,
+        /// Beams.
+        most: usize,
+    },
+    /// The exponent of a beam search is out of range.
+    #[error("length_penalty is {0}, but must be from -10 to 10")]
+    LengthPenalty(f32),
+    /// The vocabulary does not have enough tokens to fill the beams.
+    #[error("so many beams need a vocabulary of {least} tokens, but it has {vocab}")]
+    BeamsOfVocabulary {
+        /// Tokens.
+        least: usize,
+        /// Tokens.
+        vocab: u32,
+    },
+    /// Beams are searched by the model's own probabilities alone.
+    #[error(
+        "beam search cannot be combined with sampling, penalties, biases, stop strings, log-probabilities or a grammar"
+    )]
+    BeamsWithOthers,
+    /// The KV cache could not hold the request even if nothing else ran.
+    #[error("{beams} beams of this length need {needed} bytes of KV cache, but there are {given}")]
+    KvMemory {
+        /// Beams.
+        beams: usize,
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        given: u64,
+    },
     /// As many requests wait as may wait.
     #[error("{waiting} requests are already waiting")]
     Busy {

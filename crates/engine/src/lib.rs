@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod beam;
 pub mod chat;
 mod constrain;
 mod control;
@@ -26,10 +27,12 @@ mod request;
 mod rope;
 pub mod sampler;
 mod scheduler;
+mod sequence;
 mod stop;
 mod tokenizer;
 mod weights;
 
+pub use beam::{BeamSearch, MAXIMUM_BEAMS};
 pub use casemate_kernels::attention::KvType;
 pub use chat::{CallFormat, ChatError, ChatMessage, ChatTemplate, FunctionCall, ToolCall};
 pub use constrain::{CallGrammar, Grammar, MaskMeter, OfferError, Offered, SchemaError};
@@ -38,7 +41,7 @@ pub use engine::{Engine, EngineOptions, Stats};
 pub use error::{LoadError, RequestError, SubmitError};
 pub use logprobs::{MAXIMUM_TOP, TokenLogprobs};
 pub use request::{
-    Event, FinishReason, MAXIMUM_STOP_BYTES, MAXIMUM_STOPS, Request, RequestId, Sink,
+    Event, FinishReason, MAXIMUM_STOP_BYTES, MAXIMUM_STOPS, Request, RequestId, Sink, User,
 };
 pub use sampler::{InvalidSampling, Sampling};
 pub use tokenizer::{StreamDecoder, Tokenizer, TokenizerError};

@@ -28,17 +28,7 @@ impl Row {
 
     /// Writes the log-probabilities of the kept row, which is finite.
     pub(crate) fn logprobs(&self, chosen: u32, top: usize, to: &mut TokenLogprobs) {
-        let maximum = self
-            .logits
-            .iter()
-            .copied()
-            .fold(f32::NEG_INFINITY, f32::max);
-        let total: f64 = self
-            .logits
-            .iter()
-            .map(|&logit| f64::from(logit - maximum).exp())
-            .sum();
-        let total = total.ln();
+        let (maximum, total) = maximum_and_log_total(&self.logits);
         let of = |logit: f32| (f64::from(logit - maximum) - total) as f32;
         let likeliest = &mut to.top;
         likeliest.clear();
@@ -61,6 +51,22 @@ impl Row {
             .get(chosen as usize)
             .map_or(f32::NEG_INFINITY, |&l| of(l));
     }
+}
+
+/// The maximum, and the logarithm of the sum of what the exponentials of differences to it are.
+fn maximum_and_log_total(logits: &[f32]) -> (f32, f64) {
+    let maximum = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits
+        .iter()
+        .map(|&logit| f64::from(logit - maximum).exp())
+        .sum();
+    (maximum, total.ln())
+}
+
+/// What is to be subtracted from a logit to make it a log-probability.
+pub(crate) fn log_total(logits: &[f32]) -> f64 {
+    let (maximum, total) = maximum_and_log_total(logits);
+    f64::from(maximum) + total
 }
 
 #[cfg(test)]

@@ -198,9 +198,9 @@ impl Model {
         self.logit_rows
     }
 
-    /// The logits of the `row`-th wanted row of the last batch.
-    pub(crate) fn logits_mut(&mut self, row: usize) -> &mut [f32] {
-        &mut self.buffers.logits.as_f32_mut()[row * self.vocab..(row + 1) * self.vocab]
+    /// The logits of `count` wanted rows of the last batch, from the `row`-th on.
+    pub(crate) fn logits_mut(&mut self, row: usize, count: usize) -> &mut [f32] {
+        &mut self.buffers.logits.as_f32_mut()[row * self.vocab..(row + count) * self.vocab]
     }
 
     /// Computes a batch: writes its keys and values into the cache and leaves the wanted logits.

@@ -80,6 +80,11 @@ impl Sampling {
         within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
     }
 
+    /// Whether the likeliest token is taken as the model has it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.temperature == 0.0 && !self.penalises() && self.bias.is_empty()
+    }
+
     fn penalises(&self) -> bool {
         self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
@@ -317,7 +322,7 @@ fn more_likely(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
 }
 
-fn all_finite(logits: &[f32]) -> bool {
+pub(crate) fn all_finite(logits: &[f32]) -> bool {
     // Any NaN or infinity turns its term, and so the sum, into NaN.
     logits.iter().fold(0.0f32, |sum, &x| sum + x * 0.0) == 0.0
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use casemate_container::{DType, ModelConfig};
-use casemate_engine::{Compute, Engine, EngineOptions, Event, KvType, Request, Sampling};
+use casemate_engine::{Compute, Engine, EngineOptions, Event, KvType, Request, Sampling, User};
 use casemate_kernels::heap::CountingHeap;
 use support::tiny::{Tiny, llama};
 use support::{load, options};
@@ -63,6 +63,8 @@ fn requests(model: &Tiny) -> Vec<Request> {
         max_tokens: FIRST + COUNTED + 10,
         ignore_end: true,
         sampling: Sampling { seed, ..sampling },
+        // Full pages of some are made known for later requests.
+        user: (seed % 2 == 1).then_some(User::new([7; 32])),
         ..Request::default()
     };
     let warm = Sampling {

@@ -286,6 +286,7 @@ fn cancelling_ends_running_and_waiting_requests() {
         [Event::Finished {
             reason: FinishReason::Cancelled,
             prompt_tokens: 2,
+            cached_tokens: 0,
             completion_tokens: 0
         }]
     );
@@ -618,7 +619,7 @@ fn requests_submitted_together_begin_together_or_not_at_all() {
 fn requests_wait_for_memory_in_order() {
     let model = printable();
     let page = 2 * 2 * 64 * (16 + 16) * 4;
-    // 512 positions are 8 pages: room for one long request and one short one.
+    // 512 positions are 8 pages: room for one long prompt and one short one.
     let options = EngineOptions {
         kv_bytes: Some(9 * page + 5),
         ..options(Compute::F32)
@@ -632,7 +633,7 @@ fn requests_wait_for_memory_in_order() {
         let sender = sender.clone();
         engine
             .submit(
-                greedy(&[1, 50 + name as u32], length),
+                greedy(&model.prompt(length, 50 + name as u64), 5),
                 Box::new(move |event| {
                     let _ = sender.send((name, event.into_owned()));
                     ControlFlow::Continue(())
@@ -658,6 +659,7 @@ fn requests_wait_for_memory_in_order() {
     // The short one came last and does not overtake the second, though it would fit beside the
     // first.
     assert_eq!(order, [0, 2, 1]);
+    assert_eq!(engine.stats().preemptions, 0);
 }
 
 #[test]

@@ -58,6 +58,8 @@ pub struct Answer {
     pub ids: Vec<u32>,
     pub pieces: Vec<String>,
     pub finished: Option<(FinishReason, usize, usize)>,
+    /// Tokens of the prompt that had been computed before.
+    pub cached: usize,
 }
 
 impl Answer {
@@ -85,8 +87,10 @@ impl Pending {
                 Event::Finished {
                     reason,
                     prompt_tokens,
+                    cached_tokens,
                     completion_tokens,
                 } => {
+                    answer.cached = cached_tokens;
                     answer.finished = Some((reason, prompt_tokens, completion_tokens));
                 }
             }

@@ -1,0 +1,206 @@
+use super::*;
+use crate::linear::{F32Linear, LinearLayer, LinearScratch};
+use crate::request::{Event, Request};
+use crate::sequence::Limits;
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Embedding, Layer, Weights};
+use casemate_container::{Family, ModelConfig, RopeLayout, RopeScaling};
+use casemate_kernels::attention::KvType;
+use casemate_kernels::gemm::F32Matrix;
+use casemate_kernels::team::Team;
+use std::ops::ControlFlow;
+use std::sync::mpsc::{Receiver, channel};
+
+const HIDDEN: usize = 8;
+const VOCAB: usize = 16;
+/// Its embedding is all that makes [`Fragile`] panic.
+const POISON: u32 = 13;
+
+/// Passes its input on, and panics for rows whose elements are all alike.
+struct Fragile;
+
+impl LinearLayer for Fragile {
+    fn inputs(&self) -> usize {
+        HIDDEN
+    }
+
+    fn outputs(&self) -> usize {
+        HIDDEN
+    }
+
+    fn forward(&self, team: &Team, _: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        team.for_each_chunk_mut(y, HIDDEN, |i, row| {
+            let x = &x[i * HIDDEN..][..HIDDEN];
+            assert!(x.iter().any(|&v| (v - x[0]).abs() > 1e-6), "on purpose");
+            row.fill(0.0);
+        });
+    }
+
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// Gate and up are both the input itself: equal elements stay equal.
+struct Doubled;
+
+impl LinearLayer for Doubled {
+    fn inputs(&self) -> usize {
+        HIDDEN
+    }
+
+    fn outputs(&self) -> usize {
+        2 * HIDDEN
+    }
+
+    fn forward(&self, _: &Team, _: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
+        for (x, y) in x.chunks(HIDDEN).zip(y.chunks_mut(2 * HIDDEN)) {
+            y[..HIDDEN].copy_from_slice(x);
+            y[HIDDEN..].copy_from_slice(x);
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        family: Family::Llama,
+        hidden: HIDDEN as u32,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        ffn: HIDDEN as u32,
+        vocab: VOCAB as u32,
+        context: 64,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: RopeScaling::None,
+        rope_layout: RopeLayout::Half,
+        sliding_window: None,
+        tied_embeddings: true,
+        qkv_bias: false,
+        bos: None,
+        eos: vec![],
+        add_bos: false,
+    }
+}
+
+/// A model of one layer whose feed-forward is [`Fragile`].
+fn fragile_model() -> (Model, KvCache) {
+    let team = Team::new(2).unwrap();
+    let table = F32Matrix::from_rows(&team, VOCAB, HIDDEN, |token, out| {
+        for (column, x) in out.iter_mut().enumerate() {
+            let other = ((token * 7 + column * 5) % 19) as f32 / 9.0 - 1.0;
+            *x = if token == POISON as usize { 1.0 } else { other };
+        }
+    });
+    let table = Arc::new(table.unwrap());
+    let zero =
+        Arc::new(F32Matrix::from_rows(&team, HIDDEN, HIDDEN, |_, out| out.fill(0.0)).unwrap());
+    let qkv = F32Matrix::from_rows(&team, 16, HIDDEN, |row, out| out[row % HIDDEN] = 0.5);
+    let qkv = Arc::new(qkv.unwrap());
+    let layer = Layer {
+        attention_norm: vec![1.0; HIDDEN],
+        qkv: Box::new(F32Linear(qkv)),
+        qkv_bias: None,
+        // Attention adds nothing, so that a poisoned row stays recognisable.
+        attention_output: Box::new(F32Linear(zero)),
+        ffn_norm: vec![1.0; HIDDEN],
+        gate_up: Box::new(Doubled),
+        down: Box::new(Fragile),
+    };
+    let weights = Weights {
+        embedding: Embedding::F32(Arc::clone(&table)),
+        layers: vec![layer],
+        output_norm: vec![1.0; HIDDEN],
+        output: Box::new(F32Linear(table)),
+        rope_factors: None,
+        memory: None,
+    };
+    let kv = KvCache::new(&config(), KvType::F32, 64, 4, None, Duration::ZERO).unwrap();
+    (Model::new(weights, &config(), 64, 64, 4, team).unwrap(), kv)
+}
+
+fn tokenizer() -> Tokenizer {
+    let json = r#"{"version":"1.0","added_tokens":[],"decoder":{"type":"Fuse"},
+        "model":{"type":"BPE","vocab":{"a":0},"merges":[]}}"#;
+    Tokenizer::from_json(json.as_bytes(), VOCAB as u32, None).unwrap()
+}
+
+fn request(id: u64, prompt: &[u32]) -> (Box<Sequence>, Receiver<Event<'static>>) {
+    let (sender, receiver) = channel();
+    let request = Request {
+        prompt: prompt.to_vec(),
+        max_tokens: 3,
+        ..Request::default()
+    };
+    let limits = Limits {
+        context: 64,
+        vocab: VOCAB as u32,
+        end_tokens: &[],
+        batch: 4,
+        pages: 4,
+        page_bytes: 1,
+    };
+    let sink = Box::new(move |event: Event<'_>| {
+        sender.send(event.into_owned()).unwrap();
+        ControlFlow::Continue(())
+    });
+    (
+        Box::new(Sequence::new(RequestId(id), request, &limits, &tokenizer(), sink).unwrap()),
+        receiver,
+    )
+}
+
+/// Runs requests in one batch and returns what each heard.
+fn run(prompts: &[&[u32]]) -> (Vec<Vec<Event<'static>>>, usize) {
+    let (model, kv) = fragile_model();
+    let mailbox = Arc::new(Mailbox::new(8));
+    let mut receivers = Vec::new();
+    for (id, prompt) in prompts.iter().enumerate() {
+        let (sequence, receiver) = request(id as u64, prompt);
+        mailbox.post(Command::Run(sequence)).unwrap();
+        receivers.push(receiver);
+    }
+    let mut scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), 4, || Duration::ZERO);
+    assert!(scheduler.collect_mail());
+    scheduler.admit();
+    assert_eq!(scheduler.running.len(), prompts.len());
+    let mut steps = 0;
+    while !scheduler.running.is_empty() {
+        scheduler.step();
+        steps += 1;
+        assert!(steps < 100);
+    }
+    assert_eq!(scheduler.kv.bytes_used(), 0);
+    let failed = mailbox.counters.failed.load(Ordering::Relaxed) as usize;
+    (
+        receivers
+            .into_iter()
+            .map(|r| r.try_iter().collect())
+            .collect(),
+        failed,
+    )
+}
+
+#[test]
+fn a_panic_in_the_model_fails_only_the_request_that_causes_it() {
+    let (alone, failed) = run(&[&[3, 4, 5]]);
+    assert_eq!((alone[0].len(), failed), (4, 0));
+    let (heard, failed) = run(&[&[3, 4, 5], &[6, POISON], &[7]]);
+    assert_eq!(failed, 1);
+    assert_eq!(heard[0], alone[0]);
+    let reason = FinishReason::Error(RequestError::Internal);
+    let expected = Event::Finished {
+        reason,
+        prompt_tokens: 2,
+        cached_tokens: 0,
+        completion_tokens: 0,
+    };
+    assert_eq!(heard[1], [expected]);
+    assert_eq!(heard[2].len(), 4);
+}
