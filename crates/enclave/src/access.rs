@@ -20,6 +20,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, header};
 use axum::response::IntoResponse;
+use casemate_engine::User;
 use casemate_release::api_key;
 use futures::StreamExt;
 use tower::ServiceExt;
@@ -79,6 +80,13 @@ impl Caller {
     pub fn holder(name: impl Into<Arc<str>>, key: [u8; 32]) -> Self {
         let name = name.into();
         Self(Some(Holder { name, key }))
+    }
+
+    /// Whose requests take turns as one and may share what was computed: the holder of a key. Who needed none cannot be
+    /// told from anybody else, and so shares with nobody.
+    #[must_use]
+    pub fn user(&self) -> Option<User> {
+        self.0.as_ref().map(|holder| User::new(holder.key))
     }
 
     /// The name of the API key, as the provider wrote it into the grant.

@@ -142,6 +142,9 @@ pub struct Model {
     /// Answers generated at the same time; more wait.
     #[serde(default = "default_batch")]
     pub max_batch: usize,
+    /// How long what was computed for a user stays after its last use, for that user's next requests; 0: not at all.
+    #[serde(default = "default_reuse")]
+    pub reuse_seconds: u32,
 }
 
 /// Names of [`Compute`] in the file.
@@ -201,6 +204,10 @@ impl From<KvTypeName> for KvType {
 
 fn default_compute() -> ComputeName {
     ComputeName::Int8
+}
+
+fn default_reuse() -> u32 {
+    600
 }
 
 fn default_context() -> usize {

@@ -242,16 +242,34 @@ impl Metrics {
                 stats.coarse_prompt_tokens as f64,
             );
             metric(
+                "prompt_tokens_cached_total",
+                "counter",
+                "Those that were not computed again, each request's rounded up to a power of two.",
+                stats.coarse_cached_tokens as f64,
+            );
+            metric(
                 "completion_tokens_total",
                 "counter",
                 "Tokens generated for ended requests, each request's rounded up to a power of two.",
                 stats.coarse_completion_tokens as f64,
             );
             metric(
+                "preemptions_total",
+                "counter",
+                "Times that a running answer gave its memory back, to go on later.",
+                stats.preemptions as f64,
+            );
+            metric(
                 "kv_bytes_used",
                 "gauge",
                 "KV cache in use, rounded up to a power of two.",
                 coarse(stats.kv_bytes_used) as f64,
+            );
+            metric(
+                "kv_bytes_kept",
+                "gauge",
+                "KV cache kept for users' next requests, rounded up to a power of two.",
+                coarse(stats.kv_bytes_kept) as f64,
             );
             metric(
                 "kv_bytes_total",

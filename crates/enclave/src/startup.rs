@@ -329,6 +329,7 @@ fn unlock_and_pack(
         max_context: config.max_context,
         max_batch: config.max_batch,
         max_waiting: WAITING,
+        reuse: Duration::from_secs(config.reuse_seconds.into()),
         ..EngineOptions::default()
     };
     let engine = Engine::load(model, &options, &Silent)?;

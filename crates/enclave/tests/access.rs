@@ -426,6 +426,67 @@ async fn a_prompt_is_counted_for_each_of_its_answers() {
     }
 }
 
+/// Counted in tokens that were computed, not in time.
+#[tokio::test]
+async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
+    let options = EngineOptions {
+        compute: Compute::F32,
+        threads: 1,
+        max_context: 256,
+        max_batch: 4,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::load(support::tiny_model(), &options, &Silent).unwrap();
+    let api = Api::new(engine, "tiny".into(), "fp_0".into(), || 0);
+    let keys = vec![
+        key("a", 1, Limits::default()),
+        key("b", 2, Limits::default()),
+    ];
+    let door = Door::new(keys, api::router(api.clone()));
+    let words = chat(&"the same words ".repeat(8), 4, false);
+    let stats = || api.engine().stats();
+    let ask = async |holder: u32, body: &str| {
+        let before = stats();
+        let (status, _, answer) = door.ask(holder, body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let usage = &answer["usage"];
+        let prompt = usage["prompt_tokens"].as_u64().unwrap();
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+        let after = stats();
+        let computed = after.prompt_tokens - before.prompt_tokens;
+        assert_eq!(after.cached_tokens - before.cached_tokens, cached.unwrap());
+        (computed, cached.unwrap(), prompt)
+    };
+    let (computed, cached, prompt) = ask(1, &words).await;
+    assert_eq!((computed, cached), (prompt, 0));
+    let whole_pages = (prompt - 1) / 64 * 64;
+    assert!(whole_pages > 0, "{prompt}");
+    assert_eq!(
+        ask(1, &words).await,
+        (prompt - whole_pages, whole_pages, prompt)
+    );
+    // Somebody else with the very same words.
+    assert_eq!(ask(2, &words).await, (prompt, 0, prompt));
+    // What a caller says about itself makes nobody somebody else.
+    let claims = words.replacen('{', "{\"user\": \"a\", ", 1);
+    assert_eq!(
+        ask(2, &claims).await,
+        (prompt - whole_pages, whole_pages, prompt)
+    );
+    // Where no key is asked for, nobody can be told from anybody.
+    let open = api::router(api.clone());
+    for _ in 0..2 {
+        let before = stats();
+        let (_, answer) = support::send(&open, "POST", CHAT, words.clone()).await;
+        let cached = &answer["usage"]["prompt_tokens_details"]["cached_tokens"];
+        assert_eq!(*cached, json!(0));
+        assert_eq!(stats().prompt_tokens - before.prompt_tokens, prompt);
+    }
+    // Several answers to one prompt that nobody sent before: it was computed.
+    let four = chat(&"other words ".repeat(10), 4, false).replacen('{', "{\"n\": 4, ", 1);
+    assert_eq!(ask(1, &four).await.1, 0);
+}
+
 #[tokio::test]
 async fn who_does_not_read_the_answer_has_used_its_tokens_all_the_same() {
     let limits = Limits {

@@ -14,6 +14,8 @@ use super::extraction::{NOT_SHOWN, Shown};
 #[derive(Default)]
 pub(super) struct Usage {
     pub(super) prompt_tokens: u64,
+    /// Tokens of prompts that had been computed for earlier requests.
+    pub(super) cached_tokens: u64,
     pub(super) completion_tokens: u64,
 }
 
@@ -23,6 +25,7 @@ impl Usage {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         })
     }
 }

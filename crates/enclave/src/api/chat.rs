@@ -16,7 +16,7 @@ use super::generation::{Job, Prepared};
 use super::messages;
 use super::parameters::Fields;
 use super::tools::Tools;
-use crate::access::Meter;
+use crate::access::{Caller, Meter};
 
 /// Fields that only this endpoint has.
 pub(super) const OWN_FIELDS: &[&str] = &[
@@ -33,16 +33,22 @@ pub(super) const OWN_FIELDS: &[&str] = &[
 
 pub(super) async fn create(
     State(api): State<Api>,
+    caller: Option<Extension<Caller>>,
     meter: Option<Extension<Meter>>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let prepared = prepare(&api, meter, &body)?;
+    let prepared = prepare(&api, caller, meter, &body)?;
     // What was said is not kept while it is answered.
     drop(body);
     prepared.respond().await
 }
 
-fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare(
+    api: &Api,
+    caller: Option<Extension<Caller>>,
+    meter: Option<Extension<Meter>>,
+    body: &[u8],
+) -> Result<Prepared, ApiError> {
     let mut fields = Fields::parse(body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let template = api.engine().chat();
@@ -110,6 +116,7 @@ fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Pr
         logprobs,
         constraint: tools.constraint.or(format),
         reading: tools.reading,
+        user: caller.and_then(|Extension(caller)| caller.user()),
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
     let mut answer = api.answer(Shape::Chat, job.sampling.seed);

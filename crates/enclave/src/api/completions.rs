@@ -10,7 +10,7 @@ use super::answer::Shape;
 use super::error::ApiError;
 use super::generation::{Job, Prepared};
 use super::parameters::Fields;
-use crate::access::Meter;
+use crate::access::{Caller, Meter};
 
 /// Fields that only this endpoint has.
 pub(super) const OWN_FIELDS: &[&str] = &["logprobs", "max_tokens", "prompt"];
@@ -30,16 +30,22 @@ enum Prompt {
 
 pub(super) async fn create(
     State(api): State<Api>,
+    caller: Option<Extension<Caller>>,
     meter: Option<Extension<Meter>>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let prepared = prepare(&api, meter, &body)?;
+    let prepared = prepare(&api, caller, meter, &body)?;
     // What was said is not kept while it is answered.
     drop(body);
     prepared.respond().await
 }
 
-fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare(
+    api: &Api,
+    caller: Option<Extension<Caller>>,
+    meter: Option<Extension<Meter>>,
+    body: &[u8],
+) -> Result<Prepared, ApiError> {
     let mut fields = Fields::parse(body, OWN_FIELDS)?;
     api.check_model(&fields.common.model)?;
     let prompt: Prompt = fields
@@ -89,6 +95,7 @@ fn prepare(api: &Api, meter: Option<Extension<Meter>>, body: &[u8]) -> Result<Pr
         logprobs,
         constraint: None,
         reading: None,
+        user: caller.and_then(|Extension(caller)| caller.user()),
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
     let mut answer = api.answer(Shape::Text, job.sampling.seed);

@@ -10,7 +10,7 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use casemate_channel::receipt::{Bias, Functions, Parameters, Steering};
-use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling, TokenLogprobs};
+use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling, TokenLogprobs, User};
 use futures::stream;
 use tokio::sync::mpsc;
 
@@ -42,6 +42,8 @@ pub(super) struct Job {
     pub(super) constraint: Option<Constraint>,
     /// How calls of functions are found in answers.
     pub(super) reading: Option<Reading>,
+    /// Who asks, if one asker can be told from another.
+    pub(super) user: Option<User>,
     /// Counts what is used.
     pub(super) meter: Meter,
 }
@@ -111,7 +113,10 @@ pub(super) struct Generation {
     requests: Vec<RequestId>,
     events: mpsc::UnboundedReceiver<(u32, Event<'static>)>,
     running: u32,
+    choices: u32,
     usage: Usage,
+    /// For each prompt, the fewest tokens that one of its answers did not compute.
+    cached: Vec<Option<u64>>,
     parameters: Parameters,
     ending: Ending,
     readers: Vec<Reader>,
@@ -139,7 +144,9 @@ impl Api {
             requests: Vec::new(),
             events,
             running: 0,
+            choices: job.choices.max(1),
             usage: Usage::default(),
+            cached: vec![None; job.prompts.len()],
             parameters: job.parameters(),
             ending: Ending::default(),
             readers: Vec::new(),
@@ -161,6 +168,7 @@ impl Api {
                     stop: job.stop.clone(),
                     logprobs: job.logprobs.map(|shown| shown.known),
                     grammar: job.constraint.as_ref().map(|c| c.grammar.clone()),
+                    user: job.user,
                     ..Request::default()
                 };
                 let sender = sender.clone();
@@ -290,13 +298,13 @@ impl Generation {
                 Event::Finished {
                     reason,
                     completion_tokens,
+                    cached_tokens,
                     ..
                 } => {
                     let (piece, ended) = reader.finish(&reason)?;
                     choice.piece.append(piece);
                     choice.finish = Some(ended);
-                    self.usage.completion_tokens += completion_tokens as u64;
-                    self.running -= 1;
+                    self.ended(index, completion_tokens, cached_tokens);
                 }
             }
         }
@@ -334,6 +342,18 @@ impl Generation {
         let mut response = (headers, Body::from_stream(body)).into_response();
         response.extensions_mut().insert(served);
         response
+    }
+
+    /// Counts an answer that has ended.
+    fn ended(&mut self, index: u32, completion_tokens: usize, cached_tokens: usize) {
+        self.running -= 1;
+        self.usage.completion_tokens += completion_tokens as u64;
+        if let Some(of_prompt) = self.cached.get_mut((index / self.choices) as usize) {
+            // Answers to one prompt may share it among themselves, but one of them computed it.
+            let fewest = of_prompt.map_or(u64::MAX, |fewest| fewest);
+            *of_prompt = Some(fewest.min(cached_tokens as u64));
+        }
+        self.usage.cached_tokens = self.cached.iter().flatten().sum();
     }
 
     fn served(&self, answer: &Answer) -> Served {
@@ -374,11 +394,12 @@ impl Streaming {
                 Event::Finished {
                     reason,
                     completion_tokens,
+                    cached_tokens,
                     ..
                 } => {
-                    generation.running -= 1;
-                    generation.usage.completion_tokens += completion_tokens as u64;
-                    let (piece, ended) = match reader.finish(&reason) {
+                    let end = reader.finish(&reason);
+                    generation.ended(index, completion_tokens, cached_tokens);
+                    let (piece, ended) = match end {
                         Ok(end) => end,
                         Err(error) => return Some(self.fail(&error)),
                     };
