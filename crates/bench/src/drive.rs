@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use casemate_engine::{Engine, Event, FinishReason, Request, Sink};
+use casemate_engine::{BeamSearch, Engine, Event, FinishReason, MAXIMUM_BEAMS, Request, Sink};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::Usage;
@@ -36,18 +36,23 @@ impl Load {
         }
     }
 
-    /// Positions that keys and values are kept for.
+    /// Sequences that are computed together: every beam of every request.
+    pub(crate) fn sequences(&self) -> usize {
+        self.batch * self.beam
+    }
+
+    /// Positions that keys and values are kept for. The beams of a request share its prompt.
     pub(crate) fn positions(&self) -> usize {
-        self.batch * self.beam * (self.prompt + self.tokens)
+        self.batch * (self.prompt + self.beam * self.tokens)
     }
 }
 
-/// Refuses beams. With beam search in the engine, this check goes and [`request`] asks for it: nothing else changes.
+/// Refuses searches that no engine makes.
 pub(crate) fn check_beam(beam: usize) -> Result<(), Usage> {
     match beam {
-        1 => Ok(()),
+        1..=MAXIMUM_BEAMS => Ok(()),
         beam => Err(Usage(format!(
-            "--beam {beam}: this engine has no beam search yet, so only --beam 1 can be measured"
+            "--beam {beam}: it must be from 1 to {MAXIMUM_BEAMS}"
         ))),
     }
 }
@@ -156,6 +161,7 @@ fn request(engine: &Engine, load: Load, seed: u64, place: usize) -> Request {
         prompt: prompt.collect(),
         max_tokens: load.tokens,
         ignore_end: true,
+        beams: (load.beam > 1).then(|| BeamSearch::new(load.beam)),
         ..Request::default()
     }
 }
@@ -211,9 +217,21 @@ mod tests {
     }
 
     #[test]
-    fn beams_are_refused_by_name() {
-        assert!(check_beam(1).is_ok());
-        assert!(check_beam(4).unwrap_err().to_string().contains("--beam 4"));
-        assert!(check_beam(0).is_err());
+    fn impossible_beams_are_refused_with_the_numbers() {
+        assert!(check_beam(1).is_ok() && check_beam(4).is_ok());
+        for beam in [0, 33] {
+            let refused = check_beam(beam).unwrap_err().to_string();
+            assert_eq!(refused, format!("--beam {beam}: it must be from 1 to 32"));
+        }
+    }
+
+    #[test]
+    fn beams_share_their_prompt() {
+        let load = Load {
+            batch: 6,
+            beam: 4,
+            ..Load::single(1024, 128)
+        };
+        assert_eq!((load.sequences(), load.positions()), (24, 6 * (1024 + 512)));
     }
 }

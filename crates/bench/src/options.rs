@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// Requests at once for throughput.
     #[arg(long, value_name = "N", default_value_t = 6)]
     batch: usize,
-    /// Beams of each of them. The paper has 4; this engine has 1 so far.
+    /// Beams of each of them, at most 32. The paper has 4; with more than 1 the answer comes as a whole.
     #[arg(long, value_name = "N", default_value_t = 1)]
     beam: usize,
     /// Least number of tokens behind the latency.
@@ -217,17 +217,24 @@ impl Protocol {
             .max()
             .unwrap_or(1)
             .max(load.batch);
-        if most > MOST_REQUESTS {
+        if most > MOST_SEQUENCES {
             return Err(Usage(format!(
-                "a batch of {most}: the engine computes at most {MOST_REQUESTS} together"
+                "a batch of {most}: the engine computes at most {MOST_SEQUENCES} together"
+            )));
+        }
+        let sequences = load.sequences();
+        if sequences > MOST_SEQUENCES {
+            return Err(Usage(format!(
+                "--batch {} with --beam {} are {sequences} sequences: the engine computes at most {MOST_SEQUENCES} together",
+                load.batch, load.beam
             )));
         }
         Ok(())
     }
 }
 
-/// Most requests that an engine computes together.
-const MOST_REQUESTS: usize = 1024;
+/// Most sequences that an engine computes together.
+const MOST_SEQUENCES: usize = 1024;
 
 /// The arithmetic of this name.
 pub(crate) fn compute(name: &str) -> Result<Compute, Usage> {
@@ -300,7 +307,9 @@ mod tests {
         for (line, says) in [
             ("--threads 0", "--threads 0: it must be from 1 to 1024"),
             ("--threads 5000", "--threads 5000"),
-            ("--beam 4", "--beam 4"),
+            ("--beam 33", "--beam 33: it must be from 1 to 32"),
+            ("--beam 0", "--beam 0"),
+            ("--batch 300 --beam 4", "1200 sequences"),
             ("--batch 0", "--batch 0"),
             ("--batch 2000", "a batch of 2000"),
             ("--batches 1,0", "--batches 0"),

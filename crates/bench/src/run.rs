@@ -216,7 +216,7 @@ impl<'a> Run<'a> {
         let context = config.context as usize;
         let loads = loads(protocol, context);
         let longest = loads.iter().map(|l| l.prompt + l.tokens).max().unwrap_or(2);
-        // Whole pages for each request, and a page more; the engine takes no more than its batch can use.
+        // Whole pages for each sequence, and a page more; the engine takes no more than its batch can use.
         let position = load::kv_position_bytes(&config, kv_type)?;
         let rounding = protocol
             .batches
@@ -224,10 +224,10 @@ impl<'a> Run<'a> {
             .copied()
             .max()
             .unwrap_or(1)
-            .max(protocol.throughput.batch) as u64
+            .max(protocol.throughput.sequences()) as u64
             * 128;
         let kv_bytes = position * (positions(protocol, context).max(longest as u64) + rounding);
-        let max_batch = loads.iter().map(|l| l.batch).max().unwrap_or(1);
+        let max_batch = loads.iter().map(Load::sequences).max().unwrap_or(1);
         let options = EngineOptions {
             threads: protocol.threads,
             max_context: longest,
@@ -342,7 +342,10 @@ impl<'a> Run<'a> {
             let started = Instant::now();
             let answers = self.answers(load)?;
             seconds.push(started.elapsed().as_secs_f64());
-            rates.extend(drive::rate_together(&answers));
+            if load.beam == 1 {
+                // Answers that were searched for come as a whole.
+                rates.extend(drive::rate_together(&answers));
+            }
         }
         let read = f64::midpoint(before, self.read_now()?);
         let context = load.prompt as f64 + load.tokens as f64 / 2.0;
@@ -522,6 +525,9 @@ mod tests {
     fn memory_is_for_the_largest_load_that_fits() {
         // 6 x 1152 beats 8 x 192 and 1 x 2112.
         assert_eq!(positions(&protocol(), 4096), 6 * 1152);
+        let mut beams = protocol();
+        beams.throughput.beam = 4;
+        assert_eq!(positions(&beams, 4096), 6 * (1024 + 4 * 128));
         let single = Protocol {
             throughput: Load::single(1024, 128),
             ..protocol()

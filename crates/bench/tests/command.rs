@@ -159,6 +159,38 @@ fn keys_and_values_are_stored_as_asked_and_every_form_says_so() {
 }
 
 #[test]
+fn beams_are_searched_and_their_answers_counted_once() {
+    let run = printed(&[
+        "--synthetic",
+        "smoke",
+        "--quick",
+        "--threads",
+        "1",
+        "--compute",
+        "int8-g32",
+        "--batch",
+        "6",
+        "--beam",
+        "4",
+        "--json",
+    ]);
+    let report: Value = serde_json::from_str(&run).unwrap();
+    let load = &report["protocol"]["throughput"];
+    assert_eq!((&load["batch"], &load["beam"]), (&6.into(), &4.into()));
+    let throughput = &report["formats"][0]["throughput"];
+    let rate = throughput["tokens_per_second"].as_f64().unwrap();
+    let seconds: Vec<f64> = serde_json::from_value(throughput["seconds"].clone()).unwrap();
+    assert_eq!(
+        seconds.len(),
+        1,
+        "6 x 16 tokens are more than the 30 asked for"
+    );
+    let tokens = rate * seconds[0];
+    assert!((tokens - 96.0).abs() < 1e-6, "{tokens} tokens");
+    assert!(throughput["decode"].is_null(), "they come as a whole");
+}
+
+#[test]
 fn what_is_impossible_is_refused_with_its_numbers_and_code() {
     let smoke = |rest: &[&str]| {
         let arguments: Vec<_> = ["--synthetic", "smoke"]
@@ -176,7 +208,7 @@ fn what_is_impossible_is_refused_with_its_numbers_and_code() {
             "4128 together, but the model's context holds 4096",
         ),
         (smoke(&["--contexts", "4090"]), 2, "context holds 4096"),
-        (smoke(&["--batch", "100", "--beam", "4"]), 2, "--beam 4"),
+        (smoke(&["--batch", "100", "--beam", "44"]), 2, "--beam 44"),
         (smoke(&["--kv-type", "f64"]), 2, "f32, f16, bf16, int8"),
         (
             smoke(&["--scratch", "/nowhere", "--quick"]),
