@@ -442,8 +442,16 @@ impl Service {
     }
 }
 
-/// The URL of a service, with hints about what people mistake for one.
+/// The URL of a service, with hints about what people mistake for one. It is shown in logs and error messages, so it
+/// holds no secret; nor is a text shown that may hold one.
 fn parse_url(text: &str) -> Result<Url, Failure> {
+    if holds_credentials(text) {
+        let error = anyhow!(
+            "the service's URL holds a user name or a password (what is before the @), which logs and error messages \
+             would show; give the URL without them"
+        );
+        return Err(Failure::new(Class::Usage, "url", error));
+    }
     let unusable = |why: String| Failure::new(Class::Usage, "url", anyhow!("{text:?} {why}"));
     if !text.contains("://") && !text.is_empty() {
         let why = format!("has no scheme; do you mean http://{text} or https://{text}?");
@@ -467,14 +475,23 @@ fn parse_url(text: &str) -> Result<Url, Failure> {
     Ok(url)
 }
 
+/// Whether a text has the user name or the password of a URL, or may have one if it is no URL.
+fn holds_credentials(text: &str) -> bool {
+    let rest = text.split_once("://").map_or(text, |(_, rest)| rest);
+    let mut parts = rest.split(['/', '?', '#']);
+    let in_authority = parts.next().is_some_and(|part| part.contains('@'));
+    match Url::parse(text) {
+        Ok(url) => in_authority || !url.username().is_empty() || url.password().is_some(),
+        Err(_) => text.contains('@'),
+    }
+}
+
 /// `HOST:PORT` of a URL of [`URL_SCHEME`] that names nothing else.
 fn direct_authority(url: &Url) -> Option<String> {
     let plain = url.scheme() == URL_SCHEME
         && matches!(url.path(), "" | "/")
         && url.query().is_none()
-        && url.fragment().is_none()
-        && url.username().is_empty()
-        && url.password().is_none();
+        && url.fragment().is_none();
     let (host, port) = (url.host_str()?, url.port()?);
     (plain && !host.is_empty()).then(|| format!("{host}:{port}"))
 }
@@ -555,5 +572,28 @@ mod tests {
         let below = said("https://a.example/x/v1/chat/completions");
         assert!(below.contains("base URL, https://a.example/x"), "{below}");
         assert!(parse_url("http://a/v10").is_ok());
+    }
+
+    #[test]
+    fn a_url_with_a_user_name_or_a_password_is_refused_and_not_shown() {
+        for bad in [
+            "http://hunter2@a",
+            "https://me:hunter2@a.example/x",
+            "https://:hunter2@a.example",
+            "https://me:hunter2@a.example/v1",
+            "tls://me:hunter2@a:1",
+            "ftp://me:hunter2@a",
+            "http:/me:hunter2@a",
+            "me:hunter2@a:8090",
+            "hunter2@a",
+            "https://me:hunter2/@a",
+        ] {
+            let failure = parse_url(bad).unwrap_err();
+            let said = format!("{failure:?}");
+            assert!(said.contains("a user name or a password"), "{bad}: {said}");
+            assert!(!said.contains("hunter2"), "{bad}: {said}");
+            assert!(said.contains("Usage"), "{bad}: {said}");
+        }
+        assert!(parse_url("https://a.example/@team").is_ok());
     }
 }
