@@ -88,7 +88,7 @@ pub(crate) struct Verification {
 }
 
 /// Why there is no verified service.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NotVerified {
     #[error("unreachable: {0}")]
     Unreachable(String),

@@ -149,8 +149,8 @@ async fn a_connection_is_not_used_when_its_verification_has_run_out() {
     setup.enclave.advance(MAXIMUM_AGE);
     setup.enclave.set_fault(Fault::NoAttestation);
     let (status, code) = refusal(setup.get("/v1/echo").await).await;
-    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(code, "service_not_verified");
+    assert_eq!(status, StatusCode::BAD_GATEWAY);
+    assert_eq!(code, "service_unreachable");
     assert_eq!(setup.enclave.processed.load(Ordering::SeqCst), 2);
 }
 

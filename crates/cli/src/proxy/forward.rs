@@ -24,7 +24,7 @@ use serde::Deserialize;
 
 use super::ready;
 use super::receipts::{self, NoBundle, Saver};
-use super::refusal::{self, Log, NOT_VERIFIED, Refusal};
+use super::refusal::{self, KEY_REFUSED, Log, NOT_VERIFIED, Refusal};
 use super::session::{Current, Session};
 use crate::direct::{Direct, DirectBody};
 use crate::service::{DirectError, NotVerified};
@@ -198,7 +198,18 @@ pub(super) async fn send_direct(
     // A service that can no longer be verified is not used, though connections to it may wait.
     session.use_service().await?;
     let sent = session.service().send_direct(direct, inner).await;
-    let (answer, verification) = sent.inspect_err(|_| session.presence().doubt())?;
+    let (answer, verification) = match sent {
+        Ok(sent) => sent,
+        Err(error @ DirectError::NotVerified(NotVerified::Denied(_))) => {
+            let refusal = Refusal::from(error);
+            session.presence().failed(refusal.clone());
+            return Err(refusal);
+        }
+        Err(error) => {
+            session.presence().doubt();
+            return Err(error.into());
+        }
+    };
     session.presence().answered(session.service().now());
     if let Some(verification) = verification {
         session.remember(verification);
@@ -281,11 +292,13 @@ pub(super) async fn carry(
     let current = session.use_service().await?;
     match exchange(session, &current, inner).await {
         Err(Failure::KeyUnknown) => {
-            let renewed = session.renew(&current).await.map_err(|reason| {
-                let message = format!("the service changed its key and then failed: {reason}");
-                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, NOT_VERIFIED, message)
+            let renewed = session.renew(&current).await.map_err(|error| Refusal {
+                message: format!("the service changed its key and then failed: {error}"),
+                ..Refusal::from(error)
             })?;
             if renewed.service.recipient() == current.service.recipient() {
+                // That it verifies does not mean that it can be reached.
+                session.presence().doubt();
                 return Err(Failure::KeyUnknown.into());
             }
             let answer = exchange(session, &renewed, inner).await?;
@@ -466,17 +479,24 @@ fn retry_after(headers: &HeaderMap) -> Option<u32> {
     Some(seconds.min(LONGEST_WAIT))
 }
 
+impl From<NotVerified> for Refusal {
+    fn from(error: NotVerified) -> Refusal {
+        match error {
+            NotVerified::Unreachable(reason) => Refusal::unreachable(&reason),
+            NotVerified::Denied(denial) => Refusal::not_verified(&denial.to_string()),
+        }
+    }
+}
+
 impl From<DirectError> for Refusal {
     fn from(error: DirectError) -> Refusal {
         match error {
-            DirectError::NotVerified(NotVerified::Unreachable(reason)) => {
-                Refusal::unreachable(&reason)
-            }
-            DirectError::NotVerified(error) => Refusal::new(
+            DirectError::NotVerified(NotVerified::Denied(denial)) => Refusal::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 NOT_VERIFIED,
-                format!("a new connection could not be verified: {error}"),
+                format!("a new connection could not be verified: {denial}"),
             ),
+            DirectError::NotVerified(error) => error.into(),
             DirectError::Failed(reason) => Refusal::unreachable(&reason),
         }
     }
@@ -498,7 +518,7 @@ impl From<Failure> for Refusal {
             Failure::Unreachable(reason) => Refusal::unreachable(&reason),
             Failure::KeyUnknown => Refusal::new(
                 bad_gateway,
-                "key_refused",
+                KEY_REFUSED,
                 "the service's host refuses the key that the service has just attested",
             ),
             Failure::Host(StatusCode::PAYLOAD_TOO_LARGE, _) => Refusal::new(

@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 use casemate_attest::UnixTime;
 use tracing::{info, warn};
 
-use super::refusal::{NOT_VERIFIED, Refusal};
+use super::refusal::{KEY_REFUSED, NOT_VERIFIED, Refusal};
 
 /// When the service is asked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     /// For how long an answer counts.
     pub(super) fresh: Duration,
-    /// For how long it is not asked again after it failed to answer.
+    /// For how long it is not asked again after it was asked, whatever came of it.
     pub(super) pause: Duration,
-    /// For how long it is not asked again after it failed to verify: evidence costs it more.
+    /// The same where asking means a verification, of which the last did not help: evidence costs it more.
     pub(super) verify_pause: Duration,
     /// How long it may take to answer, a verification included if that is needed.
     pub(super) patience: Duration,
@@ -51,7 +51,16 @@ struct State {
     answered_at: Instant,
     /// Something failed since that may mean that it is gone.
     doubted: bool,
+    /// When the last question ended, also one that was answered.
+    asked_at: Option<Instant>,
     away: Option<Away>,
+}
+
+/// What shows that the service is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Proof {
+    Answer,
+    Verification,
 }
 
 /// A service that was asked in vain.
@@ -65,6 +74,20 @@ impl Away {
     fn unverified(&self) -> bool {
         self.refusal.code == NOT_VERIFIED
     }
+
+    /// Whether the next question will cost the service evidence.
+    fn costs_evidence(&self) -> bool {
+        matches!(self.refusal.code, NOT_VERIFIED | KEY_REFUSED)
+    }
+
+    /// Whether this is what was missing. A host that refuses the key does so after every verification.
+    fn ends_with(&self, proof: Proof) -> bool {
+        match self.refusal.code {
+            NOT_VERIFIED => proof == Proof::Verification,
+            KEY_REFUSED => proof == Proof::Answer,
+            _ => true,
+        }
+    }
 }
 
 impl Presence {
@@ -76,6 +99,7 @@ impl Presence {
                 answered: now,
                 answered_at: Instant::now(),
                 doubted: false,
+                asked_at: None,
                 away: None,
             }),
             asking: tokio::sync::Mutex::new(()),
@@ -84,15 +108,15 @@ impl Presence {
 
     /// The service has answered a request.
     pub(super) fn answered(&self, now: UnixTime) {
-        self.proven(now, false);
+        self.proven(now, Proof::Answer);
     }
 
     /// The service was verified.
     pub(super) fn verified(&self, now: UnixTime) {
-        self.proven(now, true);
+        self.proven(now, Proof::Verification);
     }
 
-    fn proven(&self, now: UnixTime, verified: bool) {
+    fn proven(&self, now: UnixTime, proof: Proof) {
         let mut state = self.state();
         state.answered = now;
         state.answered_at = Instant::now();
@@ -100,7 +124,7 @@ impl Presence {
         if state
             .away
             .as_ref()
-            .is_some_and(|away| verified || !away.unverified())
+            .is_some_and(|away| away.ends_with(proof))
         {
             state.away = None;
             info!("ready again");
@@ -112,17 +136,36 @@ impl Presence {
         self.state().doubted = true;
     }
 
-    /// The service was asked in vain.
+    /// The service was asked in vain. Evidence that was refused stays so until other evidence is accepted: that there is
+    /// none at the moment does not make it better.
     pub(super) fn failed(&self, refusal: Refusal) {
         let mut state = self.state();
-        if state.away.is_none() {
-            let (code, reason) = (refusal.code, &refusal.message);
-            warn!(code, %reason, last_answer = %state.answered, "not ready");
-        }
+        let refusal = match state.away.take() {
+            Some(away) if away.unverified() && refusal.code != NOT_VERIFIED => away.refusal,
+            Some(_) => refusal,
+            None => {
+                let (code, reason) = (refusal.code, &refusal.message);
+                warn!(code, %reason, last_answer = %state.answered, "not ready");
+                refusal
+            }
+        };
         state.away = Some(Away {
             refusal,
             asked_at: Instant::now(),
         });
+    }
+
+    /// The service was asked, with this result. Returns what that makes of all that is known.
+    pub(super) fn asked(&self, result: Result<(), Refusal>) -> Result<(), Refusal> {
+        if let Err(refusal) = result {
+            self.failed(refusal);
+        }
+        let mut state = self.state();
+        state.asked_at = Some(Instant::now());
+        match &state.away {
+            Some(away) => Err(away.refusal.clone()),
+            None => Ok(()),
+        }
     }
 
     /// When the service last answered.
@@ -135,14 +178,15 @@ impl Presence {
         self.state().away.as_ref().is_some_and(Away::unverified)
     }
 
-    /// What needs no new question: that the service is there, or that it was asked in vain a moment ago.
+    /// What needs no new question: that the service is there, or what it was found to be a moment ago.
     pub(super) fn known(&self) -> Option<Result<(), Refusal>> {
         let state = self.state();
         let Some(away) = &state.away else {
             let fresh = !state.doubted && state.answered_at.elapsed() < self.pace.fresh;
-            return fresh.then_some(Ok(()));
+            let asked = |at: Instant| at.elapsed() < self.pace.pause;
+            return (fresh || state.asked_at.is_some_and(asked)).then_some(Ok(()));
         };
-        let pause = match away.unverified() {
+        let pause = match away.costs_evidence() {
             true => self.pace.verify_pause,
             false => self.pace.pause,
         };

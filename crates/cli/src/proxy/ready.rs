@@ -61,7 +61,7 @@ async fn state_of(session: &Arc<Session>) -> Result<(), Refusal> {
             let reason = format!("{}: no answer in {patience:?}", session.service().url());
             Err(Refusal::unreachable(&reason))
         });
-        asked.inspect_err(|refusal| presence.failed(refusal.clone()))
+        presence.asked(asked)
     });
     asking
         .await
@@ -81,8 +81,7 @@ fn known(session: &Session) -> Option<Result<(), Refusal>> {
 async fn ask(session: &Session) -> Result<(), Refusal> {
     if session.presence().unverified() {
         let outdated = session.latest();
-        let renewed = session.renew(&outdated).await;
-        renewed.map_err(|reason| Refusal::not_verified(&reason))?;
+        session.renew(&outdated).await?;
     }
     let mut question = http::Request::new(Bytes::new());
     *question.uri_mut() = http::Uri::from_static(QUESTION);

@@ -15,8 +15,10 @@ use tracing::warn;
 
 use crate::explain::TELLS_MORE;
 
-/// The code of a service without a verification that holds.
+/// The code of a service whose evidence was refused.
 pub(super) const NOT_VERIFIED: &str = "service_not_verified";
+/// The code of a service whose host does not pass on what is encrypted to the key that it attests.
+pub(super) const KEY_REFUSED: &str = "key_refused";
 
 /// A refusal by the proxy, not by the service.
 #[derive(Clone, Debug)]
@@ -51,7 +53,7 @@ impl Refusal {
         )
     }
 
-    /// Because the service's last verification ran out, or a new one failed.
+    /// Because the service showed other evidence than is accepted.
     pub(super) fn not_verified(reason: &str) -> Refusal {
         Refusal::new(
             StatusCode::SERVICE_UNAVAILABLE,

@@ -39,7 +39,7 @@ struct State {
     /// The last keysets, oldest first.
     keysets: VecDeque<Kept>,
     /// Why the latest renewal failed, if it did.
-    failure: Option<String>,
+    failure: Option<NotVerified>,
     /// How many renewals have ended.
     attempts: u64,
 }
@@ -155,13 +155,12 @@ impl Session {
             return Ok(current);
         }
         let outdated = self.latest();
-        let renewed = self.renew(&outdated).await;
-        renewed.map_err(|reason| Refusal::not_verified(&reason))
+        self.renew(&outdated).await.map_err(Refusal::from)
     }
 
     /// Verifies again, unless somebody else replaced `outdated` meanwhile. On failure the former
     /// verification stays, for as long as it holds.
-    pub(super) async fn renew(&self, outdated: &Arc<Current>) -> Result<Arc<Current>, String> {
+    pub(super) async fn renew(&self, outdated: &Arc<Current>) -> Result<Arc<Current>, NotVerified> {
         let attempts = self.state().attempts;
         let _one_at_a_time = self.verifying.lock().await;
         {
@@ -170,12 +169,12 @@ impl Session {
             if !Arc::ptr_eq(&state.current, outdated) && self.holds(&state.current) {
                 return Ok(state.current.clone());
             }
-            if let Some(reason) = state
+            if let Some(failure) = state
                 .failure
                 .as_ref()
                 .filter(|_| state.attempts != attempts)
             {
-                return Err(reason.clone());
+                return Err(failure.clone());
             }
         }
         let verification = self.service.verify().await;
@@ -193,15 +192,14 @@ impl Session {
                 Ok(current)
             }
             Err(error) => {
-                let reason = error.to_string();
-                warn!(%reason, "could not verify the service again");
+                warn!(reason = %error, "could not verify the service again");
                 match error {
                     // Its verification may hold still, and so may its being there.
                     NotVerified::Unreachable(_) => self.presence.doubt(),
-                    NotVerified::Denied(_) => self.presence.failed(Refusal::not_verified(&reason)),
+                    NotVerified::Denied(_) => self.presence.failed(error.clone().into()),
                 }
-                state.failure = Some(reason.clone());
-                Err(reason)
+                state.failure = Some(error.clone());
+                Err(error)
             }
         }
     }

@@ -356,13 +356,14 @@ async fn serves_until_expiry_while_renewal_fails_and_then_fails_closed() {
     assert_eq!(setup.get("/readyz").await.status(), 200);
 
     setup.enclave.advance(1);
-    let unavailable = (
-        StatusCode::SERVICE_UNAVAILABLE,
-        "service_not_verified".to_owned(),
+    let unreachable = |status| (status, "service_unreachable".to_owned());
+    let bad_gateway = unreachable(StatusCode::BAD_GATEWAY);
+    assert_eq!(setup.refusal("/v1/echo").await, bad_gateway);
+    assert_eq!(
+        setup.refusal("/readyz").await,
+        unreachable(StatusCode::SERVICE_UNAVAILABLE)
     );
-    assert_eq!(setup.refusal("/v1/echo").await, unavailable);
-    assert_eq!(setup.refusal("/readyz").await, unavailable);
-    assert_eq!(setup.refusal("/v1/attestation").await, unavailable);
+    assert_eq!(setup.refusal("/v1/attestation").await, bad_gateway);
     assert_eq!(setup.get("/livez").await.status(), 200);
     let body = setup.get("/v1/echo").await.text().await.unwrap();
     assert!(
@@ -370,8 +371,13 @@ async fn serves_until_expiry_while_renewal_fails_and_then_fails_closed() {
         "names the reason: {body}"
     );
 
-    // A denial is a reason like any other.
+    // Evidence that is refused is something else.
     setup.enclave.set_fault(Fault::OtherService);
+    let not_verified = (
+        StatusCode::SERVICE_UNAVAILABLE,
+        "service_not_verified".to_owned(),
+    );
+    assert_eq!(setup.refusal("/v1/echo").await, not_verified);
     let body = setup.get("/v1/echo").await.text().await.unwrap();
     assert!(
         body.contains("credential.service"),
@@ -391,9 +397,10 @@ async fn a_clock_that_is_set_back_prolongs_nothing() {
     setup.enclave.clock.fetch_sub(1000, Ordering::SeqCst);
     tokio::time::sleep(Duration::from_millis(1100)).await;
     assert_eq!(
-        setup.refusal("/v1/echo").await.0,
-        StatusCode::SERVICE_UNAVAILABLE
+        setup.refusal("/v1/echo").await,
+        (StatusCode::BAD_GATEWAY, "service_unreachable".to_owned())
     );
+    assert_eq!(setup.enclave.processed.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]

@@ -48,6 +48,8 @@ pub(crate) enum Fault {
     None,
     /// Attestation answers 503.
     NoAttestation,
+    /// Attestation is asked and says nothing.
+    SilentAttestation,
     /// Attestation answers something else.
     NotAttestation,
     /// Evidence is over another nonce.
@@ -396,6 +398,7 @@ async fn attestation(
     enclave.attestations.fetch_add(1, Ordering::SeqCst);
     match enclave.fault() {
         Fault::NoAttestation => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        Fault::SilentAttestation => std::future::pending().await,
         Fault::NotAttestation => "{\"hello\":1}".into_response(),
         _ => {
             let mut nonce = [0; 32];

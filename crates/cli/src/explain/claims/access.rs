@@ -5,9 +5,9 @@ use super::{Explanation, about};
 pub(super) const TABLE: &[Explanation] = &[
     about(
         &["service_not_verified"],
-        "The service was verified, and that is not too long ago.",
-        "The evidence or credential ran out and the service could not be verified again: it is down, or it changed and is \
-         refused now. The message ends with the reason.",
+        "The evidence that the service shows is accepted.",
+        "It was verified before and shows evidence now that the policy refuses: its credential ran out, or it changed. The \
+         message ends with the reason.",
         "Run `casemate verify` with the same policy and URL: it shows the whole transcript. Nothing was sent meanwhile. \
          `GET /readyz` of the proxy tells when the service verifies again.",
     ),

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use reqwest::StatusCode;
 use serde_json::Value;
 
 use super::super::direct_tests;
-use super::support::{Enclave, Fault, Mortal};
+use super::support::{Enclave, Fault, Mortal, TlsFault};
 use super::{MAXIMUM_AGE, NOW, Pace, Setup, service};
 
 const EVER: Duration = Duration::from_secs(3600);
@@ -130,6 +131,85 @@ async fn a_service_that_does_not_verify_any_more_is_not_ready() {
 }
 
 #[tokio::test]
+async fn evidence_that_was_refused_stays_so_while_there_is_no_other() {
+    let pace = Pace {
+        patience: Duration::from_secs(1),
+        ..EAGER
+    };
+    let setup = setup(pace).await;
+    setup.enclave.set_fault(Fault::OtherService);
+    let renew = async || setup.session.renew(&setup.session.latest()).await;
+    assert!(renew().await.is_err());
+    for fault in [Fault::SilentAttestation, Fault::NoAttestation] {
+        setup.enclave.set_fault(fault);
+        for _ in 0..2 {
+            let (ready, code, message) = setup.readiness().await;
+            assert_eq!((ready, code.as_str()), (false, "service_not_verified"));
+            assert!(message.contains("credential.service"), "{message}");
+        }
+        // What was verified before still answers.
+        assert_eq!(setup.get("/v1/echo").await.status(), 200);
+        assert!(setup.session.presence().unverified(), "{fault:?}");
+    }
+    setup.enclave.set_fault(Fault::None);
+    assert!(renew().await.is_ok());
+    assert!(!setup.session.presence().unverified());
+}
+
+#[tokio::test]
+async fn a_new_connection_that_does_not_verify_makes_it_not_ready() {
+    let enclave = Enclave::new(NOW);
+    let address = enclave.serve_tls(TlsFault::None).await;
+    let service = direct_tests::service(&enclave, address);
+    let setup = Setup::of(enclave, service, None, EAGER).await;
+    // The verified connection is busy, so the next request makes another one.
+    let busy = setup.get("/v1/gated").await;
+    setup.enclave.set_fault(Fault::OtherService);
+    let expected = (
+        StatusCode::SERVICE_UNAVAILABLE,
+        "service_not_verified".to_owned(),
+    );
+    assert_eq!(setup.refusal("/v1/echo").await, expected);
+    // Now the first would carry a question, and its answer.
+    let mut events = busy.bytes_stream();
+    for _ in 0..4 {
+        setup.enclave.gate.notify_one();
+        events.next().await.unwrap().unwrap();
+    }
+    assert!(events.next().await.is_none());
+    let (ready, code, message) = setup.readiness().await;
+    assert_eq!((ready, code.as_str()), (false, "service_not_verified"));
+    assert!(message.contains("credential.service"), "{message}");
+    setup.enclave.set_fault(Fault::None);
+    assert!(setup.readiness().await.0);
+}
+
+#[tokio::test]
+async fn a_verification_that_cannot_be_made_is_no_refused_evidence() {
+    let pace = Pace {
+        verify_pause: EVER,
+        ..EAGER
+    };
+    for restarted in [true, false] {
+        let setup = setup(pace).await;
+        // It needs another verification, for a new key or because the last one ran out.
+        match restarted {
+            true => setup.enclave.rotate(),
+            false => setup.enclave.advance(MAXIMUM_AGE),
+        }
+        setup.enclave.set_fault(Fault::NoAttestation);
+        let unreachable = (StatusCode::BAD_GATEWAY, "service_unreachable".to_owned());
+        assert_eq!(setup.refusal("/v1/echo").await, unreachable);
+        let (ready, code, message) = setup.readiness().await;
+        assert_eq!((ready, code.as_str()), (false, "service_unreachable"));
+        assert!(message.contains("503 Service Unavailable"), "{message}");
+        // So it is asked again at once.
+        setup.enclave.set_fault(Fault::None);
+        assert!(setup.readiness().await.0);
+    }
+}
+
+#[tokio::test]
 async fn a_verification_that_ran_out_is_made_again() {
     let setup = setup(EAGER).await;
     setup.enclave.advance(MAXIMUM_AGE);
@@ -161,26 +241,76 @@ async fn who_asks_often_asks_the_service_once() {
     setup.session.presence().doubt();
     assert_eq!(everybody(&setup).await, [true; 8]);
     assert_eq!(setup.asked(), 1);
-    // It does not answer.
+    // And again: it answered a question a moment ago, and is not asked another one for each request that fails.
     setup.enclave.set_fault(Fault::HostBroken);
     assert_eq!(
         setup.get("/v1/echo").await.status(),
         StatusCode::BAD_GATEWAY
     );
     assert_eq!(setup.asked(), 2);
+    assert_eq!(everybody(&setup).await, [true; 8]);
+    assert_eq!(setup.asked(), 2);
+
+    // It does not answer, and was not asked before.
+    let setup = self::setup(patient).await;
+    setup.enclave.set_fault(Fault::HostBroken);
+    assert_eq!(
+        setup.get("/v1/echo").await.status(),
+        StatusCode::BAD_GATEWAY
+    );
+    assert_eq!(setup.asked(), 1);
     assert_eq!(everybody(&setup).await, [false; 8]);
-    assert_eq!(setup.asked(), 3);
+    assert_eq!(setup.asked(), 2);
     // A request that is answered is as good as a question.
     setup.enclave.set_fault(Fault::None);
     assert_eq!(setup.get("/v1/echo").await.status(), 200);
     assert_eq!(everybody(&setup).await, [true; 8]);
-    assert_eq!(setup.asked(), 4);
+    assert_eq!(setup.asked(), 3);
     // Its evidence is refused.
     setup.enclave.set_fault(Fault::OtherService);
     let renewed = setup.session.renew(&setup.session.latest()).await;
     assert!(renewed.is_err());
     assert_eq!(everybody(&setup).await, [false; 8]);
-    assert_eq!((setup.asked(), setup.attested()), (4, 2));
+    assert_eq!((setup.asked(), setup.attested()), (3, 2));
+}
+
+#[tokio::test]
+async fn a_host_that_refuses_the_key_does_not_make_health_checks_ask_for_evidence() {
+    let pace = Pace {
+        verify_pause: EVER,
+        ..EAGER
+    };
+    let setup = setup(pace).await;
+    setup.enclave.set_fault(Fault::KeyDenied);
+    let refused = async |attested| {
+        for _ in 0..3 {
+            let (ready, code, message) = setup.readiness().await;
+            assert_eq!((ready, code.as_str()), (false, "key_refused"), "{message}");
+            assert_eq!(setup.attested(), attested);
+        }
+    };
+    refused(2).await;
+    // That it verifies is known, and was not what is wrong.
+    let key_refused = (StatusCode::BAD_GATEWAY, "key_refused".to_owned());
+    assert_eq!(setup.refusal("/v1/echo").await, key_refused);
+    refused(3).await;
+    setup.enclave.set_fault(Fault::None);
+    assert_eq!(setup.get("/v1/echo").await.status(), 200);
+    assert!(setup.readiness().await.0);
+}
+
+#[tokio::test]
+async fn a_key_that_a_request_found_refused_is_asked_for_before_the_proxy_is_ready() {
+    let pace = Pace {
+        fresh: EVER,
+        ..EAGER
+    };
+    let setup = setup(pace).await;
+    setup.enclave.set_fault(Fault::KeyDenied);
+    let key_refused = (StatusCode::BAD_GATEWAY, "key_refused".to_owned());
+    assert_eq!(setup.refusal("/v1/echo").await, key_refused);
+    let (ready, code, message) = setup.readiness().await;
+    assert_eq!((ready, code.as_str()), (false, "key_refused"), "{message}");
 }
 
 #[tokio::test]
