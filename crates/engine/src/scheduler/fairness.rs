@@ -3,9 +3,10 @@
 //!
 //! Service is counted in tokens, as in Virtual Token Counter (Sheng et al., "Fairness in Serving
 //! Large Language Models", OSDI 2024): a token of a prompt counts [`PROMPT`], a generated one
-//! [`GENERATED`]. Who comes back after a pause is lifted to the least served of those who are
-//! there, so nobody saves up for later; who was served more than that stays behind. While nobody
-//! is there everything is forgotten.
+//! [`GENERATED`]. Who begins to wait is lifted to the least served of those who wait, or, where
+//! nobody does, to whose request waited last; so nobody saves up for later, also not by having one
+//! request running at all times. Who was served more than that stays behind. While nobody is there
+//! everything is forgotten.
 //!
 //! Requests without a user are one user's.
 
@@ -37,6 +38,8 @@ struct Account<T> {
 pub(super) struct Queue<T> {
     accounts: Vec<Account<T>>,
     waiting: usize,
+    /// Whose request waited last. Its account stays while it decides where others begin.
+    last: Option<usize>,
 }
 
 impl<T> Queue<T> {
@@ -44,22 +47,18 @@ impl<T> Queue<T> {
         Self {
             accounts: Vec::new(),
             waiting: 0,
+            last: None,
         }
     }
 
     /// A request of `user` has come. It is here until [`Self::leave`].
     pub(super) fn enter(&mut self, user: Option<User>) -> AccountId {
-        let floor = self.floor();
         let found = self
             .accounts
             .iter()
             .position(|account| !account.closed && account.user == user);
         let at = found.unwrap_or_else(|| self.open(user));
-        let account = &mut self.accounts[at];
-        if account.requests == 0 {
-            account.served = account.served.max(floor);
-        }
-        account.requests += 1;
+        self.accounts[at].requests += 1;
         AccountId(at)
     }
 
@@ -88,24 +87,38 @@ impl<T> Queue<T> {
         self.accounts[id.0].requests -= 1;
         let floor = self.floor();
         let nobody = self.accounts.iter().all(|account| account.requests == 0);
-        for account in &mut self.accounts {
+        if nobody {
+            self.last = None;
+        }
+        for (at, account) in self.accounts.iter_mut().enumerate() {
             // At or below the floor it would be lifted to it in any case.
-            account.closed |= account.requests == 0 && (nobody || account.served <= floor);
+            let past = account.served <= floor && self.last != Some(at);
+            account.closed |= account.requests == 0 && (nobody || past);
         }
         while self.accounts.last().is_some_and(|account| account.closed) {
             self.accounts.pop();
         }
     }
 
-    /// What the least served of those who are here was served.
+    /// What the least served of those who wait was served, or, if nobody does, whose request waited
+    /// last. It never falls while anybody is here.
     fn floor(&self) -> u64 {
-        let here = self.accounts.iter().filter(|account| account.requests > 0);
-        here.map(|account| account.served).min().unwrap_or(0)
+        let waits = |account: &&Account<T>| !account.waiting.is_empty();
+        let waiting = self.accounts.iter().filter(waits);
+        let last = || self.last.map(|at| self.accounts[at].served);
+        let least = waiting.map(|account| account.served).min();
+        least.or_else(last).unwrap_or(0)
     }
 
-    /// Lets a request wait: behind those of its user that came before it.
+    /// Lets a request wait: behind those of its user that came before it. If it is the first of them,
+    /// what its user was not served until now is not made up for.
     pub(super) fn put(&mut self, id: AccountId, arrival: u64, request: T) {
-        let waiting = &mut self.accounts[id.0].waiting;
+        let floor = self.floor();
+        let account = &mut self.accounts[id.0];
+        if account.waiting.is_empty() {
+            account.served = account.served.max(floor);
+        }
+        let waiting = &mut account.waiting;
         let at = waiting.partition_point(|(before, _)| *before < arrival);
         waiting.insert(at, (arrival, request));
         self.waiting += 1;
@@ -136,14 +149,16 @@ impl<T> Queue<T> {
     pub(super) fn take(&mut self, id: AccountId) -> Option<T> {
         let (_, request) = self.accounts[id.0].waiting.pop_front()?;
         self.waiting -= 1;
+        self.last = Some(id.0);
         Some(request)
     }
 
     /// Takes the request that came as `arrival`, if it waits.
     pub(super) fn take_arrival(&mut self, arrival: u64) -> Option<T> {
-        for account in &mut self.accounts {
+        for (of, account) in self.accounts.iter_mut().enumerate() {
             if let Some(at) = account.waiting.iter().position(|(n, _)| *n == arrival) {
                 self.waiting -= 1;
+                self.last = Some(of);
                 return account.waiting.remove(at).map(|(_, request)| request);
             }
         }
@@ -248,20 +263,88 @@ mod tests {
 
     #[test]
     fn pauses_save_nothing_up_and_debts_stay() {
-        let mut queue = Queue::<u8>::new();
-        let (a, b) = (queue.enter(user(1)), queue.enter(user(2)));
+        let mut queue = Queue::new();
+        let mut arrivals = 0;
+        let mut begin = |queue: &mut Queue<()>, name| {
+            arrivals += 1;
+            let id = queue.enter(user(name));
+            queue.put(id, arrivals, ());
+            id
+        };
+        let (a, b) = (begin(&mut queue, 1), begin(&mut queue, 2));
         queue.charge(a, 1000);
         queue.charge(b, 400);
-        // A newcomer begins with the least served, not at zero.
-        let c = queue.enter(user(3));
+        // A newcomer begins with the least served who waits, not at zero.
+        let c = begin(&mut queue, 3);
         assert_eq!(queue.served(c), 400);
+        queue.take(a).unwrap();
         queue.leave(a);
-        let back = queue.enter(user(1));
+        let back = begin(&mut queue, 1);
         assert_eq!(queue.served(back), 1000, "asking anew wipes nothing out");
+        queue.take(c).unwrap();
         queue.leave(c);
         queue.charge(b, 5000);
-        let back = queue.enter(user(3));
+        let back = begin(&mut queue, 3);
         assert_eq!(queue.served(back), 1000, "lifted to the least served");
+        // Nobody waits any more, and one of them runs on: it is where the next one begins.
+        for id in [back, a, b] {
+            queue.take(id).unwrap();
+        }
+        queue.leave(a);
+        queue.leave(back);
+        queue.charge(b, 1);
+        let newcomer = begin(&mut queue, 4);
+        assert_eq!(queue.served(newcomer), 5401);
+    }
+
+    #[test]
+    fn who_always_has_one_request_running_saves_nothing_up() {
+        let mut queue = Queue::new();
+        let mut arrivals = 0;
+        let mut ask = |queue: &mut Queue<_>, name| {
+            arrivals += 1;
+            ask(queue, name, arrivals);
+        };
+        let take = |queue: &mut Queue<(u8, AccountId)>| {
+            let id = queue.next().unwrap();
+            queue.take(id).unwrap()
+        };
+        // An hour: the first user's next short request runs before the one before it ends; the second
+        // one's wait all the time.
+        ask(&mut queue, 1);
+        let (_, mut running) = take(&mut queue);
+        (0..8).for_each(|_| ask(&mut queue, 2));
+        for _ in 0..1000 {
+            ask(&mut queue, 1);
+            let mut of_first = None;
+            while of_first.is_none() {
+                let (name, id) = take(&mut queue);
+                if name == 1 {
+                    queue.charge(id, 1);
+                    of_first = Some(id);
+                } else {
+                    queue.charge(id, 1000);
+                    queue.leave(id);
+                    ask(&mut queue, 2);
+                }
+            }
+            queue.leave(running);
+            running = of_first.unwrap();
+            // What else was computed for the second one meanwhile.
+            let of_second = queue.enter(user(2));
+            queue.charge(of_second, 7000);
+            queue.leave(of_second);
+        }
+        // Now it asks for much. Nobody is starved.
+        (0..40).for_each(|_| ask(&mut queue, 1));
+        let mut order = Vec::new();
+        for _ in 0..40 {
+            let (name, id) = take(&mut queue);
+            queue.charge(id, 1000);
+            order.push(name);
+        }
+        let of_second = order.iter().take(20).filter(|name| **name == 2).count();
+        assert!((6..=10).contains(&of_second), "{order:?}");
     }
 
     #[test]
