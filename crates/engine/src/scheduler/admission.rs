@@ -10,11 +10,15 @@
 //! **Who deserves least.** Of the users with requests running, the one that was served most; of its
 //! requests, the one that came last. The others always go on, so the first of them reaches its end.
 //!
+//! **Free places.** A prompt is charged to its user when its request starts, so that several places that
+//! are free at one time go to several users.
+//!
 //! **A place for everybody.** A user none of whose requests runs need not wait for the end of an
 //! answer of a user who has several and was served more: the last of those gives way.
 
 use std::sync::atomic::Ordering;
 
+use super::fairness::PROMPT;
 use super::mailbox::Counters;
 use super::{AccountId, Scheduler};
 use crate::kv::KvCache;
@@ -71,6 +75,9 @@ impl Scheduler {
             if let Some(cached) = first {
                 Counters::add(&self.mailbox.counters.requests, 1);
                 Counters::add(&self.mailbox.counters.cached_tokens, cached);
+                let (prompt, _) = sequence.lengths();
+                let computed = prompt.saturating_sub(cached) as u64;
+                self.queue.charge(account, computed * PROMPT);
             }
             self.running.push(sequence);
         }

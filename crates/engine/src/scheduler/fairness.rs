@@ -124,7 +124,7 @@ impl<T> Queue<T> {
         self.waiting += 1;
     }
 
-    /// Whose turn it is.
+    /// Whose turn it is: of those who were served alike, of whom least runs.
     pub(super) fn next(&self) -> Option<AccountId> {
         if self.waiting == 0 {
             return None;
@@ -132,9 +132,10 @@ impl<T> Queue<T> {
         let accounts = self.accounts.iter().enumerate();
         let first = accounts.filter_map(|(at, account)| {
             let (arrival, _) = account.waiting.front()?;
-            Some((account.served, *arrival, at))
+            let running = account.requests - account.waiting.len();
+            Some((account.served, running, *arrival, at))
         });
-        first.min().map(|(_, _, at)| AccountId(at))
+        first.min().map(|(.., at)| AccountId(at))
     }
 
     /// The first request of a user that waits.
@@ -240,6 +241,20 @@ mod tests {
         let order = serve(&mut queue, 10, 40);
         let of = |name| order.iter().filter(|n| **n == name).count();
         assert_eq!((of(1), of(2)), (20, 20));
+    }
+
+    #[test]
+    fn of_those_served_alike_it_is_the_turn_of_whom_least_runs() {
+        let mut queue = Queue::new();
+        (0..4).for_each(|n| ask(&mut queue, 1, n));
+        (4..8).for_each(|n| ask(&mut queue, 2, n));
+        let order: Vec<u8> = (0..8)
+            .map(|_| {
+                let id = queue.next().unwrap();
+                queue.take(id).unwrap().0
+            })
+            .collect();
+        assert_eq!(order, [1, 2, 1, 2, 1, 2, 1, 2]);
     }
 
     #[test]

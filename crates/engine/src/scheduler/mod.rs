@@ -31,7 +31,7 @@ use crate::model::{Batch, Model, Span, Wanted};
 use crate::request::{FinishReason, RequestId};
 use crate::sampler::Scratch;
 use crate::sequence::{Advance, Sequence};
-use fairness::{GENERATED, PROMPT, Queue};
+use fairness::{GENERATED, Queue};
 use mailbox::Mail;
 
 pub(crate) use fairness::AccountId;
@@ -352,8 +352,8 @@ fn account(
     Counters::add(&mailbox.counters.prompt_tokens, fed.of_prompt);
     Counters::add(&mailbox.counters.recomputed_tokens, fed.again);
     if let Some(account) = sequence.account {
-        let generated = fed.generated as u64 * GENERATED;
-        queue.charge(account, fed.of_prompt as u64 * PROMPT + generated);
+        // The prompt was charged when the request started.
+        queue.charge(account, fed.generated as u64 * GENERATED);
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::linear::{F32Linear, LinearLayer, LinearScratch};
-use crate::request::{Event, Request};
+use crate::request::{Event, Request, User};
 use crate::sequence::Limits;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Embedding, Layer, Weights};
@@ -90,7 +90,7 @@ fn config() -> ModelConfig {
 }
 
 /// A model of one layer whose feed-forward is [`Fragile`].
-fn fragile_model() -> (Model, KvCache) {
+fn fragile_model(batch: usize) -> (Model, KvCache) {
     let team = Team::new(2).unwrap();
     let table = F32Matrix::from_rows(&team, VOCAB, HIDDEN, |token, out| {
         for (column, x) in out.iter_mut().enumerate() {
@@ -121,8 +121,9 @@ fn fragile_model() -> (Model, KvCache) {
         rope_factors: None,
         memory: None,
     };
-    let kv = KvCache::new(&config(), KvType::F32, 64, 4, None, Duration::ZERO).unwrap();
-    (Model::new(weights, &config(), 64, 64, 4, team).unwrap(), kv)
+    let kv = KvCache::new(&config(), KvType::F32, 64, batch, None, Duration::ZERO).unwrap();
+    let model = Model::new(weights, &config(), 64, 64, batch, team).unwrap();
+    (model, kv)
 }
 
 fn tokenizer() -> Tokenizer {
@@ -132,10 +133,19 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn request(id: u64, prompt: &[u32]) -> (Box<Sequence>, Receiver<Event<'static>>) {
+    request_of(None, id, prompt)
+}
+
+fn request_of(
+    user: Option<User>,
+    id: u64,
+    prompt: &[u32],
+) -> (Box<Sequence>, Receiver<Event<'static>>) {
     let (sender, receiver) = channel();
     let request = Request {
         prompt: prompt.to_vec(),
         max_tokens: 3,
+        user,
         ..Request::default()
     };
     let limits = Limits {
@@ -158,7 +168,7 @@ fn request(id: u64, prompt: &[u32]) -> (Box<Sequence>, Receiver<Event<'static>>)
 
 /// Runs requests in one batch and returns what each heard.
 fn run(prompts: &[&[u32]]) -> (Vec<Vec<Event<'static>>>, usize) {
-    let (model, kv) = fragile_model();
+    let (model, kv) = fragile_model(4);
     let mailbox = Arc::new(Mailbox::new(8));
     let mut receivers = Vec::new();
     for (id, prompt) in prompts.iter().enumerate() {
@@ -203,4 +213,67 @@ fn a_panic_in_the_model_fails_only_the_request_that_causes_it() {
     };
     assert_eq!(heard[1], [expected]);
     assert_eq!(heard[2].len(), 4);
+}
+
+const A: Option<User> = Some(User::new([1; 32]));
+const B: Option<User> = Some(User::new([2; 32]));
+
+/// A scheduler that has found a request of each of these, and has started none.
+fn waiting(users: &[Option<User>], batch: usize) -> (Scheduler, Vec<Receiver<Event<'static>>>) {
+    let (model, kv) = fragile_model(batch);
+    let mailbox = Arc::new(Mailbox::new(users.len()));
+    let mut heard = Vec::new();
+    for (id, &user) in users.iter().enumerate() {
+        let (sequence, receiver) = request_of(user, id as u64, &[3, 4, 5]);
+        mailbox.post(Command::Run(sequence)).unwrap();
+        heard.push(receiver);
+    }
+    let mut scheduler = Scheduler::new(model, kv, mailbox, batch, || Duration::ZERO);
+    assert!(scheduler.collect_mail());
+    (scheduler, heard)
+}
+
+fn running(scheduler: &Scheduler) -> [usize; 2] {
+    [A, B].map(|user| scheduler.running.iter().filter(|s| s.user == user).count())
+}
+
+#[test]
+fn places_that_are_free_at_one_time_are_divided_among_users() {
+    // The second user's requests came after all of the first's.
+    let (mut scheduler, heard) = waiting(&[[A; 8], [B; 8]].concat(), 8);
+    scheduler.admit();
+    assert_eq!(running(&scheduler), [4, 4]);
+    while !scheduler.running.is_empty() {
+        scheduler.step();
+        scheduler.admit();
+    }
+    let counters = &scheduler.mailbox.counters;
+    assert_eq!(counters.preemptions.load(Ordering::Relaxed), 0);
+    for heard in heard {
+        assert_eq!(heard.try_iter().count(), 4);
+    }
+}
+
+#[test]
+fn who_was_served_a_little_less_does_not_get_all_free_places() {
+    let (mut scheduler, _heard) = waiting(&[[A; 8], [B; 8]].concat(), 8);
+    let first = scheduler.queue.next().unwrap();
+    scheduler.queue.charge(first, 1);
+    scheduler.admit();
+    assert_eq!(running(&scheduler), [4, 4]);
+    // Prompts are charged once.
+    for account in [A, B].map(|user| {
+        let mut of_user = scheduler.running.iter().filter(|s| s.user == user);
+        of_user.next().unwrap().account.unwrap()
+    }) {
+        let before = u64::from(account == first);
+        assert_eq!(scheduler.queue.served(account), before + 4 * 3);
+    }
+    scheduler.step();
+    let all: u64 = scheduler
+        .running
+        .iter()
+        .map(|s| scheduler.queue.served(s.account.unwrap()))
+        .sum();
+    assert_eq!(all, 4 * (1 + 2 * 4 * 3));
 }
