@@ -1,6 +1,5 @@
 //! How many bytes of requests' bodies are held, in one of two places: while they arrive, and from then on until they are
-//! parsed. And how many of what outlives that: grammars, which schemas and functions in them became, until their answers
-//! are made and taken.
+//! parsed. What outlives that is counted by [`crate::grammars`].
 //!
 //! Places for requests that arrive, and threads that prepare them, are few; but a few large bodies are a lot of memory,
 //! and any number of requests may wait for a thread. So bytes are counted. Nobody waits for room: whoever would need more
@@ -16,8 +15,7 @@ use axum::body::Bytes;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
-/// What bodies may hold while they arrive, in bytes, again what those may hold that have arrived, and again what grammars
-/// may, of which the largest takes 1 MiB. A body is at most
+/// What bodies may hold while they arrive, in bytes, and again what those may hold that have arrived. A body is at most
 /// 4 MiB, and 8 MiB padded and encrypted: five of those find room at once, beside 128 that are small. It is little beside
 /// the weights of a model.
 pub const MOST: usize = 64 << 20;
@@ -26,10 +24,6 @@ const RESERVED: usize = MOST / 4;
 /// Most chats, padded to 64 KiB or less, are below that.
 const SMALL: usize = 128 << 10;
 
-const _: () = assert!(
-    casemate_engine::Grammar::MAX_BYTES <= MOST - RESERVED,
-    "the largest grammar finds room if nobody else is there"
-);
 const _: () = assert!(
     crate::gateway::MAX_ENCAPSULATED <= (MOST - RESERVED) as u64,
     "the largest request finds room if nobody else is there"
@@ -52,7 +46,7 @@ pub struct Full {
 }
 
 impl Bodies {
-    /// Room for a body, or a grammar, of which nothing is there yet.
+    /// Room for a body of which nothing is there yet.
     #[must_use]
     pub fn room(self: &Arc<Self>) -> Room {
         Room {

@@ -19,6 +19,7 @@
 //! | [`relay`] | requests that another replica can open |
 //! | [`workers`] | threads for preparing requests |
 //! | [`api`] | the OpenAI-compatible API behind that door |
+//! | [`grammars`] | how many bytes what answers must be takes, and for whom |
 //! | [`receipts`] | signed statements about its answers |
 //! | [`denial`] | why a start was denied, for machines |
 //! | [`metrics`] | counters |
@@ -38,6 +39,7 @@ pub mod config;
 pub mod denial;
 pub mod exit;
 pub mod gateway;
+pub mod grammars;
 pub mod linger;
 pub mod metrics;
 pub mod provision;

@@ -11,6 +11,7 @@ use casemate_engine::Stats;
 use casemate_listen::Counters;
 
 use crate::bodies::Bodies;
+use crate::grammars::Grammars;
 
 /// Why a caller's request was not let through to the API.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +26,7 @@ pub enum Denied {
     Concurrency,
     /// Too many bytes of all callers' requests wait to be parsed.
     Room,
-    /// Too many bytes of what all callers' answers must be are held.
+    /// Too many bytes of what answers must be are held, by all callers or by this one.
     Grammars,
 }
 
@@ -59,7 +60,7 @@ pub struct Metrics {
     denied: [AtomicU64; Denied::ALL.len()],
     connections: OnceLock<Arc<Counters>>,
     bodies_waiting: OnceLock<Arc<Bodies>>,
-    grammars: OnceLock<Arc<Bodies>>,
+    grammars: OnceLock<Arc<Grammars>>,
     relayed: AtomicU64,
     relays_running: AtomicU64,
     key_release: OnceLock<Duration>,
@@ -105,7 +106,7 @@ impl Metrics {
     }
 
     /// What answers under way must be.
-    pub fn grammars(&self, grammars: Arc<Bodies>) {
+    pub fn grammars(&self, grammars: Arc<Grammars>) {
         let _ = self.grammars.set(grammars);
     }
 
@@ -188,7 +189,7 @@ impl Metrics {
             metric(
                 "grammar_bytes_used",
                 "gauge",
-                "What answers under way must be, all of it rounded up to a power of two.",
+                "What answers under way must be, each and all of it rounded up to a power of two.",
                 coarse(grammars.held() as u64) as f64,
             );
         }

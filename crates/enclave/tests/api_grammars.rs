@@ -8,17 +8,15 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode, header};
+use casemate_enclave::access::Caller;
 use casemate_enclave::api::{Api, router};
-use casemate_enclave::bodies::MOST;
+use casemate_enclave::grammars::Share;
 use casemate_enclave::metrics::Metrics;
 use casemate_engine::Grammar;
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Value, json};
 use support::{api, api_with, chat};
 use tower::ServiceExt;
-
-/// What is large leaves a quarter to what is not.
-const FOR_LARGE: usize = MOST / 4 * 3;
 
 /// A schema that needs one of the same 40 long values at each of so many places, so that eight of them are more than the
 /// context holds.
@@ -38,6 +36,11 @@ fn bytes(schema: &Value) -> usize {
     Grammar::from_schema(schema).unwrap().bytes()
 }
 
+/// What that counts as.
+fn counted(schema: &Value) -> usize {
+    bytes(schema).next_power_of_two()
+}
+
 /// Asks for answers of any length that follow a schema.
 fn following(schema: &Value, choices: u32) -> Value {
     chat(&json!({
@@ -47,8 +50,30 @@ fn following(schema: &Value, choices: u32) -> Value {
 }
 
 async fn ask(router: &Router, body: &Value) -> Response<Body> {
-    let request = Request::post("/v1/chat/completions").body(Body::from(body.to_string()));
+    ask_as(router, &Caller::anonymous(), body).await
+}
+
+async fn ask_as(router: &Router, caller: &Caller, body: &Value) -> Response<Body> {
+    let request = Request::post("/v1/chat/completions")
+        .extension(caller.clone())
+        .body(Body::from(body.to_string()));
     router.clone().oneshot(request.unwrap()).await.unwrap()
+}
+
+/// As many shares of that many bytes as a caller gets.
+fn fill(api: &Api, caller: &Caller, each: usize) -> Vec<Share> {
+    std::iter::from_fn(|| api.grammars().take(caller.user(), each).ok()).collect()
+}
+
+/// Shares of that many bytes for all who have keys, until nobody gets any more.
+fn fill_by_all(api: &Api, each: usize) -> Vec<Share> {
+    (0..=255)
+        .flat_map(|n| fill(api, &holder(n), each))
+        .collect()
+}
+
+fn holder(n: u8) -> Caller {
+    Caller::holder("name", [n; 32])
 }
 
 fn is_told_to_come_back(answer: &Response<Body>) {
@@ -77,34 +102,24 @@ async fn grammars_of_all_requests_have_one_bounded_room() {
     assert!(bytes(&large) > 128 << 10, "{}", bytes(&large));
     let small = schema(1);
 
-    // All but one byte of what it needs.
-    let others = api.grammars().room();
-    others.grow(FOR_LARGE - bytes(&large) + 1).unwrap();
+    // Nobody gets room for another large one, which takes none from small ones.
+    let mut others = fill_by_all(&api, counted(&large));
     is_told_to_come_back(&ask(&router, &following(&large, 1)).await);
     let answer = ask(&router, &following(&small, 1)).await;
     assert_eq!(answer.status(), StatusCode::OK, "a small one has room");
     drop(answer);
-    drop(others);
-    nothing_is_held(&api).await;
-
-    let others = api.grammars().room();
-    others.grow(FOR_LARGE - bytes(&large)).unwrap();
+    others.pop();
     let answer = ask(&router, &following(&large, 1)).await;
     assert_eq!(answer.status(), StatusCode::OK);
-    assert_eq!(api.grammars().held(), FOR_LARGE);
-    drop((answer, others));
-    nothing_is_held(&api).await;
+    drop(answer);
 
-    // Not a byte is left, and only who needs one is turned away.
-    let mut others = Vec::new();
-    while api.grammars().held() < MOST {
-        let room = api.grammars().room();
-        room.grow(64 << 10).unwrap();
-        others.push(room);
-    }
+    // Nor is any left for small ones: only who needs it is turned away.
+    others.extend(fill_by_all(&api, 1));
     is_told_to_come_back(&ask(&router, &following(&small, 1)).await);
-    let free = json!({"stream": true, "max_tokens": 1});
-    assert_eq!(ask(&router, &chat(&free)).await.status(), StatusCode::OK);
+    let any_object = json!({"stream": true, "response_format": {"type": "json_object"}});
+    for asked in [any_object, json!({"stream": true, "max_tokens": 1})] {
+        assert_eq!(ask(&router, &chat(&asked)).await.status(), StatusCode::OK);
+    }
     let shown = metrics.render(None);
     for line in [
         "casemate_denied_total{reason=\"grammars\"} 2",
@@ -112,6 +127,50 @@ async fn grammars_of_all_requests_have_one_bounded_room() {
     ] {
         assert!(shown.lines().any(|shown| shown == line), "{shown}");
     }
+    drop(others);
+    nothing_is_held(&api).await;
+}
+
+#[tokio::test]
+async fn who_holds_many_schemas_keeps_nobody_else_from_having_any() {
+    let api = api();
+    let router = router(api.clone());
+    for schema in [schema(1), schema(64)] {
+        let taken = fill(&api, &holder(1), counted(&schema));
+        let asked = following(&schema, 1);
+        is_told_to_come_back(&ask_as(&router, &holder(1), &asked).await);
+        for other in [holder(2), Caller::anonymous()] {
+            let answer = ask_as(&router, &other, &asked).await;
+            assert_eq!(answer.status(), StatusCode::OK, "{other:?}");
+        }
+        drop(taken);
+        nothing_is_held(&api).await;
+    }
+}
+
+/// Neither to who watches the metrics, nor to who tries how much room is left.
+#[tokio::test]
+async fn neither_metrics_nor_refusals_tell_more_of_a_schema_than_its_padding() {
+    let (shorter, longer) = (schema(15), schema(17));
+    assert_eq!(counted(&shorter), counted(&longer));
+    assert!(bytes(&longer) - bytes(&shorter) > 4 << 10);
+    let found = async |schema: &Value| {
+        let metrics = Arc::new(Metrics::default());
+        let api = api().with_metrics(Arc::clone(&metrics));
+        let answer = ask(&router(api.clone()), &following(schema, 1)).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        let mut shares = Vec::new();
+        let mut shown = Vec::new();
+        while let Ok(share) = api.grammars().take(holder(1).user(), 1) {
+            shares.push(share);
+            let text = metrics.render(None);
+            let mut lines = text.lines();
+            let gauge = lines.find(|line| line.starts_with("casemate_grammar_bytes_used "));
+            shown.push(gauge.unwrap().to_owned());
+        }
+        shown
+    };
+    assert_eq!(found(&shorter).await, found(&longer).await);
 }
 
 #[tokio::test]
@@ -126,12 +185,15 @@ async fn a_grammar_has_room_once_until_all_its_answers_are_gone() {
     for asked in 1..=2 {
         let answer = ask(&router, &following(&schema, 8)).await;
         assert_eq!(answer.status(), StatusCode::OK);
-        assert_eq!(held(), asked * bytes(&schema));
+        assert_eq!(held(), asked * counted(&schema));
         answers.push(answer);
     }
     // Sixteen may wait: some of these find no place, and leave nothing behind.
     is_told_to_come_back(&ask(&router, &following(&schema, 8)).await);
-    eventually("what was refused is held", || held() == 2 * bytes(&schema)).await;
+    eventually("what was refused is held", || {
+        held() == 2 * counted(&schema)
+    })
+    .await;
     drop(answers);
     nothing_is_held(&api).await;
 
@@ -141,7 +203,7 @@ async fn a_grammar_has_room_once_until_all_its_answers_are_gone() {
     let answer = ask(&router, &short).await;
     eventually("it runs", || api.engine().stats().coarse_prompt_tokens > 0).await;
     eventually("it runs", || api.engine().stats().running == 0).await;
-    assert_eq!(held(), bytes(&schema));
+    assert_eq!(held(), counted(&schema));
     drop(answer);
     nothing_is_held(&api).await;
 }
@@ -161,7 +223,7 @@ async fn functions_are_held_too() {
     // Their names alone where the model is free, and their grammar where it is not.
     let (one, more) = (bytes(&parameters), bytes(&parameters) + 400);
     for (strict, choice, least, most) in [
-        (false, "auto", 1, 100),
+        (false, "auto", 1, 1 << 10),
         (true, "auto", one, more),
         (true, "required", one, more),
     ] {
@@ -169,7 +231,8 @@ async fn functions_are_held_too() {
         let answer = ask(&router, &chat(&asked)).await;
         assert_eq!(answer.status(), StatusCode::OK, "{choice}");
         let held = api.grammars().held();
-        assert!((least..=most).contains(&held), "{choice}: {held}");
+        let counted = least.next_power_of_two()..=most.next_power_of_two();
+        assert!(counted.contains(&held), "{choice}: {held}");
         drop(answer);
         nothing_is_held(&api).await;
     }

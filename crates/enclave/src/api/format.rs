@@ -1,5 +1,7 @@
 //! `response_format`: plain text, any JSON object, or a JSON Schema. What answers must be, for functions too.
 
+use std::sync::LazyLock;
+
 use casemate_channel::receipt::{AnswerFormat, ForcedCall};
 use casemate_engine::Grammar;
 use serde::Deserialize;
@@ -30,11 +32,24 @@ struct Schema {
     _strict: Option<bool>,
 }
 
+/// That of `json_object`, which all requests share.
+static ANY_OBJECT: LazyLock<Grammar> = LazyLock::new(Grammar::json_object);
+
 /// What answers must be, together with what a receipt says of it, so that none is in force untold.
 #[derive(Clone)]
 pub(super) struct Constraint {
     pub(super) grammar: Grammar,
     pub(super) told: Told,
+}
+
+impl Constraint {
+    /// The memory that its grammar takes because this request is there: nothing, where it is there in any case.
+    pub(super) fn bytes_held(&self) -> usize {
+        match self.told {
+            Told::Format(AnswerFormat::JsonObject) => 0,
+            Told::Format(_) | Told::Call(_) => self.grammar.bytes(),
+        }
+    }
 }
 
 /// What a receipt says of a grammar.
@@ -56,7 +71,7 @@ pub(super) fn parse(value: Value) -> Result<Option<Constraint>, ApiError> {
     match format {
         Format::Text {} => Ok(None),
         Format::JsonObject {} => Ok(Some(Constraint {
-            grammar: Grammar::json_object(),
+            grammar: ANY_OBJECT.clone(),
             told: Told::Format(AnswerFormat::JsonObject),
         })),
         Format::JsonSchema { json_schema } => {

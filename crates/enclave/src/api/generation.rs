@@ -22,7 +22,7 @@ use super::extraction::Shown;
 use super::format::{Constraint, Told};
 use super::tools::Reading;
 use crate::access::Meter;
-use crate::bodies::Room;
+use crate::grammars::Share;
 
 /// Most answers to one request: choices times prompts.
 const MAX_ANSWERS: u64 = 16;
@@ -51,7 +51,7 @@ pub(super) struct Job {
 impl Job {
     /// What its grammar and the names of its functions take, which all its answers share.
     fn bytes_held(&self) -> usize {
-        let grammar = self.constraint.as_ref().map_or(0, |c| c.grammar.bytes());
+        let grammar = self.constraint.as_ref().map_or(0, Constraint::bytes_held);
         let names = self.reading.as_ref().map_or(0, Reading::bytes_of_names);
         grammar + names
     }
@@ -121,7 +121,7 @@ pub(super) struct Generation {
     ending: Ending,
     readers: Vec<Reader>,
     /// For what readers hold. The engine has its share of it, which it may drop later.
-    _room: Arc<Room>,
+    _room: Arc<Share>,
 }
 
 impl Api {
@@ -133,7 +133,7 @@ impl Api {
                 format!("at most {MAX_ANSWERS} answers to one request, over all its prompts");
             return Err(ApiError::value("n", most));
         }
-        let room = Arc::new(self.hold(job.bytes_held())?);
+        let room = Arc::new(self.hold(job.user, job.bytes_held())?);
         // Every choice computes its prompt anew.
         let prompts: usize = job.prompts.iter().map(Vec::len).sum();
         job.meter

@@ -23,13 +23,13 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use casemate_engine::Engine;
+use casemate_engine::{Engine, User};
 use serde::Serialize;
 
 use answer::{Answer, Shape};
 use casemate_channel::receipt::RequestId;
 
-use crate::bodies::{Bodies, Room};
+use crate::grammars::{Grammars, Share};
 use crate::metrics::{Denied, Metrics};
 
 pub use answer::{Ending, Served};
@@ -44,7 +44,7 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 pub struct Api {
     inner: Arc<Inner>,
     extraction: Extraction,
-    grammars: Arc<Bodies>,
+    grammars: Arc<Grammars>,
     metrics: Arc<Metrics>,
 }
 
@@ -96,18 +96,16 @@ impl Api {
 
     /// Room for what schemas and functions of requests became, which is kept until their answers are made and taken, or
     /// nobody wants them.
-    pub fn grammars(&self) -> &Arc<Bodies> {
+    pub fn grammars(&self) -> &Arc<Grammars> {
         &self.grammars
     }
 
-    /// Takes room for that many bytes of them.
-    fn hold(&self, bytes: usize) -> Result<Room, ApiError> {
-        let room = self.grammars.room();
-        room.grow(bytes).map_err(|_| {
+    /// Takes room for that many bytes of them, for whoever asks.
+    fn hold(&self, user: Option<User>, bytes: usize) -> Result<Share, ApiError> {
+        self.grammars.take(user, bytes).map_err(|_| {
             self.metrics.denied(Denied::Grammars);
             ApiError::overloaded()
-        })?;
-        Ok(room)
+        })
     }
 
     /// The engine behind the API.
