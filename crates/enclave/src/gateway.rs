@@ -12,7 +12,7 @@ use axum::body::{Body, Bytes, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use axum::response::IntoResponse;
 use casemate_channel::ohttp::{
-    Arrived, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Responder, TransportError,
+    Arrived, MessageFault, REQUEST_MEDIA_TYPE, ReceiveError, Received, Responder, TransportError,
     padded_request_bytes,
 };
 use casemate_channel::receipt::RECEIPT_FIELD;
@@ -127,14 +127,20 @@ impl Gateway {
             return Err(Refusal::Ended);
         }
         self.metrics.accepted();
-        let received = match arrived {
-            Arrived::Whole(received) => received,
+        let answer = match arrived {
+            Arrived::Whole(received) => return Ok(self.answer(*received, room).await),
+            Arrived::NoRequest(received) => self.answer(*received, room).await,
             Arrived::Refused(error, responder) => {
                 drop(room);
-                return Ok(last_answer(encrypt(responder, error.into_response())));
+                encrypt(responder, error.into_response())
             }
         };
-        // From here on everything is answered inside the channel, faults of the message included.
+        Ok(last_answer(answer))
+    }
+
+    /// Everything is answered inside the channel from here on, faults of the message included. Of what was read to its end
+    /// nobody can see there which it was.
+    async fn answer(&self, received: Received, room: Arc<Room>) -> Response<Body> {
         let inner = match received.request {
             Ok(mut request) => {
                 if let Some(signer) = self.serving.signer(received.key_id) {
@@ -142,12 +148,9 @@ impl Gateway {
                 }
                 self.call(request, room).await
             }
-            Err(fault) => {
-                let answer = encrypt(received.responder, bad_message(&fault));
-                return Ok(last_answer(answer));
-            }
+            Err(fault) => bad_message(&fault),
         };
-        Ok(encrypt(received.responder, inner))
+        encrypt(received.responder, inner)
     }
 
     async fn take(&self, request: Request<Body>, shown: &Shown) -> Result<Response<Body>, Refusal> {

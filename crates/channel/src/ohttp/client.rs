@@ -88,13 +88,21 @@ impl Recipient {
     ) -> Result<(Bytes, PendingAnswer), EncapsulateError> {
         let plaintext = message::encode_request(request)?;
         self.encapsulate_plaintext(&plaintext)
+    }
+
+    /// Encapsulates any bytes, of which a service may say that they are no request.
+    ///
+    /// # Errors
+    /// [`EncapsulateError::Encryption`].
+    pub fn encapsulate_plaintext(
+        &self,
+        plaintext: &[u8],
+    ) -> Result<(Bytes, PendingAnswer), EncapsulateError> {
+        self.seal(plaintext)
             .map_err(|_| EncapsulateError::Encryption)
     }
 
-    pub(super) fn encapsulate_plaintext(
-        &self,
-        plaintext: &[u8],
-    ) -> Result<(Bytes, PendingAnswer), CryptoFailure> {
+    fn seal(&self, plaintext: &[u8]) -> Result<(Bytes, PendingAnswer), CryptoFailure> {
         let (head, mut sealer) = RequestSealer::new(self.id, &self.key)?;
         let mut out = Vec::with_capacity(head.len() + plaintext.len() / 16 * 17 + 64);
         out.extend_from_slice(&head);

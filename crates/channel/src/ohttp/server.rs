@@ -170,7 +170,7 @@ impl From<CryptoFailure> for ReceiveError {
     }
 }
 
-/// A request that arrived whole and for the first time.
+/// A request that arrived for the first time.
 pub struct Received {
     /// The request; or, if what was decrypted is not one, what to tell its sender inside the channel.
     pub request: Result<Request<Bytes>, MessageFault>,
@@ -214,8 +214,10 @@ enum Early<R> {
 
 /// What came of a request that may be refused by its head.
 pub enum Arrived<R> {
-    /// It arrived whole.
+    /// It was read to its end.
     Whole(Box<Received>),
+    /// What came first is the beginning of no request, as its `request` says, and of the rest nothing was read.
+    NoRequest(Box<Received>),
     /// It was refused, and of the rest nothing was read.
     Refused(R, Responder),
 }
@@ -313,7 +315,7 @@ impl Keyring {
     {
         let anybody = |_: &HeaderMap| Ok::<(), Infallible>(());
         match self.receive_if(transport, limit, now, anybody).await? {
-            Arrived::Whole(received) => Ok(*received),
+            Arrived::Whole(received) | Arrived::NoRequest(received) => Ok(*received),
             Arrived::Refused(never, _) => match never {},
         }
     }
@@ -405,16 +407,21 @@ impl Keyring {
             frames: 0,
         };
         let responder = Responder { sealer };
-        let request = match early {
-            Some(Early::Refused(refusal)) => return Ok(Arrived::Refused(refusal, responder)),
-            Some(Early::NoRequest(fault)) => Err(fault),
-            None => message::decode_request(&plaintext),
+        let received = |request, responder| {
+            Box::new(Received {
+                request,
+                key_id: key.id,
+                responder,
+            })
         };
-        Ok(Arrived::Whole(Box::new(Received {
-            request,
-            key_id: key.id,
-            responder,
-        })))
+        Ok(match early {
+            Some(Early::Refused(refusal)) => Arrived::Refused(refusal, responder),
+            Some(Early::NoRequest(fault)) => Arrived::NoRequest(received(Err(fault), responder)),
+            None => {
+                let request = message::decode_request(&plaintext);
+                Arrived::Whole(received(request, responder))
+            }
+        })
     }
 
     fn key(&self, id: u8, now: u64) -> Result<Arc<ServerKey>, ReceiveError> {

@@ -145,7 +145,7 @@ fn what_begins_as_no_request_is_answered_early() {
         let sent = in_chunks(&keyring, &plaintext, &[1 << 14]);
         // Without its last chunk.
         let arrived = at_once(&keyring, &sent[..sent.len() - 17]).unwrap();
-        let Ok(Arrived::Whole(received)) = arrived else {
+        let Ok(Arrived::NoRequest(received)) = arrived else {
             panic!("{fault}");
         };
         assert_eq!(received.request.unwrap_err(), fault);
@@ -161,7 +161,7 @@ fn a_head_in_tiny_chunks_is_not_waited_for_longer_than_one_in_large_ones() {
     let sent = in_chunks(&keyring, &plaintext, &[1]);
     let early = LOOKED_AT_EARLY as usize;
     assert!(at_once(&keyring, &sent[..early]).is_none());
-    let Some(Ok(Arrived::Whole(received))) = at_once(&keyring, &sent[..early + 1]) else {
+    let Some(Ok(Arrived::NoRequest(received))) = at_once(&keyring, &sent[..early + 1]) else {
         panic!("it is waited for");
     };
     let fault = MessageFault::Limit("head of the request");
@@ -227,6 +227,7 @@ proptest! {
                 prop_assert_eq!(received.body(), request.body());
             }
             Arrived::Refused(..) => prop_assert!(!admitted),
+            Arrived::NoRequest(_) => prop_assert!(false, "it is one"),
         }
     }
 

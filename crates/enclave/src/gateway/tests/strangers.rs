@@ -54,6 +54,19 @@ impl Sent {
         sent
     }
 
+    /// So many encrypted bytes that are no request.
+    fn no_request(gateway: &Gateway, bytes: usize) -> Sent {
+        let config = gateway.serving.keyring.generate(1000).unwrap().encoded;
+        let recipient = Recipient::from_config(&config).unwrap();
+        let (bytes, pending) = recipient.encapsulate_plaintext(&vec![b'x'; bytes]).unwrap();
+        Sent {
+            door: Door::Encrypted,
+            key: None,
+            bytes,
+            pending: Some(pending),
+        }
+    }
+
     fn with_key<B>(&self, mut request: Request<B>) -> Request<B> {
         if let Some(key) = self.key {
             let value = HeaderValue::from_str(&format!("Bearer {key}")).unwrap();
@@ -127,7 +140,7 @@ async fn who_has_no_key_is_answered_before_its_body_comes_at_either_door() {
     }
 }
 
-/// Nobody can see which of these was refused: both are read to their ends, and answered on a connection that stays.
+/// Nobody can see which of these was refused: all are read to their ends, and answered on a connection that stays.
 #[tokio::test(start_paused = true)]
 async fn a_short_encrypted_request_is_answered_like_any_other_whoever_sends_it() {
     let gateway = asking();
@@ -135,20 +148,45 @@ async fn a_short_encrypted_request_is_answered_like_any_other_whoever_sends_it()
     for (key, expected) in [
         (None, StatusCode::UNAUTHORIZED),
         (Some(KEY), StatusCode::OK),
+        (None, StatusCode::BAD_REQUEST),
     ] {
-        let mut sent = Sent::new(Door::Encrypted, &gateway, key, 20_000);
+        let mut sent = match expected {
+            StatusCode::BAD_REQUEST => Sent::no_request(&gateway, 32 << 10),
+            _ => Sent::new(Door::Encrypted, &gateway, key, 20_000),
+        };
         let all_but_its_end = hurried(sent.bytes.slice(..sent.bytes.len() - 1));
         let waited_for = sent.offer(&gateway, all_but_its_end).now_or_never();
-        assert!(waited_for.is_none(), "{key:?}");
+        assert!(waited_for.is_none(), "{expected}");
         let outer = sent.offer(&gateway, stream::iter([Ok(sent.bytes.clone())]));
         let (head, body) = outer.await.into_parts();
         let body = axum::body::to_bytes(body, 1 << 20).await.unwrap();
-        shapes.push((head.status, head.headers.clone(), body.len()));
+        shapes.push((
+            sent.bytes.len(),
+            head.status,
+            head.headers.clone(),
+            body.len(),
+        ));
         let outer = Response::from_parts(head, Body::from(body));
         assert_eq!(sent.read(outer).await.0, expected);
     }
     assert_eq!(shapes[0], shapes[1]);
+    assert_eq!(shapes[0], shapes[2]);
+    assert!(!shapes[0].2.contains_key(header::CONNECTION));
     assert_eq!(denied(&gateway), 1);
+}
+
+/// What begins as no request is answered early, where it is long enough.
+#[tokio::test(start_paused = true)]
+async fn what_begins_as_no_request_is_the_last_on_its_connection() {
+    let gateway = asking();
+    let mut sent = Sent::no_request(&gateway, 64 << 10);
+    let begun = hurried(sent.bytes.slice(..50_000));
+    let outer = sent.offer(&gateway, begun).now_or_never();
+    let outer = outer.expect("it is not waited for");
+    assert_eq!(outer.headers()[header::CONNECTION], "close");
+    let (status, body) = sent.read(outer).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(code_of(&body), "invalid_message");
 }
 
 #[tokio::test(start_paused = true)]
