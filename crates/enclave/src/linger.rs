@@ -3,17 +3,19 @@
 //! A system that closes a connection on which bytes lie unread tells the other side so at once, and the answer before that
 //! may be lost: a user with a wrong API key would learn of a broken connection instead. So whoever is refused while its
 //! request still comes may send on for [`MOMENT`]. That takes a connection, and neither a place among those that arrive nor
-//! room: nothing is kept of what comes. Where [`MOST`] do so already, the connection is closed on the next one.
+//! room: nothing is kept of what comes. Where [`MOST`] do so already, the one that has done so for longest ends: it had most
+//! time to read its answer, and nobody keeps others from theirs by being refused often.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream, Bytes, HttpBody as _};
 use futures::{Stream, StreamExt as _};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 /// For how long. The answer is small, and sent when this begins.
@@ -22,16 +24,50 @@ pub const MOMENT: Duration = Duration::from_secs(1);
 pub const MOST: usize = 64;
 
 /// Throws away the rest of requests.
-#[derive(Clone)]
-pub struct Lingering(Arc<Semaphore>);
+#[derive(Clone, Default)]
+pub struct Lingering(Arc<Mutex<Table>>);
 
-impl Default for Lingering {
-    fn default() -> Lingering {
-        Lingering(Arc::new(Semaphore::new(MOST)))
+/// Who sends on, oldest first.
+#[derive(Default)]
+struct Table {
+    places: VecDeque<(u64, oneshot::Sender<()>)>,
+    next: u64,
+}
+
+/// One of the places, free again when this is dropped.
+struct Place {
+    of: Lingering,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut table = self.of.table();
+        table.places.retain(|(number, _)| *number != self.number);
     }
 }
 
 impl Lingering {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place, and what completes when a newcomer needs it.
+    fn enter(&self) -> (Place, oneshot::Receiver<()>) {
+        let (needed, told) = oneshot::channel();
+        let mut table = self.table();
+        let number = table.next;
+        table.next += 1;
+        table.places.push_back((number, needed));
+        if table.places.len() > MOST {
+            // Dropping its sender tells it.
+            table.places.pop_front();
+        }
+        drop(table);
+        let of = self.clone();
+        (Place { of, number }, told)
+    }
+
     /// The same body, of which the rest is thrown away if it is dropped before its end.
     pub fn over(&self, body: Body) -> Body {
         if body.is_end_stream() {
@@ -39,7 +75,7 @@ impl Lingering {
         }
         Body::from_stream(Rest {
             pieces: Some(body.into_data_stream()),
-            places: Arc::clone(&self.0),
+            of: self.clone(),
         })
     }
 }
@@ -47,7 +83,7 @@ impl Lingering {
 /// A body, unless it has ended.
 struct Rest {
     pieces: Option<BodyDataStream>,
-    places: Arc<Semaphore>,
+    of: Lingering,
 }
 
 impl Stream for Rest {
@@ -71,16 +107,21 @@ impl Drop for Rest {
             return;
         };
         // Outside of a runtime nobody reads: the program ends.
-        let (Ok(place), Ok(runtime)) = (
-            Arc::clone(&self.places).try_acquire_owned(),
-            Handle::try_current(),
-        ) else {
+        let Ok(runtime) = Handle::try_current() else {
             return;
         };
+        let (place, needed) = self.of.enter();
         runtime.spawn(async move {
             let _place = place;
             let all = async { while let Some(Ok(_)) = pieces.next().await {} };
-            let _ = timeout(MOMENT, all).await;
+            let all_or_needed = async {
+                tokio::select! {
+                    biased;
+                    _ = needed => {}
+                    () = all => {}
+                }
+            };
+            let _ = timeout(MOMENT, all_or_needed).await;
         });
     }
 }
@@ -111,6 +152,10 @@ mod tests {
         (Body::from_stream(pieces), taken)
     }
 
+    fn taken_by(lingering: &Lingering) -> usize {
+        lingering.table().places.len()
+    }
+
     #[tokio::test(start_paused = true)]
     async fn the_rest_of_a_refused_request_is_read_for_a_moment_and_no_longer() {
         let lingering = Lingering::default();
@@ -125,7 +170,7 @@ mod tests {
         assert!((95..=105).contains(&in_all), "{in_all}");
         sleep(MOMENT).await;
         assert_eq!(taken.load(Ordering::SeqCst), in_all);
-        assert_eq!(lingering.0.available_permits(), MOST);
+        assert_eq!(taken_by(&lingering), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -138,13 +183,36 @@ mod tests {
                 taken
             })
             .collect();
-        assert_eq!(lingering.0.available_permits(), 0);
+        assert_eq!(taken_by(&lingering), MOST);
         sleep(2 * MOMENT).await;
-        let read = counts
+        let read: Vec<_> = counts
             .iter()
-            .filter(|taken| taken.load(Ordering::SeqCst) > 0);
-        assert_eq!(read.count(), MOST);
-        assert_eq!(lingering.0.available_permits(), MOST);
+            .map(|taken| taken.load(Ordering::SeqCst) > 0)
+            .collect();
+        // Those that were there first make way for the others.
+        assert_eq!(read, [vec![false; 3], vec![true; MOST]].concat());
+        assert_eq!(taken_by(&lingering), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_refused_often_keeps_nobody_from_its_answer() {
+        let lingering = Lingering::default();
+        let others = || drop(lingering.over(endless().0));
+        for _ in 0..2 * MOST {
+            others();
+        }
+        let (body, taken) = endless();
+        drop(lingering.over(body));
+        // Nearly as many as take its place.
+        for _ in 1..MOST {
+            others();
+        }
+        sleep(MOMENT / 2).await;
+        assert!((45..=55).contains(&taken.load(Ordering::SeqCst)));
+        others();
+        sleep(2 * MOMENT).await;
+        assert!((45..=55).contains(&taken.load(Ordering::SeqCst)));
+        assert_eq!(taken_by(&lingering), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -157,7 +225,7 @@ mod tests {
         let broken = stream::iter([Ok(Bytes::from_static(b"x")), Err("cut off")]);
         let body = lingering.over(Body::from_stream(broken));
         assert!(to_bytes(body, 10).await.is_err());
-        assert_eq!(lingering.0.available_permits(), MOST);
+        assert_eq!(taken_by(&lingering), 0);
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }
