@@ -2,7 +2,7 @@
 //!
 //! A system that closes a connection on which bytes lie unread tells the other side so at once, and the answer before that
 //! may be lost: a user with a wrong API key would learn of a broken connection instead. So whoever is refused while its
-//! request still comes may send on for [`MOMENT`]. That takes a connection, and neither a place among those that arrive nor
+//! request still comes may send on for [`MOMENT`], and [`BYTES`]. That takes a connection, and neither a place among those that arrive nor
 //! room: nothing is kept of what comes. Where [`MOST`] do so already, the one that has done so for longest ends: it had most
 //! time to read its answer, and nobody keeps others from theirs by being refused often.
 
@@ -20,6 +20,9 @@ use tokio::time::timeout;
 
 /// For how long. The answer is small, and sent when this begins.
 pub const MOMENT: Duration = Duration::from_secs(1);
+/// For how many bytes: more than any request may have, and so than any that was sent in good faith. The time alone would
+/// be hundreds of megabytes from somebody close by.
+pub const BYTES: usize = 16 << 20;
 /// For how many requests at the same time.
 pub const MOST: usize = 64;
 
@@ -113,7 +116,15 @@ impl Drop for Rest {
         let (place, needed) = self.of.enter();
         runtime.spawn(async move {
             let _place = place;
-            let all = async { while let Some(Ok(_)) = pieces.next().await {} };
+            let all = async {
+                let mut left = BYTES;
+                while let Some(Ok(piece)) = pieces.next().await {
+                    left = left.saturating_sub(piece.len());
+                    if left == 0 {
+                        break;
+                    }
+                }
+            };
             let all_or_needed = async {
                 tokio::select! {
                     biased;
@@ -171,6 +182,25 @@ mod tests {
         sleep(MOMENT).await;
         assert_eq!(taken.load(Ordering::SeqCst), in_all);
         assert_eq!(taken_by(&lingering), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_sends_fast_is_cut_off_before_the_moment_is_over() {
+        const PIECE: usize = 1 << 20;
+        let lingering = Lingering::default();
+        let taken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&taken);
+        let pieces = stream::repeat_with(move || {
+            count.fetch_add(PIECE, Ordering::SeqCst);
+            Ok::<_, Infallible>(Bytes::from(vec![0; PIECE]))
+        });
+        let begun = Instant::now();
+        drop(lingering.over(Body::from_stream(pieces)));
+        while taken_by(&lingering) > 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert!(begun.elapsed() < MOMENT / 2);
+        assert_eq!(taken.load(Ordering::SeqCst), BYTES);
     }
 
     #[tokio::test(start_paused = true)]
