@@ -223,6 +223,8 @@ impl Metrics {
                 metric(name, "gauge", help, took.as_secs_f64());
             }
         }
+        // Nothing of what was reused or is kept for it: anybody may read this, and it would tell that
+        // two prompts begin alike.
         if let Some(stats) = engine {
             metric(
                 "requests_running",
@@ -243,12 +245,6 @@ impl Metrics {
                 stats.coarse_prompt_tokens as f64,
             );
             metric(
-                "prompt_tokens_cached_total",
-                "counter",
-                "Those that were not computed again, each request's rounded up to a power of two.",
-                stats.coarse_cached_tokens as f64,
-            );
-            metric(
                 "completion_tokens_total",
                 "counter",
                 "Tokens generated for ended requests, each request's rounded up to a power of two.",
@@ -265,12 +261,6 @@ impl Metrics {
                 "gauge",
                 "KV cache in use, rounded up to a power of two.",
                 coarse(stats.kv_bytes_used) as f64,
-            );
-            metric(
-                "kv_bytes_kept",
-                "gauge",
-                "KV cache kept for users' next requests, rounded up to a power of two.",
-                coarse(stats.kv_bytes_kept) as f64,
             );
             metric(
                 "kv_bytes_total",

@@ -426,9 +426,8 @@ async fn a_prompt_is_counted_for_each_of_its_answers() {
     }
 }
 
-/// Counted in tokens that were computed, not in time.
-#[tokio::test]
-async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
+/// A tiny model whose prompts are longer than a page of the KV cache.
+fn one_that_reuses() -> Api {
     let options = EngineOptions {
         compute: Compute::F32,
         threads: 1,
@@ -437,7 +436,13 @@ async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
         ..EngineOptions::default()
     };
     let engine = Engine::load(support::tiny_model(), &options, &Silent).unwrap();
-    let api = Api::new(engine, "tiny".into(), "fp_0".into(), || 0);
+    Api::new(engine, "tiny".into(), "fp_0".into(), || 0)
+}
+
+/// Counted in tokens that were computed, not in time.
+#[tokio::test]
+async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
+    let api = one_that_reuses();
     let keys = vec![
         key("a", 1, Limits::default()),
         key("b", 2, Limits::default()),
@@ -485,6 +490,45 @@ async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
     // Several answers to one prompt that nobody sent before: it was computed.
     let four = chat(&"other words ".repeat(10), 4, false).replacen('{', "{\"n\": 4, ", 1);
     assert_eq!(ask(1, &four).await.1, 0);
+}
+
+#[tokio::test]
+async fn metrics_do_not_tell_whether_a_prompt_came_before() {
+    let figures = async |second: &str| {
+        let api = one_that_reuses();
+        let door = Door::new(
+            vec![key("a", 1, Limits::default())],
+            api::router(api.clone()),
+        );
+        let mut usage = Value::Null;
+        for words in ["number 1 of them ", second] {
+            let (status, _, answer) = door.ask(1, &chat(&words.repeat(8), 4, false)).await;
+            assert_eq!(status, StatusCode::OK, "{answer}");
+            usage = answer["usage"].clone();
+        }
+        // An answer may arrive a moment before the engine has counted it.
+        let stats = || api.engine().stats();
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while stats().running > 0
+            || stats().kv_bytes_used > 0
+            || stats().coarse_completion_tokens < 8
+        {
+            assert!(std::time::Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+        let lengths = (
+            usage["prompt_tokens"].clone(),
+            usage["completion_tokens"].clone(),
+        );
+        let text = door.metrics.render(Some(&stats()));
+        (cached.unwrap(), lengths, text)
+    };
+    let (reused, lengths, repeated) = figures("number 1 of them ").await;
+    let (found, same_lengths, another) = figures("number 2 of them ").await;
+    assert!(reused > found, "{reused} {found}");
+    assert_eq!(lengths, same_lengths);
+    assert_eq!(repeated, another);
 }
 
 #[tokio::test]

@@ -139,8 +139,6 @@ pub struct Stats {
     /// Prompt tokens of the requests that have ended, each request's rounded up to a power of two: for whom the exact
     /// length of somebody's prompt is none of their business.
     pub coarse_prompt_tokens: u64,
-    /// Prompt tokens of theirs that were not computed, rounded likewise.
-    pub coarse_cached_tokens: u64,
     /// Generated tokens of the requests that have ended, rounded likewise.
     pub coarse_completion_tokens: u64,
     /// Bytes of KV cache that running requests use.
@@ -419,7 +417,6 @@ impl Engine {
             cached_tokens: c.cached_tokens.load(Ordering::Relaxed),
             recomputed_tokens: c.recomputed_tokens.load(Ordering::Relaxed),
             preemptions: c.preemptions.load(Ordering::Relaxed),
-            coarse_cached_tokens: c.coarse_cached_tokens.load(Ordering::Relaxed),
             coarse_prompt_tokens: c.coarse_prompt_tokens.load(Ordering::Relaxed),
             coarse_completion_tokens: c.coarse_completion_tokens.load(Ordering::Relaxed),
             kv_bytes_used: c.kv_bytes_used.load(Ordering::Relaxed),

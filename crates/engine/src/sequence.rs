@@ -314,7 +314,7 @@ impl Sequence {
     }
 
     /// Tokens of the prompt that were computed before it came.
-    pub(crate) fn cached(&self) -> usize {
+    fn cached(&self) -> usize {
         self.cached.unwrap_or(0)
     }
 

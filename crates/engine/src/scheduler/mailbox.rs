@@ -45,7 +45,6 @@ pub(crate) struct Counters {
     pub(crate) recomputed_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
     pub(crate) coarse_prompt_tokens: AtomicU64,
-    pub(crate) coarse_cached_tokens: AtomicU64,
     pub(crate) coarse_completion_tokens: AtomicU64,
     pub(crate) requests: AtomicU64,
     pub(crate) preemptions: AtomicU64,

@@ -293,10 +293,6 @@ impl Scheduler {
         ] {
             Counters::add(counter, tokens.next_power_of_two());
         }
-        if sequence.cached() > 0 {
-            let coarse = sequence.cached().next_power_of_two();
-            Counters::add(&counters.coarse_cached_tokens, coarse);
-        }
     }
 
     fn evaluate(&mut self, evaluation: &Evaluation) {
