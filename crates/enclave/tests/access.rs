@@ -487,9 +487,32 @@ async fn only_the_holder_of_the_same_key_reuses_a_prompt() {
         assert_eq!(*cached, json!(0));
         assert_eq!(stats().prompt_tokens - before.prompt_tokens, prompt);
     }
-    // Several answers to one prompt that nobody sent before: it was computed.
+    // Several answers to one prompt that nobody sent before: they begin together, and each computes it.
     let four = chat(&"other words ".repeat(10), 4, false).replacen('{', "{\"n\": 4, ", 1);
     assert_eq!(ask(1, &four).await.1, 0);
+}
+
+#[tokio::test]
+async fn a_prompt_counts_as_cached_only_as_far_as_none_of_its_answers_computed_it() {
+    let api = one_that_reuses();
+    let door = Door::new(
+        vec![key("a", 1, Limits::default())],
+        api::router(api.clone()),
+    );
+    // Four run together and compute it. The other four begin when one of those has ended, and find it.
+    let eight = chat(&"the same words ".repeat(8), 4, false).replacen('{', "{\"n\": 8, ", 1);
+    for again in [false, true] {
+        let before = api.engine().stats().cached_tokens;
+        let (status, _, answer) = door.ask(1, &eight).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let usage = &answer["usage"];
+        let whole_pages = (usage["prompt_tokens"].as_u64().unwrap() - 1) / 64 * 64;
+        assert!(whole_pages > 0);
+        let (found, told) = if again { (8, whole_pages) } else { (4, 0) };
+        let reused = api.engine().stats().cached_tokens - before;
+        assert_eq!(reused, found * whole_pages);
+        assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], told);
+    }
 }
 
 #[tokio::test]

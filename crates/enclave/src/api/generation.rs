@@ -10,7 +10,9 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use casemate_channel::receipt::{Bias, Functions, Parameters, Steering};
-use casemate_engine::{Event, FinishReason, Request, RequestId, Sampling, TokenLogprobs, User};
+use casemate_engine::{
+    Event, FinishReason, Request, RequestId, Sampling, Sink, TokenLogprobs, User,
+};
 use futures::stream;
 use tokio::sync::mpsc;
 
@@ -138,7 +140,6 @@ impl Api {
         let prompts: usize = job.prompts.iter().map(Vec::len).sum();
         job.meter
             .take_prompt(prompts.saturating_mul(job.choices as usize))?;
-        // Made before the first one is submitted: when a later one is refused, this is dropped and cancels the former.
         let mut generation = Generation {
             api: self.clone(),
             requests: Vec::new(),
@@ -152,6 +153,7 @@ impl Api {
             readers: Vec::new(),
             _room: Arc::clone(&room),
         };
+        let mut together = Vec::new();
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
             for choice in 0..job.choices {
@@ -186,8 +188,7 @@ impl Api {
                         Err(_) => ControlFlow::Break(()),
                     }
                 };
-                let id = self.engine().submit(request, Box::new(sink))?;
-                generation.requests.push(id);
+                together.push((request, Box::new(sink) as Sink));
                 generation.readers.push(Reader {
                     calls: job
                         .reading
@@ -201,6 +202,8 @@ impl Api {
                 generation.running += 1;
             }
         }
+        // All of them or none, and they begin in one step where there is room.
+        generation.requests = self.engine().submit_together(together)?;
         Ok(generation)
     }
 }
