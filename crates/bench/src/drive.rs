@@ -96,8 +96,9 @@ pub(crate) fn run(
     watch: Option<&Arc<Watch>>,
 ) -> Result<Vec<Answer>> {
     let (sender, receiver) = channel();
+    let vocab = engine.config().vocab;
     let prompts: Vec<_> = (0..load.batch)
-        .map(|place| request(engine, load, seed, place))
+        .map(|place| request(vocab, load, seed, place))
         .collect();
     let submitted = Instant::now();
     let together = prompts.into_iter().map(|request| {
@@ -147,9 +148,9 @@ pub(crate) fn run(
     Ok(answers)
 }
 
-/// What one request asks for.
-fn request(engine: &Engine, load: Load, seed: u64, place: usize) -> Request {
-    let vocab = u64::from(engine.config().vocab);
+/// What one request asks of a model with so many tokens.
+fn request(vocab: u32, load: Load, seed: u64, place: usize) -> Request {
+    let vocab = u64::from(vocab);
     let mut state = (seed << 20) ^ place as u64;
     let prompt = (0..load.prompt).map(|_| {
         state = state
@@ -223,6 +224,16 @@ mod tests {
             let refused = check_beam(beam).unwrap_err().to_string();
             assert_eq!(refused, format!("--beam {beam}: it must be from 1 to 32"));
         }
+    }
+
+    #[test]
+    fn a_request_searches_with_the_beams_of_its_load() {
+        let load = Load::single(5, 7);
+        assert!(request(100, load, 1, 0).beams.is_none());
+        let searching = request(100, Load { beam: 4, ..load }, 1, 0);
+        assert_eq!(searching.beams, Some(BeamSearch::new(4)));
+        assert_eq!((searching.prompt.len(), searching.max_tokens), (5, 7));
+        assert!(searching.ignore_end);
     }
 
     #[test]
