@@ -36,7 +36,8 @@ pub struct EngineOptions {
     pub max_context: usize,
     /// Most sequences computed together: requests, and of those that search each beam.
     pub max_batch: usize,
-    /// Most requests that wait for a place.
+    /// Most requests that wait for a place. A [`User`](crate::User) may have as many waiting as more could after them:
+    /// half of this alone, a third of it beside another. Those without a user may be all of them.
     pub max_waiting: usize,
     /// Memory for keys and values, in bytes. `None`: enough for `max_batch` full contexts, but at
     /// most 1 GiB or one full context, whichever is more.

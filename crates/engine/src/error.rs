@@ -195,10 +195,10 @@ pub enum SubmitError {
         /// Bytes.
         given: u64,
     },
-    /// As many requests wait as may wait.
+    /// As many requests wait as may wait, of all users or of this one.
     #[error("{waiting} requests are already waiting")]
     Busy {
-        /// Requests.
+        /// Requests, of all users or, where others may still come, of this one.
         waiting: usize,
     },
     /// The engine is shutting down.

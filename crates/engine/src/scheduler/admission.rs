@@ -16,8 +16,6 @@
 //! **A place for everybody.** A user none of whose requests runs need not wait for the end of an
 //! answer of a user who has several and was served more: the last of those gives way.
 
-use std::sync::atomic::Ordering;
-
 use super::fairness::PROMPT;
 use super::mailbox::Counters;
 use super::{AccountId, Scheduler};
@@ -70,7 +68,7 @@ impl Scheduler {
             let Some(mut sequence) = self.queue.take(account) else {
                 return;
             };
-            self.mailbox.counters.waiting.fetch_sub(1, Ordering::AcqRel);
+            self.mailbox.waits_no_more(sequence.user);
             let first = sequence.start(&mut self.kv);
             if let Some(cached) = first {
                 Counters::add(&self.mailbox.counters.requests, 1);
@@ -149,9 +147,8 @@ impl Scheduler {
     pub(super) fn preempt(&mut self, at: usize) {
         let mut sequence = self.running.remove(at);
         sequence.give_back(&mut self.kv, (self.clock)());
-        let counters = &self.mailbox.counters;
-        Counters::add(&counters.preemptions, 1);
-        counters.waiting.fetch_add(1, Ordering::AcqRel);
+        Counters::add(&self.mailbox.counters.preemptions, 1);
+        self.mailbox.waits_again(sequence.user);
         if let Some(account) = sequence.account {
             self.queue.put(account, sequence.id.0, sequence);
         }

@@ -166,7 +166,7 @@ impl Scheduler {
 
     fn cancel(&mut self, id: RequestId) {
         if let Some(mut sequence) = self.queue.take_arrival(id.0) {
-            self.mailbox.counters.waiting.fetch_sub(1, Ordering::AcqRel);
+            self.mailbox.waits_no_more(sequence.user);
             guarded(|| sequence.finish(FinishReason::Cancelled));
             if sequence.started() {
                 self.count(&sequence);

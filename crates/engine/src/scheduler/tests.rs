@@ -1,4 +1,5 @@
 use super::*;
+use crate::error::SubmitError;
 use crate::linear::{F32Linear, LinearLayer, LinearScratch};
 use crate::request::{Event, Request, User};
 use crate::sequence::Limits;
@@ -221,7 +222,7 @@ const B: Option<User> = Some(User::new([2; 32]));
 /// A scheduler that has found a request of each of these, and has started none.
 fn waiting(users: &[Option<User>], batch: usize) -> (Scheduler, Vec<Receiver<Event<'static>>>) {
     let (model, kv) = fragile_model(batch);
-    let mailbox = Arc::new(Mailbox::new(users.len()));
+    let mailbox = Arc::new(Mailbox::new(2 * users.len()));
     let mut heard = Vec::new();
     for (id, &user) in users.iter().enumerate() {
         let (sequence, receiver) = request_of(user, id as u64, &[3, 4, 5]);
@@ -276,4 +277,54 @@ fn who_was_served_a_little_less_does_not_get_all_free_places() {
         .map(|s| scheduler.queue.served(s.account.unwrap()))
         .sum();
     assert_eq!(all, 4 * (1 + 2 * 4 * 3));
+}
+
+#[test]
+fn who_fills_the_line_leaves_room_for_others() {
+    let mailbox = Mailbox::new(1024);
+    let mut id = 0;
+    let mut post = |user, count: usize| {
+        let requests: Vec<_> = (0..count)
+            .map(|_| {
+                id += 1;
+                Command::Run(request_of(user, id, &[3]).0)
+            })
+            .collect();
+        mailbox.post_together(requests)
+    };
+    let mut accepted = 0;
+    while post(A, 16).is_ok() {
+        accepted += 16;
+    }
+    assert_eq!(accepted, 512, "half of the line is one user's");
+    let refused = SubmitError::Busy { waiting: 512 };
+    assert_eq!(post(A, 1), Err(refused));
+    assert_eq!(post(B, 16), Ok(()));
+    assert_eq!(mailbox.counters.waiting.load(Ordering::Relaxed), 528);
+    // Whose requests have begun may send more, and those that come back to wait count.
+    for _ in 0..100 {
+        mailbox.waits_no_more(A);
+    }
+    mailbox.waits_again(A);
+    assert_eq!(post(A, 1), Ok(()));
+    let waiting = 512 - 100 + 1 + 1;
+    assert_eq!(
+        mailbox.counters.waiting.load(Ordering::Relaxed),
+        waiting + 16
+    );
+    let most = (1024 - 16 - waiting) / 2;
+    assert!(post(A, most).is_err(), "more than are left after them");
+    // However many users there are, no more wait than may.
+    for name in 3..200 {
+        let user = Some(User::new([name; 32]));
+        while post(user, 1).is_ok() {}
+    }
+    assert!(mailbox.counters.waiting.load(Ordering::Relaxed) <= 1024);
+    // Without users nobody is another one.
+    let open = Mailbox::new(3);
+    for id in 0..3 {
+        open.post(Command::Run(request(id, &[3]).0)).unwrap();
+    }
+    let refused = open.post(Command::Run(request(3, &[3]).0));
+    assert_eq!(refused, Err(SubmitError::Busy { waiting: 3 }));
 }
