@@ -281,7 +281,7 @@ impl Sequence {
 
     /// Opens its places in the KV cache. For the first time it tells how many tokens of the prompt
     /// are there already.
-    pub(crate) fn start(&mut self, kv: &mut KvCache) -> Option<usize> {
+    pub(crate) fn start(&mut self, kv: &mut KvCache, now: Duration) -> Option<usize> {
         let mut found = 0;
         for lane in 0..self.width() {
             // The beams share what the first one finds, once it has read the prompt.
@@ -289,7 +289,7 @@ impl Sequence {
                 0 => (self.user, &self.tokens[..]),
                 _ => (None, &[][..]),
             };
-            let Some((slot, fed)) = kv.open(user, text) else {
+            let Some((slot, fed)) = kv.open(user, text, now) else {
                 break;
             };
             found = found.max(fed);

@@ -133,16 +133,16 @@ impl KvCache {
 
     /// What of `tokens` the cache holds for `user`. At least one token is left to compute: somebody
     /// wants the logits after the last one.
-    pub(crate) fn find(&self, user: Option<User>, tokens: &[u32]) -> Found {
+    pub(crate) fn find(&self, user: Option<User>, tokens: &[u32], now: Duration) -> Found {
         let mut found = Found::default();
-        self.walk(user, tokens, |page| {
+        self.walk(user, tokens, now, |page| {
             found.pages += 1;
-            found.idle += usize::from(self.prefixes.is_idle(page));
+            found.idle += usize::from(self.prefixes.idle_since(page).is_some());
         });
         found
     }
 
-    fn walk(&self, user: Option<User>, tokens: &[u32], mut each: impl FnMut(u32)) {
+    fn walk(&self, user: Option<User>, tokens: &[u32], now: Duration, mut each: impl FnMut(u32)) {
         let Some(user) = user else { return };
         let before_last = &tokens[..tokens.len().saturating_sub(1)];
         let mut parent = None;
@@ -150,18 +150,36 @@ impl KvCache {
             let Some(page) = self.prefixes.find(user, parent, tokens) else {
                 return;
             };
+            // Its time may be over before anybody looked.
+            if self
+                .prefixes
+                .idle_since(page)
+                .is_some_and(|since| self.is_over(since, now))
+            {
+                return;
+            }
             each(page);
             parent = Some(page);
         }
     }
 
+    /// Whether the time of a page is over that nobody used since then.
+    fn is_over(&self, since: Duration, now: Duration) -> bool {
+        now.saturating_sub(since) >= self.age
+    }
+
     /// Opens a place for a sequence that begins with `tokens`, and tells how many positions of it are
     /// there already. `None`: every place is taken.
-    pub(crate) fn open(&mut self, user: Option<User>, tokens: &[u32]) -> Option<(Slot, usize)> {
+    pub(crate) fn open(
+        &mut self,
+        user: Option<User>,
+        tokens: &[u32],
+        now: Duration,
+    ) -> Option<(Slot, usize)> {
         let user = user.filter(|_| !self.age.is_zero());
         let slot = self.tables.iter().position(|table| !table.open)?;
         let mut pages = std::mem::take(&mut self.tables[slot].pages);
-        self.walk(user, tokens, |page| pages.push(page));
+        self.walk(user, tokens, now, |page| pages.push(page));
         for &page in &pages {
             self.uses[page as usize] += 1;
             self.prefixes.wake(page);
@@ -349,7 +367,7 @@ impl KvCache {
     /// Erases the pages whose time is over.
     pub(crate) fn expire(&mut self, now: Duration) {
         while let Some((page, since)) = self.prefixes.oldest()
-            && now.saturating_sub(since) >= self.age
+            && self.is_over(since, now)
         {
             self.forget(page);
         }

@@ -159,9 +159,9 @@ impl Prefixes {
         self.idle
     }
 
-    /// Whether nobody uses a page, which is known.
-    pub(super) fn is_idle(&self, page: u32) -> bool {
-        self.nodes[page as usize].idle_since.is_some()
+    /// Since when nobody uses a page, which is known.
+    pub(super) fn idle_since(&self, page: u32) -> Option<Duration> {
+        self.nodes[page as usize].idle_since
     }
 
     /// The page unused for longest, and since when. It is a leaf.

@@ -16,6 +16,8 @@
 //! **A place for everybody.** A user none of whose requests runs need not wait for the end of an
 //! answer of a user who has several and was served more: the last of those gives way.
 
+use std::time::Duration;
+
 use super::fairness::PROMPT;
 use super::mailbox::Counters;
 use super::{AccountId, Scheduler};
@@ -33,12 +35,14 @@ struct Room {
     reserve: usize,
     /// Nothing runs.
     alone: bool,
+    /// When that is: pages are found until their time is over.
+    now: Duration,
 }
 
 impl Room {
     /// Whether `request` can start.
     fn fits(&self, kv: &KvCache, request: &Sequence) -> bool {
-        let found = kv.find(request.user, request.text());
+        let found = kv.find(request.user, request.text(), self.now);
         // Alone it fits: that was checked when it came.
         let reserve = match self.alone {
             true => 0,
@@ -69,7 +73,7 @@ impl Scheduler {
                 return;
             };
             self.mailbox.waits_no_more(sequence.user);
-            let first = sequence.start(&mut self.kv);
+            let first = sequence.start(&mut self.kv, room.now);
             if let Some(cached) = first {
                 Counters::add(&self.mailbox.counters.requests, 1);
                 Counters::add(&self.mailbox.counters.cached_tokens, cached);
@@ -87,6 +91,7 @@ impl Scheduler {
             pages: self.kv.available().cast_signed(),
             reserve: 0,
             alone: self.running.is_empty(),
+            now: (self.clock)(),
         };
         for sequence in &self.running {
             room.places -= sequence.width();

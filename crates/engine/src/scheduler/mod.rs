@@ -41,8 +41,6 @@ pub(crate) use mailbox::{Command, Counters, Evaluation, Mailbox};
 pub(crate) const PROMPT_ROWS: usize = 256;
 /// Most rows of prompts in a step with requests that are generating.
 const PROMPT_ROWS_BESIDE_DECODE: usize = 64;
-/// Steps after which a busy scheduler looks whose pages' time is over.
-const STEPS_BETWEEN_LOOKS: u32 = 64;
 
 /// Time since any fixed moment.
 pub(crate) type Clock = fn() -> Duration;
@@ -71,7 +69,6 @@ pub(crate) struct Scheduler {
     /// Requests that are about to give way; kept for its memory.
     victims: Vec<usize>,
     scratch: Scratch,
-    steps: u32,
 }
 
 impl Scheduler {
@@ -95,7 +92,6 @@ impl Scheduler {
             members: Vec::with_capacity(maximum_batch),
             victims: Vec::with_capacity(maximum_batch),
             scratch: Scratch::default(),
-            steps: 0,
         }
     }
 
@@ -110,10 +106,7 @@ impl Scheduler {
             } else {
                 self.step();
             }
-            self.steps = self.steps.wrapping_add(1);
-            if self.steps.is_multiple_of(STEPS_BETWEEN_LOOKS) {
-                self.kv.expire((self.clock)());
-            }
+            self.kv.expire((self.clock)());
             self.publish();
         }
         for mut sequence in self.running.drain(..).chain(self.queue.drain()) {
@@ -296,7 +289,7 @@ impl Scheduler {
     }
 
     fn evaluate(&mut self, evaluation: &Evaluation) {
-        let Some((slot, _)) = self.kv.open(None, &[]) else {
+        let Some((slot, _)) = self.kv.open(None, &[], (self.clock)()) else {
             return;
         };
         let mut first = 0;
