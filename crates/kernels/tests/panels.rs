@@ -268,6 +268,44 @@ fn a_smaller_batch_after_a_larger_one_uses_its_own_rows() {
     assert_same_bits(&y, &expected(&x, 32, &weights).1, "the smaller batch");
 }
 
+/// Digits of masked activations come this way: any number of rows, every instruction set.
+#[test]
+fn integers_that_somebody_else_made_have_exact_sums() {
+    let mut random = Random(23);
+    for team in teams() {
+        // One buffer for all, so that later contents do not see earlier ones.
+        let mut rows = Int8Rows::with_capacity(0, 1);
+        for (count, columns, outputs) in [(4, 1, 1), (24, 67, 33), (52, 4100, 19), (1, 16, 16)] {
+            let w = Weights::random(&mut random, outputs, columns);
+            let x = Weights::random(&mut random, count, columns);
+            rows.assign(&team, &x.quants.concat(), columns);
+            assert_eq!((rows.rows(), rows.columns()), (count, columns));
+            let mut read = vec![0; columns];
+            assert_eq!(rows.row(count - 1, &mut read), 1.0);
+            assert_eq!(read, x.quants[count - 1]);
+            let mut sums = vec![0; count * outputs];
+            matmul_int8_sums(&team, &rows, &w.pack(&team).unwrap(), &mut sums);
+            let expected: Vec<_> = x
+                .quants
+                .iter()
+                .flat_map(|x| w.quants.iter().map(|w| dot(x, w)))
+                .collect();
+            assert!(
+                sums == expected,
+                "{count} x {outputs} x {columns}, {}",
+                describe(&team)
+            );
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "integers reach from -127 to 127")]
+fn an_integer_below_the_range_panics() {
+    let mut rows = Int8Rows::with_capacity(1, 2);
+    rows.assign(&Team::new(1).unwrap(), &[0, -128], 2);
+}
+
 #[test]
 fn no_rows_are_no_product() {
     let team = Team::new(2).unwrap();

@@ -71,13 +71,13 @@ impl Blocks {
     ///
     /// # Panics
     /// If `x` is not a whole number of rows of `columns` elements.
-    pub(super) fn write<S>(
+    pub(super) fn write<E: Sync, S>(
         &mut self,
         team: &Team,
-        x: &[f32],
+        x: &[E],
         columns: usize,
         own: impl Fn() -> S + Sync,
-        write: impl Fn(&mut S, usize, &[f32], &mut [i32], usize) + Sync,
+        write: impl Fn(&mut S, usize, &[E], &mut [i32], usize) + Sync,
     ) {
         self.columns = columns;
         self.rows = row_count(x, columns);
@@ -177,7 +177,7 @@ impl Blocks {
 ///
 /// # Panics
 /// If that is no whole number.
-pub(super) fn row_count(x: &[f32], columns: usize) -> usize {
+pub(super) fn row_count<E>(x: &[E], columns: usize) -> usize {
     assert!(
         columns > 0 && x.len().is_multiple_of(columns),
         "{} is not a number of rows of {columns}",

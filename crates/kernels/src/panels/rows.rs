@@ -94,6 +94,37 @@ impl Int8Rows {
         self.blocks.write(team, x, columns, own, write);
     }
 
+    /// Replaces the contents by integers that somebody else made, row-major, `quants.len() / columns`
+    /// rows, each with scale 1. They reach from -127 to 127, as weights do. Allocates only beyond the
+    /// capacity.
+    ///
+    /// # Panics
+    /// If `quants` is not a whole number of rows of `columns` elements, or holds -128.
+    pub fn assign(&mut self, team: &Team, quants: &[i8], columns: usize) {
+        let rows = row_count(quants, columns);
+        grow(&mut self.scales, rows);
+        grow(&mut self.offsets, rows);
+        self.scales.as_f32_mut()[..rows].fill(1.0);
+        let offsets = SharedMut::new(self.offsets.view_mut::<i32>());
+        let write = |(): &mut (), row: usize, quants: &[i8], words: &mut [i32], stride: usize| {
+            assert!(
+                quants.iter().fold(true, |fine, q| fine & (*q != -128)),
+                "integers reach from -127 to 127"
+            );
+            let (full, rest) = quants.as_chunks::<WORD>();
+            let mut last = [0; WORD];
+            last[..rest.len()].copy_from_slice(rest);
+            let quads = full.iter().chain((!rest.is_empty()).then_some(&last));
+            for (word, quad) in words.iter_mut().step_by(stride).zip(quads) {
+                *word = i32::from_le_bytes(quad.map(|q| q as u8));
+            }
+            let sum: i32 = quants.iter().map(|q| i32::from(*q)).sum();
+            // SAFETY: each row lies in one block, and each block is one member's.
+            unsafe { offsets.slice(row, 1)[0] = sum.wrapping_mul(-128) };
+        };
+        self.blocks.write(team, quants, columns, || (), write);
+    }
+
     /// Rows held.
     pub fn rows(&self) -> usize {
         self.blocks.rows()
