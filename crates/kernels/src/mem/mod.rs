@@ -290,14 +290,9 @@ impl Region {
         } else {
             range.end / PAGE * PAGE
         };
+        self.clear(range);
         if first >= last {
-            self[range].fill(0);
             return 0;
-        }
-        self[range.start..first].fill(0);
-        self.wipe(first..last);
-        if last < range.end {
-            self[last..range.end].fill(0);
         }
         // SAFETY: `first..last` are whole pages inside this mapping and `&mut self` proves that
         // nobody looks at them. A private anonymous page that was dropped reads as zeros, so every

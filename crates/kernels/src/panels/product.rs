@@ -85,7 +85,7 @@ fn as_bits(y: &mut [f32]) -> &mut [i32] {
     unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast(), y.len()) }
 }
 
-pub(super) fn check(x: &Blocks, w: &Panels, elements: usize) {
+fn check(x: &Blocks, w: &Panels, elements: usize) {
     assert_eq!(
         x.columns(),
         w.columns(),
@@ -273,31 +273,44 @@ fn multiply<A: Arithmetic>(team: &Team, arithmetic: A, out: &mut [i32]) {
         return super::tiles::multiply(team, arithmetic, out);
     }
     let isa = team.isa();
-    let blocks = x.count();
     let at_once = panels_at_once(isa.wide(), x.height());
-    let groups = w.count().div_ceil(at_once);
-    let pieces = if blocks == 1 {
-        // Enough for a slow member to be helped out, few enough for each to stream a good length of
-        // memory.
-        team.members() * 8
-    } else {
-        let close = if isa.wide() { CLOSE_WIDE } else { CLOSE_NARROW };
-        let group = at_once * w.lines().min(DEEP) * size_of::<Line>();
-        groups
-            .div_ceil((close / group).max(1))
-            .next_multiple_of(team.members())
-    }
-    .min(groups);
+    let close = if isa.wide() { CLOSE_WIDE } else { CLOSE_NARROW };
     let out = SharedMut::new(out);
-    team.for_each(pieces, |piece| {
-        let first = piece * groups / pieces * at_once;
-        let last = ((piece + 1) * groups / pieces * at_once).min(w.count());
+    divide(team, x, w, (at_once, close), |first, last| {
         let product = Product {
             arithmetic,
             isa,
             out: &out,
         };
         product.panels(first, last, at_once);
+    });
+}
+
+/// Shares out panels: calls `multiply(first, last)` for ranges that are whole groups of `at_once` panels, but for the last.
+/// Blocks of rows take turns on as many panels as fit `close` bytes.
+pub(super) fn divide(
+    team: &Team,
+    x: &Blocks,
+    w: &Panels,
+    (at_once, close): (usize, usize),
+    multiply: impl Fn(usize, usize) + Sync,
+) {
+    let groups = w.count().div_ceil(at_once);
+    let pieces = if x.count() == 1 {
+        // Enough for a slow member to be helped out, few enough for each to stream a good length of
+        // memory.
+        team.members() * 8
+    } else {
+        let group = at_once * w.lines().min(DEEP) * size_of::<Line>();
+        groups
+            .div_ceil((close / group).max(1))
+            .next_multiple_of(team.members())
+    }
+    .min(groups);
+    team.for_each(pieces, |piece| {
+        let first = piece * groups / pieces * at_once;
+        let last = ((piece + 1) * groups / pieces * at_once).min(w.count());
+        multiply(first, last);
     });
 }
 

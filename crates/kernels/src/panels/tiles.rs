@@ -1,8 +1,7 @@
 //! The product of rows on tile registers. A line of a panel is a row of a tile: sixteen lines are the
 //! second factor of a multiplication, sixteen rows of activations of as many words the first.
 
-use super::packed::Line;
-use super::product::{Arithmetic, DEEP, check};
+use super::product::{Arithmetic, DEEP, divide};
 use super::{PANEL, packed::Panels};
 use crate::cpu::TileKernel;
 use crate::isa::amx::{Config, ROW_BYTES, ROWS, Tiles};
@@ -15,23 +14,10 @@ const CLOSE: usize = 1 << 20;
 
 /// Multiplies rows that are [laid out for tiles](super::blocks::Blocks::tiled).
 pub(super) fn multiply<A: Arithmetic>(team: &Team, arithmetic: A, out: &mut [i32]) {
-    let (x, w) = (arithmetic.rows(), arithmetic.panels());
-    check(x, w, out.len());
     let isa = team.isa();
-    let pairs = w.count().div_ceil(2);
-    let pair = 2 * w.lines().min(DEEP) * size_of::<Line>();
-    let pieces = if x.count() == 1 {
-        team.members() * 8
-    } else {
-        pairs
-            .div_ceil((CLOSE / pair).max(1))
-            .next_multiple_of(team.members())
-    }
-    .min(pairs);
+    let (x, w) = (arithmetic.rows(), arithmetic.panels());
     let out = SharedMut::new(out);
-    team.for_each(pieces, |piece| {
-        let first = piece * pairs / pieces * 2;
-        let last = ((piece + 1) * pairs / pieces * 2).min(w.count());
+    divide(team, x, w, (2, CLOSE), |first, last| {
         isa.dispatch_tiles(Piece {
             arithmetic,
             out: &out,

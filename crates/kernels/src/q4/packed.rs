@@ -16,7 +16,7 @@ use half::f16;
 
 use crate::isa::{LANES, Simd};
 use crate::mem::Element;
-use crate::q8::{GROUP, Packed, RowGroup, TILE, ask};
+use crate::q8::{GROUP, Packed, RowGroup, TILE, add, ask, halves};
 
 /// See [`ask`]: unpacking makes lines come more slowly than those of 8 bits.
 const FEW: usize = 1;
@@ -75,41 +75,6 @@ impl Nibbles {
         }
         dots
     }
-}
-
-/// Adds sums times scales and, for encodings that have them, offsets.
-#[inline(always)]
-fn add<V: Simd, const M: usize, const N: usize>(
-    v: V,
-    x: [&RowGroup; M],
-    dots: [[V::I; N]; M],
-    scales: [V::F; N],
-    offsets: Option<[V::F; N]>,
-    mut sums: [[V::F; N]; M],
-) -> [[V::F; N]; M] {
-    for i in 0..M {
-        let scale = v.splat(x[i].scale);
-        for n in 0..N {
-            sums[i][n] = v.fma(v.widen(dots[i][n]), v.mul(scales[n], scale), sums[i][n]);
-        }
-        if let Some(offsets) = offsets {
-            let total = v.splat(x[i].total());
-            for n in 0..N {
-                sums[i][n] = v.fma(offsets[n], total, sums[i][n]);
-            }
-        }
-    }
-    sums
-}
-
-/// Sixteen of a tile's 32 numbers for each of `N` vectors.
-#[inline(always)]
-fn halves<V: Simd, const N: usize>(v: V, numbers: &[f16; TILE], half: usize) -> [V::F; N] {
-    let mut out = [v.splat(0.0); N];
-    for n in 0..N {
-        out[n] = v.load_f16(&numbers.as_chunks::<LANES>().0[half + n]);
-    }
-    out
 }
 
 fn half_at(block: &[u8], at: usize) -> f16 {

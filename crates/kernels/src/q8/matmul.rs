@@ -1,6 +1,8 @@
 //! The product in groups: register-blocked over activation rows, each weight tile streamed once per
 //! block of rows. How a tile holds its weights is a [`Packed`]'s.
 
+use half::f16;
+
 use super::matrix::Q8Matrix;
 use super::rows::{Q8Rows, RowGroup};
 use super::{GROUP, TILE};
@@ -58,6 +60,45 @@ pub(crate) trait Packed: Element {
         dots: [[V::I; N]; M],
         sums: [[V::F; N]; M],
     ) -> [[V::F; N]; M];
+}
+
+/// Adds sums times scales and, for encodings that have them, offsets.
+#[inline(always)]
+pub(crate) fn add<V: Simd, const M: usize, const N: usize>(
+    v: V,
+    x: [&RowGroup; M],
+    dots: [[V::I; N]; M],
+    scales: [V::F; N],
+    offsets: Option<[V::F; N]>,
+    mut sums: [[V::F; N]; M],
+) -> [[V::F; N]; M] {
+    for i in 0..M {
+        let scale = v.splat(x[i].scale);
+        for n in 0..N {
+            sums[i][n] = v.fma(v.widen(dots[i][n]), v.mul(scales[n], scale), sums[i][n]);
+        }
+        if let Some(offsets) = offsets {
+            let total = v.splat(x[i].total());
+            for n in 0..N {
+                sums[i][n] = v.fma(offsets[n], total, sums[i][n]);
+            }
+        }
+    }
+    sums
+}
+
+/// Sixteen of a tile's 32 numbers for each of `N` vectors.
+#[inline(always)]
+pub(crate) fn halves<V: Simd, const N: usize>(
+    v: V,
+    numbers: &[f16; TILE],
+    half: usize,
+) -> [V::F; N] {
+    let mut out = [v.splat(0.0); N];
+    for n in 0..N {
+        out[n] = v.load_f16(&numbers.as_chunks::<LANES>().0[half + n]);
+    }
+    out
 }
 
 /// All weights of a matrix, tile by tile.

@@ -15,11 +15,11 @@
 use half::f16;
 use zeroize::Zeroizing;
 
-use super::matmul::{Packed, Tiles, ask};
+use super::matmul::{Packed, Tiles, add, ask, halves};
 use super::rows::{RowGroup, largest_magnitude, load_group, round};
 use super::{GROUP, TILE};
 use crate::cpu::Kernel;
-use crate::isa::{LANES, Simd};
+use crate::isa::Simd;
 use crate::mem::{Element, MemReport, Purpose, Region};
 use crate::pack::{FirstFault, PackError};
 use crate::team::Team;
@@ -91,19 +91,9 @@ impl Packed for PackedGroup {
         (_, half): (usize, usize),
         x: [&RowGroup; M],
         dots: [[V::I; N]; M],
-        mut sums: [[V::F; N]; M],
+        sums: [[V::F; N]; M],
     ) -> [[V::F; N]; M] {
-        let mut scales = [v.splat(0.0); N];
-        for n in 0..N {
-            scales[n] = v.load_f16(&self.scales.as_chunks::<LANES>().0[half + n]);
-        }
-        for i in 0..M {
-            let scale = v.splat(x[i].scale);
-            for n in 0..N {
-                sums[i][n] = v.fma(v.widen(dots[i][n]), v.mul(scales[n], scale), sums[i][n]);
-            }
-        }
-        sums
+        add(v, x, dots, halves(v, &self.scales, half), None, sums)
     }
 }
 

@@ -15,7 +15,7 @@ mod matrix;
 mod rows;
 
 pub use crate::pack::PackError;
-pub(crate) use matmul::{Columns, Packed, Tiles, ask, multiply};
+pub(crate) use matmul::{Columns, Packed, Tiles, add, ask, halves, multiply};
 pub use matmul::{matmul_q8, matmul_q8_in};
 pub use matrix::Q8Matrix;
 pub use rows::Q8Rows;
