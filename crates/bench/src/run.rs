@@ -371,12 +371,14 @@ impl<'a> Run<'a> {
             .partition(|c| c + tokens <= context);
         let within: Vec<usize> = within;
         let mut rounds: Vec<ContextRounds> = within.iter().map(|_| Default::default()).collect();
+        let mut before = self.read_now()?;
         for round in 1..=self.rounds() {
             for (&prompt, of) in within.iter().zip(&mut rounds) {
                 self.note(&format!("decode at {prompt}, round {round}"));
-                let before = self.read_now()?;
                 let answers = self.answers(Load::single(prompt, tokens))?;
-                let read = f64::midpoint(before, self.read_now()?);
+                let after = self.read_now()?;
+                let read = f64::midpoint(before, after);
+                before = after;
                 let gaps: Vec<f64> = answers[0].gaps().map(|gap| gap * 1e3).collect();
                 let decode = 1e3 / Summary::of(&gaps).context("there are tokens")?.median;
                 let middle = prompt as f64 + tokens as f64 / 2.0;
@@ -415,16 +417,18 @@ impl<'a> Run<'a> {
         let batches = self.protocol.batches.clone();
         let context = prompt as f64 + tokens as f64 / 2.0;
         let mut rounds: Vec<BatchRounds> = batches.iter().map(|_| Default::default()).collect();
+        let mut before = self.read_now()?;
         for round in 1..=self.rounds() {
             for (&batch, of) in batches.iter().zip(&mut rounds) {
                 self.note(&format!("a batch of {batch}, round {round}"));
-                let before = self.read_now()?;
                 let load = Load {
                     batch,
                     ..Load::single(prompt, tokens)
                 };
                 let answers = self.answers(load)?;
-                let read = f64::midpoint(before, self.read_now()?);
+                let after = self.read_now()?;
+                let read = f64::midpoint(before, after);
+                before = after;
                 let decode = drive::rate_together(&answers).with_context(|| {
                     format!("{batch} requests of {tokens} tokens never generated at the same time")
                 })?;
