@@ -1,5 +1,5 @@
-//! System calls of the engine's threads while they decode, counted by `strace`, which attaches to this process for that long.
-//! Where there is no tracer, or it may not attach, the result says so: never zero.
+//! System calls of the engine's threads while they decode, counted by `strace`, which attaches to those threads for that
+//! long, and to no others: each stop of a thread wakes the tracer, which takes the processor from somebody. Where there is no tracer, or it may not attach, the result says so: never zero.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -66,15 +66,16 @@ fn count(engine: &Engine, prompt: usize, tokens: usize) -> Result<SystemCalls> {
     let log = tempfile::NamedTempFile::new()?;
     std::thread::scope(|scope| {
         let answer = scope.spawn(|| drive::run(engine, load, 0x5ca1, Some(&watch)));
-        let reached = |count: usize| {
+        let reached = |count: usize, look: Duration| {
             while generated() < count && !answer.is_finished() {
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(look);
             }
         };
-        reached(BEFORE);
-        let traced = Tracer::attach(log.path()).and_then(|tracer| {
+        reached(BEFORE, Duration::from_millis(1));
+        let traced = Tracer::attach(log.path(), &threads).and_then(|tracer| {
             let first = generated();
-            reached(first + tokens);
+            // Seldom: looking, too, takes the processor from somebody.
+            reached(first + tokens, Duration::from_millis(50));
             let traced = generated() - first;
             tracer.detach()?;
             ensure!(
@@ -140,15 +141,16 @@ fn calls_by_name(log: &str, threads: &[u32]) -> BTreeMap<String, u64> {
     names
 }
 
-/// A running `strace` of this process.
+/// A running `strace` of some threads.
 struct Tracer(Child);
 
 impl Tracer {
-    fn attach(log: &std::path::Path) -> Result<Tracer> {
+    fn attach(log: &std::path::Path, threads: &[u32]) -> Result<Tracer> {
+        let ids: Vec<String> = threads.iter().map(u32::to_string).collect();
         let mut child = Command::new("strace")
-            .args(["-f", "-o"])
+            .arg("-o")
             .arg(log)
-            .args(["-p", &std::process::id().to_string()])
+            .args(["-p", &ids.join(",")])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -169,9 +171,15 @@ impl Tracer {
         });
         let deadline = Instant::now() + PATIENCE;
         let mut said = String::new();
+        let mut attached = 0;
         loop {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) if line.contains(" attached") => return Ok(tracer),
+                Ok(line) if line.contains(" attached") => {
+                    attached += 1;
+                    if attached == threads.len() {
+                        return Ok(tracer);
+                    }
+                }
                 Ok(line) => said = line,
                 Err(mpsc::RecvTimeoutError::Timeout) => bail!("strace did not attach in time"),
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
