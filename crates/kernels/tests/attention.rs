@@ -9,7 +9,9 @@ use casemate_kernels::attention::{
 use casemate_kernels::cpu::Isa;
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
+use half::bf16;
 use proptest::prelude::*;
+use std::ops::Range;
 use support::{Random, assert_same_bits, describe, teams};
 
 /// One sequence's projected tokens.
@@ -343,44 +345,24 @@ fn a_context_is_shared_out_or_not_with_the_same_bits() {
     }
 }
 
-/// What the page says of int8, in plain loops.
-fn int8_definition(case: &Case, t: &Tokens) -> Vec<f32> {
-    let quantise = |x: &[f32]| -> (f32, Vec<i32>) {
-        let largest = x.iter().fold(0f32, |a, b| a.max(b.abs()));
-        if largest < 1e-30 {
-            return (0.0, vec![0; x.len()]);
-        }
-        let scale = largest / 127.0;
-        let inverse = 1.0 / scale;
-        let quant = |x: &f32| (x * inverse).round_ties_even() as i32;
-        (scale, x.iter().map(quant).collect())
-    };
-    let head = |x: &[f32], heads: usize, token: usize, head: usize| {
-        quantise(&x[(token * heads + head) * case.dim..][..case.dim])
-    };
-    let rotation = Rotation::new(case.dim);
-    let rotated = |x: &[f32], heads: usize, token: usize, head: usize| {
-        let mut x = x[(token * heads + head) * case.dim..][..case.dim].to_vec();
-        rotation.apply(Isa::SCALAR, &mut x);
-        quantise(&x)
-    };
+/// What the page says of products other than with f32 or f16, in plain loops. `score(token, head,
+/// position)` is before it is scaled, `gather(weights, positions, key/value head)` what a segment comes
+/// to.
+fn definition(
+    case: &Case,
+    score: impl Fn(usize, usize, usize) -> f32,
+    gather: impl Fn(&[f32], Range<usize>, usize) -> Vec<f32>,
+) -> Vec<f32> {
     let scale = 1.0 / (case.dim as f32).sqrt();
     let mut out = vec![];
     for token in 0..case.tokens {
         let first = case.window.map_or(0, |w| (token + 1).saturating_sub(w));
         for h in 0..case.heads {
-            let kv = h / (case.heads / case.kv_heads);
-            let (query_scale, query) = rotated(&t.queries, case.heads, token, h);
             let (mut largest, mut sum) = (f32::NEG_INFINITY, 0f32);
             let mut total = vec![0f32; case.dim];
             for segment in first / SEGMENT..=token / SEGMENT {
                 let seen = first.max(segment * SEGMENT)..(token + 1).min((segment + 1) * SEGMENT);
-                let score = |p: usize| {
-                    let (key_scale, key) = rotated(&t.keys, case.kv_heads, p, kv);
-                    let dot: i32 = key.iter().zip(&query).map(|(k, q)| k * q).sum();
-                    dot as f32 * key_scale * query_scale * scale
-                };
-                let scores: Vec<f32> = seen.clone().map(score).collect();
+                let scores: Vec<f32> = seen.clone().map(|p| score(token, h, p) * scale).collect();
                 let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let weights: Vec<f32> = scores.iter().map(|s| exp(s - most)).collect();
                 let mut lanes = [0f32; 16];
@@ -392,21 +374,12 @@ fn int8_definition(case: &Case, t: &Tokens) -> Vec<f32> {
                         lanes[i] += lanes[i + half];
                     }
                 }
-                let values: Vec<_> = seen
-                    .map(|p| head(&t.values, case.kv_heads, p, kv))
-                    .collect();
-                let scaled: Vec<f32> = weights.iter().zip(&values).map(|(w, v)| w * v.0).collect();
-                let top = scaled.iter().copied().fold(0f32, f32::max);
-                let quants: Vec<i32> = scaled
-                    .iter()
-                    .map(|w| (w * (32767.0 / top)).round_ties_even() as i32)
-                    .collect();
                 let now = largest.max(most);
                 let (keep, add) = (exp(largest - now), exp(most - now));
                 sum = lanes[0].mul_add(add, sum * keep);
-                for (d, total) in total.iter_mut().enumerate() {
-                    let dot: i32 = quants.iter().zip(&values).map(|(q, v)| q * v.1[d]).sum();
-                    *total = (dot as f32 * (top / 32767.0)).mul_add(add, *total * keep);
+                let gathered = gather(&weights, seen, h / (case.heads / case.kv_heads));
+                for (total, x) in total.iter_mut().zip(gathered) {
+                    *total = x.mul_add(add, *total * keep);
                 }
                 largest = now;
             }
@@ -414,6 +387,82 @@ fn int8_definition(case: &Case, t: &Tokens) -> Vec<f32> {
         }
     }
     out
+}
+
+fn int8_definition(case: &Case, t: &Tokens) -> Vec<f32> {
+    let quantise = |x: &[f32]| -> (f32, Vec<i32>) {
+        let largest = x.iter().fold(0f32, |a, b| a.max(b.abs()));
+        if largest < 1e-30 {
+            return (0.0, vec![0; x.len()]);
+        }
+        let scale = largest / 127.0;
+        let inverse = 1.0 / scale;
+        let quant = |x: &f32| (x * inverse).round_ties_even() as i32;
+        (scale, x.iter().map(quant).collect())
+    };
+    let row = |x: &[f32], heads: usize, token: usize, head: usize| {
+        x[(token * heads + head) * case.dim..][..case.dim].to_vec()
+    };
+    let rotation = Rotation::new(case.dim);
+    let rotated = |x: &[f32], heads: usize, token: usize, head: usize| {
+        let mut x = row(x, heads, token, head);
+        rotation.apply(Isa::SCALAR, &mut x);
+        quantise(&x)
+    };
+    let score = |token: usize, h: usize, p: usize| {
+        let kv = h / (case.heads / case.kv_heads);
+        let (query_scale, query) = rotated(&t.queries, case.heads, token, h);
+        let (key_scale, key) = rotated(&t.keys, case.kv_heads, p, kv);
+        let dot: i32 = key.iter().zip(&query).map(|(k, q)| k * q).sum();
+        dot as f32 * key_scale * query_scale
+    };
+    let gather = |weights: &[f32], seen: Range<usize>, kv: usize| {
+        let value = |p| quantise(&row(&t.values, case.kv_heads, p, kv));
+        let values: Vec<_> = seen.map(value).collect();
+        let scaled: Vec<f32> = weights.iter().zip(&values).map(|(w, v)| w * v.0).collect();
+        let top = scaled.iter().copied().fold(0f32, f32::max);
+        let quant = |w: &f32| (w * (32767.0 / top)).round_ties_even() as i32;
+        let quants: Vec<i32> = scaled.iter().map(quant).collect();
+        let sum = |d: usize| -> f32 {
+            let dot: i32 = quants.iter().zip(&values).map(|(q, v)| q * v.1[d]).sum();
+            dot as f32 * (top / 32767.0)
+        };
+        (0..case.dim).map(sum).collect()
+    };
+    definition(case, score, gather)
+}
+
+fn bf16_definition(case: &Case, t: &Tokens) -> Vec<f32> {
+    let round = |x: f32| {
+        let x = bf16::from_f32(x).to_f32();
+        if x.abs() < 2f32.powi(-56) { 0.0 } else { x }
+    };
+    let element = |x: &[f32], heads: usize, token: usize, head: usize, d: usize| {
+        round(x[(token * heads + head) * case.dim + d])
+    };
+    // Numbers of a pair are `2k` and `2k + 1`, the second comes first.
+    let order = |i: &usize| (i / 2, 1 - i % 2);
+    let score = |token: usize, h: usize, p: usize| {
+        let kv = h / (case.heads / case.kv_heads);
+        let mut elements: Vec<usize> = (0..case.dim).collect();
+        elements.sort_by_key(order);
+        elements.iter().fold(0f32, |sum, &d| {
+            let key = element(&t.keys, case.kv_heads, p, kv, d);
+            key.mul_add(element(&t.queries, case.heads, token, h, d), sum)
+        })
+    };
+    let gather = |weights: &[f32], seen: Range<usize>, kv: usize| {
+        let mut positions: Vec<usize> = seen.clone().collect();
+        positions.sort_by_key(order);
+        let sum = |d: usize| {
+            positions.iter().fold(0f32, |sum, &p| {
+                let value = element(&t.values, case.kv_heads, p, kv, d);
+                value.mul_add(round(weights[p - seen.start]), sum)
+            })
+        };
+        (0..case.dim).map(sum).collect()
+    };
+    definition(case, score, gather)
 }
 
 /// The kernels' own e^x: `softmax` of two numbers gives it away.
@@ -443,7 +492,7 @@ fn exp(x: f32) -> f32 {
 }
 
 #[test]
-fn int8_is_what_it_is_defined_as() {
+fn int8_and_bf16_are_what_they_are_defined_as() {
     let mut random = Random(26);
     for (heads, kv_heads, dim, tokens, window) in [
         (8, 2, 64, SEGMENT + 40, None),
@@ -458,15 +507,18 @@ fn int8_is_what_it_is_defined_as() {
             tokens,
             window,
         };
-        let t = case.tokens(&mut random);
-        let out = case.run(
-            &Team::new(2).unwrap(),
-            &t,
-            KvType::Int8,
-            &pages_for(tokens),
-            &[tokens],
-        );
-        assert_same_bits(&out, &int8_definition(&case, &t), &format!("{case:?}"));
+        let mut t = case.tokens(&mut random);
+        // Weights below 2^-56, and numbers that are subnormal or nearly so.
+        t.queries[..dim].fill(90.0);
+        t.values[0] = 1e-39;
+        t.keys[dim / 2] = 2f32.powi(-57);
+        let run = |kv_type| {
+            let team = Team::new(2).unwrap();
+            case.run(&team, &t, kv_type, &pages_for(tokens), &[tokens])
+        };
+        let what = format!("{case:?}");
+        assert_same_bits(&run(KvType::Int8), &int8_definition(&case, &t), &what);
+        assert_same_bits(&run(KvType::Bf16), &bf16_definition(&case, &t), &what);
     }
 }
 
@@ -527,14 +579,39 @@ fn a_number_that_is_none_does_not_reach_tokens_before_it() {
     };
     let mut t = case.tokens(&mut Random(28));
     let pages = pages_for(6);
-    for kv_type in KvType::ALL {
+    // The first and the second position of a pair.
+    for (kv_type, bad) in KvType::ALL.iter().flat_map(|t| [(*t, 4), (*t, 5)]) {
         let clean = case.run(&team, &t, kv_type, &pages, &[6]);
-        let (key, value) = (t.keys[4 * 8], t.values[4 * 8]);
-        (t.keys[4 * 8], t.values[4 * 8]) = (f32::NAN, f32::NAN);
+        let (key, value) = (t.keys[bad * 8], t.values[bad * 8]);
+        (t.keys[bad * 8], t.values[bad * 8]) = (f32::NAN, f32::NAN);
         let out = case.run(&team, &t, kv_type, &pages, &[6]);
-        assert_same_bits(&out[..4 * 24], &clean[..4 * 24], "before");
-        assert!(out[4 * 24..].iter().any(|x| x.is_nan()));
-        (t.keys[4 * 8], t.values[4 * 8]) = (key, value);
+        assert_same_bits(&out[..bad * 24], &clean[..bad * 24], "before");
+        assert!(out[bad * 24..].iter().any(|x| x.is_nan()));
+        (t.keys[bad * 8], t.values[bad * 8]) = (key, value);
+    }
+}
+
+#[test]
+fn a_number_that_is_none_is_forgotten_outside_the_window() {
+    let team = Team::new(1).unwrap();
+    let case = Case {
+        heads: 3,
+        kv_heads: 1,
+        dim: 8,
+        tokens: 7,
+        window: Some(3),
+    };
+    let mut t = case.tokens(&mut Random(29));
+    let pages = pages_for(7);
+    for (kv_type, bad) in KvType::ALL.iter().flat_map(|t| [(*t, 0), (*t, 1)]) {
+        let clean = case.run(&team, &t, kv_type, &pages, &[7]);
+        let (key, value) = (t.keys[bad * 8], t.values[bad * 8]);
+        (t.keys[bad * 8], t.values[bad * 8]) = (f32::NAN, f32::NAN);
+        let out = case.run(&team, &t, kv_type, &pages, &[7]);
+        let after = (bad + 3) * 24;
+        assert_same_bits(&out[after..], &clean[after..], "after");
+        assert!(out[bad * 24..after].iter().any(|x| x.is_nan()));
+        (t.keys[bad * 8], t.values[bad * 8]) = (key, value);
     }
 }
 

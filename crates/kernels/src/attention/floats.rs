@@ -1,9 +1,9 @@
-//! Products with keys and values that are stored as numbers: f32, f16 or bf16. They are widened to
+//! Products with keys and values that are stored as numbers: f32 or f16. They are widened to
 //! f32 a part of a block at a time, once for all queries of an item.
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::item::{Ahead, Item, Products, Query, Weights};
 use super::{KvType, PAGE, SEGMENT};
@@ -32,13 +32,6 @@ impl Stored for f16 {
     #[inline(always)]
     fn load<V: Simd>(v: V, x: &[f16; LANES]) -> V::F {
         v.load_f16(x)
-    }
-}
-
-impl Stored for bf16 {
-    #[inline(always)]
-    fn load<V: Simd>(v: V, x: &[bf16; LANES]) -> V::F {
-        v.load_bf16(x)
     }
 }
 
@@ -71,8 +64,9 @@ impl<V: Simd> Products<V> for Floats {
             let rows = ROWS.min(dim - first);
             match item.head.shape.kv_type {
                 KvType::F16 => self.keys::<V, f16>(v, item, block, first, rows),
-                KvType::Bf16 => self.keys::<V, bf16>(v, item, block, first, rows),
-                KvType::F32 | KvType::Int8 => self.keys::<V, f32>(v, item, block, first, rows),
+                KvType::F32 | KvType::Bf16 | KvType::Int8 => {
+                    self.keys::<V, f32>(v, item, block, first, rows)
+                }
             }
             let elements = first..first + rows;
             let mut ahead = ahead.part(first / ROWS, dim.div_ceil(ROWS));
@@ -120,8 +114,7 @@ impl<V: Simd> Products<V> for Floats {
                 let columns = VECTORS.min(stride - 1 - column);
                 match item.head.shape.kv_type {
                     KvType::F16 => self.part::<V, f16>(v, item, block, column, columns),
-                    KvType::Bf16 => self.part::<V, bf16>(v, item, block, column, columns),
-                    KvType::F32 | KvType::Int8 => {
+                    KvType::F32 | KvType::Bf16 | KvType::Int8 => {
                         self.part::<V, f32>(v, item, block, column, columns);
                     }
                 }

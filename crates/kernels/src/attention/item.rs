@@ -1,9 +1,11 @@
 //! The way of some queries of one key/value head through their context, whatever the products are
 //! made of: scores, weights, values, segment by segment.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::slice::Chunks;
 
+use super::bf16::Bf16;
 use super::floats::Floats;
 use super::int8::Int8;
 use super::{Attention, ITEM, KvPool, KvShape, KvType, MAX_HEAD_DIM, PAGE, SEGMENT, Span};
@@ -159,9 +161,24 @@ impl Kernel for Item<'_> {
     #[inline(always)]
     fn run<V: Simd>(self, v: V) {
         match self.head.shape.kv_type {
-            KvType::F32 | KvType::F16 | KvType::Bf16 => self.over::<V, Floats>(v),
+            KvType::F32 | KvType::F16 => self.over::<V, Floats>(v),
             KvType::Int8 => self.over::<V, Int8>(v),
+            KvType::Bf16 => unreachable!("keys of bf16 are multiplied in pairs"),
         }
+    }
+}
+
+/// An item with keys and values of bf16.
+pub(super) struct InPairs<'a>(pub(super) Item<'a>);
+
+impl Kernel for InPairs<'_> {
+    type Output = ();
+
+    const BF16: bool = true;
+
+    #[inline(always)]
+    fn run<V: Simd>(self, v: V) {
+        self.0.over::<V, Bf16>(v);
     }
 }
 
@@ -192,15 +209,15 @@ impl Item<'_> {
                 (segment..segment + 1, partials.as_chunks_mut().0, None)
             }
             Target::Out(out) => {
-                own = [[0f32; LANES]; ITEM * GATHERED];
-                let own = &mut own[..queries.len() * stride];
+                own = [const { MaybeUninit::uninit() }; ITEM * GATHERED];
+                let own = zeroed(&mut own[..queries.len() * stride]);
                 (first / SEGMENT..end.div_ceil(SEGMENT), own, Some(out))
             }
             Target::None => return,
         };
         let totals = if out.is_some() {
-            own_totals = [[0f32; LANES]; ITEM * GATHERED];
-            &mut own_totals[..queries.len() * stride]
+            own_totals = [const { MaybeUninit::uninit() }; ITEM * GATHERED];
+            zeroed(&mut own_totals[..queries.len() * stride])
         } else {
             &mut []
         };
@@ -267,6 +284,14 @@ impl Item<'_> {
         }
         products.values(v, self, blocks, queries, weights, gathered);
     }
+}
+
+/// Zeros as many vectors as are asked for: heads are mostly narrower than there is room for.
+#[inline(always)]
+fn zeroed(room: &mut [MaybeUninit<[f32; LANES]>]) -> &mut [[f32; LANES]] {
+    room.fill(MaybeUninit::new([0.0; LANES]));
+    // SAFETY: all of it was just written.
+    unsafe { room.assume_init_mut() }
 }
 
 /// Scales the scores at the positions seen, turns them into weights, and notes their maximum and sum.

@@ -5,7 +5,7 @@
 //! numbers per sequence) and may share pages between sequences; nothing here allocates or frees
 //! them.
 //!
-//! Order of sums, per query and head, with keys and values in f32, f16 or bf16. The context is cut
+//! Order of sums, per query and head, with keys and values in f32 or f16. The context is cut
 //! into *segments* of [`SEGMENT`] positions, from position 0. In a segment: scores by fused
 //! multiply-add over d from zero, then times `scale`; their maximum m; weights exp(score - m); their
 //! sum l, position p in lane p mod 16, lanes added up as everywhere; values by fused multiply-add of
@@ -14,11 +14,12 @@
 //! new side by fused multiply-add. At the end values are multiplied by 1 / l. Segments in which a
 //! query sees nothing play no part.
 //!
-//! int8 has the same order with other products inside a segment, see `int8`.
+//! bf16 and int8 have the same order with other products inside a segment, see `bf16` and `int8`.
 //!
 //! So no instruction set, thread count, batch or page assignment changes a bit of the result, and it
 //! is all the same whether one member works through a query's segments or several share them.
 
+mod bf16;
 mod floats;
 mod int8;
 mod item;
@@ -32,7 +33,7 @@ pub use spans::{Span, Spans};
 use std::io;
 use std::ops::Range;
 
-use item::{Head, Item, Merge, Target};
+use item::{Head, InPairs, Item, Merge, Target};
 
 use crate::isa::LANES;
 use crate::mem::{Purpose, Region};
@@ -189,13 +190,17 @@ impl Attention {
                         (0..division.queries, Target::Segment(segment, partials))
                     }
                 };
-                isa.dispatch(Item {
+                let item = Item {
                     head,
                     pool,
                     queries,
                     which: queries_of_head,
                     target,
-                });
+                };
+                match shape.kv_type {
+                    KvType::Bf16 => isa.dispatch(InPairs(item)),
+                    KvType::F32 | KvType::F16 | KvType::Int8 => isa.dispatch(item),
+                }
                 return;
             }
         });

@@ -2,25 +2,28 @@
 //!
 //! ```text
 //! page: for each layer, for each key/value head:
-//!   f32, f16, bf16   keys    head_dim x 64 elements    row d: element d of positions 0..64
-//!                    values  64 x padded elements      row p: the value of position p, zero-padded to a multiple of 16
-//!   int8             64 x f32   scale of each position's key
-//!                    keys       (head_dim / 4, rounded up) x 64 x 4 bytes, each 128 above the quant:
-//!                               quad q of position p holds elements 4q..4q+4
-//!                    64 x f32   scale of each position's value
-//!                    values     32 x padded x 2 quants: pair r holds, element by element, positions 2r and 2r + 1
+//!   f32, f16   keys    head_dim x 64 elements    row d: element d of positions 0..64
+//!              values  64 x padded elements      row p: the value of position p, zero-padded to a multiple of 16
+//!   bf16       keys    (head_dim / 2, rounded up) x 64 x 2 elements: pair q of position p holds elements 2q and 2q + 1
+//!              values  32 x padded x 2 elements: pair r holds, element by element, positions 2r and 2r + 1
+//!   int8       64 x f32   scale of each position's key
+//!              keys       (head_dim / 4, rounded up) x 64 x 4 bytes, each 128 above the quant:
+//!                         quad q of position p holds elements 4q..4q+4
+//!              64 x f32   scale of each position's value
+//!              values     32 x padded x 2 quants, in pairs as of bf16
 //! ```
 //! Rows of keys hold positions, so that sixteen scores need no sum over lanes.
 
 use std::io;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::quant::quantise;
 use super::{MAX_HEAD_DIM, PAGE, Spans};
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd};
 use crate::mem::{Element, Granted, MemReport, Purpose, Region};
+use crate::panels::round_bf16;
 use crate::rotate::Rotation;
 use crate::team::{SharedMut, Team};
 
@@ -32,6 +35,7 @@ pub enum KvType {
     /// Rounded to half precision: half the memory and memory traffic.
     F16,
     /// Rounded to bfloat16: as small as `F16`, with the range of `F32` and 8 instead of 11 bits.
+    /// Queries and attention's weights are rounded as well, and multiplied in pairs.
     Bf16,
     /// 8-bit integers with one f32 scale for each position's key and one for its value, head by
     /// head. Queries and attention's weights are quantised as well, to 8 and 15 bits.
@@ -89,7 +93,8 @@ impl KvShape {
     fn key_bytes(&self) -> usize {
         match self.kv_type {
             KvType::F32 => PAGE * self.head_dim * size_of::<f32>(),
-            KvType::F16 | KvType::Bf16 => PAGE * self.head_dim * size_of::<u16>(),
+            KvType::F16 => PAGE * self.head_dim * size_of::<u16>(),
+            KvType::Bf16 => PAGE * self.head_dim.next_multiple_of(2) * size_of::<u16>(),
             KvType::Int8 => SCALES + PAGE * self.head_dim.next_multiple_of(4),
         }
     }
@@ -286,6 +291,18 @@ impl KvPool {
         self.part(start, self.shape.value_bytes()).as_chunks().0
     }
 
+    /// The keys of one head of one page: four lines to each pair of elements.
+    #[inline(always)]
+    pub(super) fn bf16_keys(&self, page: u32, layer: usize, kv_head: usize) -> &[[u8; 64]] {
+        self.bytes(page, layer, kv_head).0.as_chunks().0
+    }
+
+    /// The values of one head of one page: `padded_dim / 16` lines to each pair of positions.
+    #[inline(always)]
+    pub(super) fn bf16_values(&self, page: u32, layer: usize, kv_head: usize) -> &[[u8; 64]] {
+        self.bytes(page, layer, kv_head).1.as_chunks().0
+    }
+
     /// The scales of the keys of one head of one page, and their lines: four to each quad.
     #[inline(always)]
     pub(super) fn int8_keys(
@@ -334,6 +351,11 @@ impl KvPool {
     }
 }
 
+/// The bytes of a bf16.
+fn half(x: f32) -> [u8; 2] {
+    (round_bf16(x) as u16).to_ne_bytes()
+}
+
 /// Stores the key and the value of one position in its head.
 struct Write<'a> {
     shape: KvShape,
@@ -352,7 +374,7 @@ impl Kernel for Write<'_> {
         match self.shape.kv_type {
             KvType::F32 => self.floats(f32::to_ne_bytes),
             KvType::F16 => self.floats(|x| f16::from_f32(x).to_ne_bytes()),
-            KvType::Bf16 => self.floats(|x| bf16::from_f32(x).to_ne_bytes()),
+            KvType::Bf16 => self.pairs(),
             KvType::Int8 => self.int8(v),
         }
     }
@@ -368,6 +390,19 @@ impl Write<'_> {
         let row = &mut values[self.slot * self.shape.padded_dim()..];
         for (to, x) in row.iter_mut().zip(self.value) {
             *to = bytes(*x);
+        }
+    }
+
+    fn pairs(self) {
+        let (keys, values) = self.head.split_at_mut(self.shape.key_bytes());
+        let keys = keys.as_chunks_mut::<2>().0;
+        for (d, x) in self.key.iter().enumerate() {
+            keys[(d / 2 * PAGE + self.slot) * 2 + d % 2] = half(*x);
+        }
+        let row = self.slot / 2 * self.shape.padded_dim();
+        let row = &mut values.as_chunks_mut::<2>().0[2 * row + self.slot % 2..];
+        for (to, x) in row.iter_mut().step_by(2).zip(self.value) {
+            *to = half(*x);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{LANES, Simd};
 use crate::cpu::Kernel;
@@ -129,20 +129,6 @@ unsafe impl Simd for Avx2 {
             F(
                 _mm256_cvtph_ps(_mm_loadu_si128(p)),
                 _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))),
-            )
-        }
-    }
-    #[inline(always)]
-    fn load_bf16(self, x: &[bf16; LANES]) -> F {
-        // SAFETY: AVX2 by `self`; bf16 is a transparent u16, so the reference covers both 16-byte
-        // halves.
-        unsafe {
-            let p: *const __m128i = x.as_ptr().cast();
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(1)));
-            F(
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
             )
         }
     }

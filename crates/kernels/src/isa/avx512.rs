@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{LANES, Simd};
 use crate::cpu::Kernel;
@@ -116,15 +116,6 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         // SAFETY: AVX-512F and AVX by `self`; f16 is a transparent u16, so the reference covers the
         // 32 bytes read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
-    }
-    #[inline(always)]
-    fn load_bf16(self, x: &[bf16; LANES]) -> __m512 {
-        // SAFETY: AVX-512F and AVX by `self`; bf16 is a transparent u16, so the reference covers the
-        // 32 bytes read.
-        unsafe {
-            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-        }
     }
     #[inline(always)]
     fn load_u8(self, x: &[u8; LANES]) -> __m512 {

@@ -51,8 +51,6 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
     fn store(self, x: Self::F, to: &mut [f32; LANES]);
     /// Sixteen half-precision numbers, widened exactly.
     fn load_f16(self, x: &[half::f16; LANES]) -> Self::F;
-    /// Sixteen bfloat16 numbers, widened exactly.
-    fn load_bf16(self, x: &[half::bf16; LANES]) -> Self::F;
     /// Sixteen unsigned bytes, widened exactly.
     fn load_u8(self, x: &[u8; LANES]) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;

@@ -69,10 +69,6 @@ unsafe impl Simd for Scalar {
         x.map(f16::to_f32_const)
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[bf16; LANES]) -> Self::F {
-        x.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16))
-    }
-    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| a + b)
     }

@@ -22,7 +22,7 @@ const SMALLEST: u32 = (127 - 56) << 23;
 
 /// The bf16 of a number as its upper half, rounded to nearest even; zero below 2^-56.
 #[inline(always)]
-fn round(x: f32) -> u32 {
+pub(crate) fn round(x: f32) -> u32 {
     let bits = x.to_bits();
     let magnitude = bits & 0x7FFF_FFFF;
     let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;

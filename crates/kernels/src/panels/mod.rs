@@ -54,6 +54,7 @@ mod rows;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+pub(crate) use bf16::round as round_bf16;
 pub use bf16::{Bf16Matrix, Bf16Rows};
 pub use int8::Int8Matrix;
 pub use product::{matmul_bf16, matmul_int8, matmul_int8_sums, scale_sums};
