@@ -29,6 +29,8 @@ pub mod sampler;
 mod scheduler;
 mod sequence;
 mod stop;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 mod weights;
 

@@ -1,33 +1,9 @@
 use super::*;
 use crate::model::Wanted;
-use casemate_container::{Family, RopeLayout, RopeScaling};
+use crate::testing::small_config;
 use casemate_kernels::attention::{Attention, AttentionScratch};
 use casemate_kernels::team::Team;
 use proptest::prelude::*;
-
-fn config() -> ModelConfig {
-    ModelConfig {
-        family: Family::Llama,
-        hidden: 8,
-        layers: 2,
-        heads: 2,
-        kv_heads: 1,
-        head_dim: 4,
-        ffn: 8,
-        vocab: 8,
-        context: 1000,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: RopeScaling::None,
-        rope_layout: RopeLayout::Half,
-        sliding_window: None,
-        tied_embeddings: true,
-        qkv_bias: false,
-        bos: None,
-        eos: vec![],
-        add_bos: false,
-    }
-}
 
 /// Keys 4 wide, values padded to 16, f32, two layers.
 const PAGE_BYTES: u64 = (PAGE * (4 + 16) * 4 * 2) as u64;
@@ -42,7 +18,7 @@ fn cache() -> KvCache {
 fn sized(pages: u64, slots: usize, each: usize) -> KvCache {
     let bytes = Some(pages * PAGE_BYTES + 1);
     let age = seconds(10);
-    let cache = KvCache::new(&config(), KvType::F32, each * PAGE, slots, bytes, age).unwrap();
+    let cache = KvCache::new(&small_config(), KvType::F32, each * PAGE, slots, bytes, age).unwrap();
     assert_eq!(
         cache.pages() as u64 * cache.page_bytes(),
         pages * PAGE_BYTES
@@ -134,7 +110,14 @@ fn slots_limit_the_batch() {
 #[test]
 fn refuses_less_than_one_context() {
     let given = 4 * PAGE_BYTES - 1;
-    match KvCache::new(&config(), KvType::F32, 4 * PAGE, 3, Some(given), seconds(1)) {
+    match KvCache::new(
+        &small_config(),
+        KvType::F32,
+        4 * PAGE,
+        3,
+        Some(given),
+        seconds(1),
+    ) {
         Err(LoadError::KvBudget {
             context,
             needed,
@@ -279,7 +262,8 @@ fn only_the_same_user_finds_the_same_beginning() {
     assert_eq!(read(&mut cache, B, &tokens, seconds(1)), 0);
     assert_eq!(read(&mut cache, A, &tokens, seconds(1)), 3 * PAGE);
     // Without an age there is nothing to find.
-    let mut none = KvCache::new(&config(), KvType::F32, 256, 2, None, Duration::ZERO).unwrap();
+    let mut none =
+        KvCache::new(&small_config(), KvType::F32, 256, 2, None, Duration::ZERO).unwrap();
     read(&mut none, A, &tokens, seconds(0));
     assert_eq!(
         (none.bytes_kept(), none.find(A, &tokens, seconds(0)).pages),

@@ -3,9 +3,10 @@ use crate::error::SubmitError;
 use crate::linear::{F32Linear, LinearLayer, LinearScratch};
 use crate::request::{Event, Request, User};
 use crate::sequence::Limits;
+use crate::testing::small_config;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Embedding, Layer, Weights};
-use casemate_container::{Family, ModelConfig, RopeLayout, RopeScaling};
+use casemate_container::ModelConfig;
 use casemate_kernels::attention::KvType;
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::team::Team;
@@ -68,25 +69,12 @@ impl LinearLayer for Doubled {
 
 fn config() -> ModelConfig {
     ModelConfig {
-        family: Family::Llama,
         hidden: HIDDEN as u32,
         layers: 1,
-        heads: 2,
-        kv_heads: 1,
-        head_dim: 4,
         ffn: HIDDEN as u32,
         vocab: VOCAB as u32,
         context: 64,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: RopeScaling::None,
-        rope_layout: RopeLayout::Half,
-        sliding_window: None,
-        tied_embeddings: true,
-        qkv_bias: false,
-        bos: None,
-        eos: vec![],
-        add_bos: false,
+        ..small_config()
     }
 }
 
