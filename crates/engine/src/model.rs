@@ -49,6 +49,8 @@ pub(crate) struct Span {
 #[derive(Default)]
 pub(crate) struct Batch {
     tokens: Vec<u32>,
+    /// Of each token in its sequence.
+    positions: Vec<usize>,
     spans: Vec<Span>,
 }
 
@@ -57,12 +59,14 @@ impl Batch {
     pub(crate) fn with_capacity(rows: usize, sequences: usize) -> Self {
         Self {
             tokens: Vec::with_capacity(rows),
+            positions: Vec::with_capacity(rows),
             spans: Vec::with_capacity(sequences),
         }
     }
 
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
+        self.positions.clear();
         self.spans.clear();
     }
 
@@ -70,6 +74,7 @@ impl Batch {
     pub(crate) fn push(&mut self, slot: Slot, first: usize, tokens: &[u32], wanted: Wanted) {
         let start = self.tokens.len();
         self.tokens.extend_from_slice(tokens);
+        self.positions.extend(first..first + tokens.len());
         self.spans.push(Span {
             slot,
             first,
@@ -223,13 +228,10 @@ impl Model {
         let activated = &mut b.activated.as_f32_mut()[..n * self.ffn];
 
         let (pool, spans) = cache.locate(&batch.spans);
-        for (&token, row) in batch
-            .tokens
-            .iter()
-            .zip(stream.chunks_exact_mut(self.hidden))
-        {
-            self.weights.embedding.row(token as usize, row);
-        }
+        let embedding = &self.weights.embedding;
+        by_rows(team, stream, self.hidden, |i, row| {
+            embedding.row(batch.tokens[i] as usize, row);
+        });
         for (index, layer) in self.weights.layers.iter().enumerate() {
             by_rows(team, rows, self.hidden, |i, row| {
                 rmsnorm(
@@ -245,16 +247,21 @@ impl Model {
                 add_bias(isa, bias, qkv);
             }
             let width = self.q + 2 * self.kv;
-            for span in &batch.spans {
-                for (row, position) in span.rows.clone().zip(span.first..) {
-                    let (qk, v) = qkv[row * width..][..width].split_at_mut(self.q + self.kv);
-                    self.rope
-                        .apply(self.rope_layout, position, self.head_dim, qk);
-                    queries[row * self.q..][..self.q].copy_from_slice(&qk[..self.q]);
-                    keys[row * self.kv..][..self.kv].copy_from_slice(&qk[self.q..]);
-                    values[row * self.kv..][..self.kv].copy_from_slice(v);
-                }
-            }
+            let (rope, layout, head_dim) = (&self.rope, self.rope_layout, self.head_dim);
+            let part = |row: usize, first: usize, to: &mut [f32]| {
+                to.copy_from_slice(&qkv[row * width + first..][..to.len()]);
+            };
+            by_rows(team, queries, self.q, |i, row| {
+                part(i, 0, row);
+                rope.apply(layout, batch.positions[i], head_dim, row);
+            });
+            by_rows(team, keys, self.kv, |i, row| {
+                part(i, self.q, row);
+                rope.apply(layout, batch.positions[i], head_dim, row);
+            });
+            by_rows(team, values, self.kv, |i, row| {
+                part(i, self.q + self.kv, row)
+            });
             pool.write(team, index, spans, keys, values);
             let attention = Attention {
                 layer: index,
