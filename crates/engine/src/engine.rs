@@ -19,6 +19,7 @@ use crate::chat::ChatTemplate;
 use crate::error::{LoadError, SubmitError};
 use crate::kv::KvCache;
 use crate::model::Model;
+use crate::outsource::Outsource;
 use crate::request::{Request, RequestId, Sink};
 use crate::scheduler::{Command, Evaluation, Mailbox, PROMPT_ROWS, Scheduler};
 use crate::sequence::{Limits, Sequence};
@@ -162,6 +163,34 @@ impl Engine {
         options: &EngineOptions,
         progress: &dyn Progress,
     ) -> Result<Self, LoadError> {
+        Self::load_with(model, options, None, progress)
+    }
+
+    /// As [`Engine::load`], with layers that somebody else may compute.
+    ///
+    /// # Errors
+    /// As [`Engine::load`], and [`LoadError::Outsource`] for any arithmetic but
+    /// [`Compute::Int8Row`].
+    pub fn load_outsourced(
+        model: casemate_container::Model,
+        options: &EngineOptions,
+        outsource: Arc<dyn Outsource>,
+        progress: &dyn Progress,
+    ) -> Result<Self, LoadError> {
+        if options.compute != Compute::Int8Row {
+            return Err(LoadError::Outsource {
+                compute: options.compute.name(),
+            });
+        }
+        Self::load_with(model, options, Some(outsource), progress)
+    }
+
+    fn load_with(
+        model: casemate_container::Model,
+        options: &EngineOptions,
+        outsource: Option<Arc<dyn Outsource>>,
+        progress: &dyn Progress,
+    ) -> Result<Self, LoadError> {
         let config = model.manifest().config().clone();
         let digest = model.digest();
         let context = check_options(options, &config)?;
@@ -198,7 +227,14 @@ impl Engine {
         let kv_bytes_per_position = kv.bytes_per_position();
         let team = Team::new(options.threads)?;
         team.set_patience(options.patience);
-        let weights = weights::load(model, &config, options.compute, &team, progress)?;
+        let weights = weights::load(
+            model,
+            &config,
+            options.compute,
+            &team,
+            progress,
+            outsource.as_deref(),
+        )?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
         let weight_memory = weights.memory;
         let model = Model::new(
@@ -212,7 +248,7 @@ impl Engine {
 
         let mailbox = Arc::new(Mailbox::new(options.max_waiting));
         let (batch, clock) = (options.max_batch, options.clock);
-        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock);
+        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock, outsource);
         let thread = std::thread::Builder::new()
             .name("casemate-engine".into())
             .spawn(move || scheduler.serve())?;

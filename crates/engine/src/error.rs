@@ -64,6 +64,12 @@ pub enum LoadError {
         /// Its name.
         name: String,
     },
+    /// Only products in int8 by rows are exact, whoever computes them.
+    #[error("only compute \"int8-row\" can be offloaded, not {compute}")]
+    Outsource {
+        /// The arithmetic's name.
+        compute: &'static str,
+    },
     /// An asset that the engine needs is absent.
     #[error("the model has no asset {name}")]
     MissingAsset {

@@ -8,7 +8,7 @@
 //!
 //! What is not here: files, sockets, OpenAI's API (the enclave's), how keys reach the machine, and
 //! whether a product is computed here or by somebody else: linear layers go through
-//! [`linear::LinearLayer`].
+//! [`linear::LinearLayer`], and [`outsource`] is where somebody else comes in.
 
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ mod kv;
 pub mod linear;
 mod logprobs;
 mod model;
+pub mod outsource;
 mod request;
 mod rope;
 pub mod sampler;

@@ -1,6 +1,7 @@
 //! Linear layers behind one trait, so that what computes a product can be replaced without the
-//! model knowing. Here: products by this machine's kernels, in f32, in bf16, in int8 by groups
-//! (with weights of 8 or 4 bits) and in int8 by rows.
+//! model knowing. Here: products by this machine's kernels, in f32, in bf16 and in int8 by groups
+//! (with weights of 8 or 4 bits); those in int8 by rows, which somebody else can compute, are in
+//! [`crate::outsource`].
 //!
 //! A layer is a *group* of weight matrices that share their input (Q, K and V; gate and up),
 //! stacked by rows. One call quantises the input once; a replacement that hides inputs needs one
@@ -9,12 +10,9 @@
 use std::sync::Arc;
 
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
-use casemate_kernels::panels::{
-    Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
-};
+use casemate_kernels::panels::{Bf16Matrix, Bf16Rows, Int8Rows, matmul_bf16};
 use casemate_kernels::q4::{Q4Matrix, matmul_q4_in};
 use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8_in};
-use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
 
 /// `y = x · Wᵀ` for some weights W. Biases are added by the model.
@@ -43,7 +41,7 @@ pub trait LinearLayer: Send + Sync {
 /// A form that none wants takes address space, but no memory.
 pub struct LinearScratch {
     groups: Q8Rows,
-    rows: Int8Rows,
+    pub(crate) rows: Int8Rows,
     bf16: Bf16Rows,
 }
 
@@ -171,32 +169,5 @@ impl LinearLayer for GroupLinear {
 
     fn bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.bytes() as u64).sum()
-    }
-}
-
-/// Weights and activations in int8, one scale a row, both rotated.
-pub(crate) struct Int8RowLinear {
-    pub(crate) weights: Int8Matrix,
-    /// What the rows of `weights` were rotated by.
-    pub(crate) rotation: Arc<Rotation>,
-}
-
-impl LinearLayer for Int8RowLinear {
-    fn inputs(&self) -> usize {
-        self.weights.columns()
-    }
-
-    fn outputs(&self) -> usize {
-        self.weights.rows()
-    }
-
-    fn forward(&self, team: &Team, scratch: &mut LinearScratch, x: &[f32], y: &mut [f32]) {
-        let rows = &mut scratch.rows;
-        rows.quantise(team, x, self.weights.columns(), Some(&self.rotation));
-        matmul_int8(team, rows, &self.weights, y);
-    }
-
-    fn bytes(&self) -> u64 {
-        self.weights.bytes() as u64
     }
 }

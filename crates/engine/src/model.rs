@@ -198,6 +198,11 @@ impl Model {
         })
     }
 
+    /// The threads that compute.
+    pub(crate) fn team(&self) -> &Team {
+        &self.team
+    }
+
     /// Most rows of logits that one batch may ask for.
     pub(crate) fn maximum_wanted_rows(&self) -> usize {
         self.logit_rows

@@ -28,6 +28,7 @@ use std::time::Duration;
 use crate::error::RequestError;
 use crate::kv::KvCache;
 use crate::model::{Batch, Model, Span, Wanted};
+use crate::outsource::Outsource;
 use crate::request::{FinishReason, RequestId};
 use crate::sampler::Scratch;
 use crate::sequence::{Advance, Sequence};
@@ -59,6 +60,8 @@ pub(crate) struct Scheduler {
     mailbox: Arc<Mailbox>,
     maximum_batch: usize,
     clock: Clock,
+    /// Who has work for idle times.
+    outsource: Option<Arc<dyn Outsource>>,
     #[expect(clippy::vec_box, reason = "sorted in every step")]
     running: Vec<Box<Sequence>>,
     queue: Queue<Box<Sequence>>,
@@ -78,6 +81,7 @@ impl Scheduler {
         mailbox: Arc<Mailbox>,
         maximum_batch: usize,
         clock: Clock,
+        outsource: Option<Arc<dyn Outsource>>,
     ) -> Self {
         Self {
             model,
@@ -85,6 +89,7 @@ impl Scheduler {
             mailbox,
             maximum_batch,
             clock,
+            outsource,
             running: Vec::with_capacity(maximum_batch),
             queue: Queue::new(),
             evaluations: VecDeque::new(),
@@ -139,10 +144,22 @@ impl Scheduler {
                     let now = (self.clock)();
                     self.kv.expire(now);
                     self.publish();
+                    if self.work_while_idle() {
+                        continue;
+                    }
                     mailbox.sleep(self.kv.until_next_expires(now));
                 }
             }
         }
+    }
+
+    /// Gives an idle moment to whoever has use for it. False if nobody has.
+    fn work_while_idle(&self) -> bool {
+        let Some(outsource) = &self.outsource else {
+            return false;
+        };
+        // Whoever panics has no work.
+        guarded(|| outsource.idle(self.model.team())).unwrap_or(false)
     }
 
     fn follow(&mut self, command: Command) {

@@ -165,7 +165,7 @@ fn run(prompts: &[&[u32]]) -> (Vec<Vec<Event<'static>>>, usize) {
         mailbox.post(Command::Run(sequence)).unwrap();
         receivers.push(receiver);
     }
-    let mut scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), 4, || Duration::ZERO);
+    let mut scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), 4, || Duration::ZERO, None);
     assert!(scheduler.collect_mail());
     scheduler.admit();
     assert_eq!(scheduler.running.len(), prompts.len());
@@ -217,7 +217,7 @@ fn waiting(users: &[Option<User>], batch: usize) -> (Scheduler, Vec<Receiver<Eve
         mailbox.post(Command::Run(sequence)).unwrap();
         heard.push(receiver);
     }
-    let mut scheduler = Scheduler::new(model, kv, mailbox, batch, || Duration::ZERO);
+    let mut scheduler = Scheduler::new(model, kv, mailbox, batch, || Duration::ZERO, None);
     assert!(scheduler.collect_mail());
     (scheduler, heard)
 }

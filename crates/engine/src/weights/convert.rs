@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use casemate_container::{DType, Model as Container, ModelConfig, Progress};
+use casemate_container::{Access, DType, Model as Container, ModelConfig, Progress};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::{Extent, Purpose, Region};
 use casemate_kernels::panels::{Bf16Matrix, Int8Matrix};
@@ -19,7 +19,8 @@ use super::tensors::{EMBEDDING, OUTPUT, ROPE_FACTORS};
 use super::{Compute, Layer};
 use crate::dequant::dequantise;
 use crate::error::LoadError;
-use crate::linear::{Bf16Linear, F32Linear, GroupLinear, GroupMatrix, Int8RowLinear, LinearLayer};
+use crate::linear::{Bf16Linear, F32Linear, GroupLinear, GroupMatrix, LinearLayer};
+use crate::outsource::{ExactLayer, Outsource, Place, Stack};
 
 /// A converted stack.
 pub(super) enum Matrix {
@@ -27,11 +28,11 @@ pub(super) enum Matrix {
     Bf16(Arc<Bf16Matrix>),
     /// Stacked, at least one.
     Groups(Vec<GroupMatrix>),
-    Int8Row(Int8RowLinear),
+    Int8Row(ExactLayer),
 }
 
 impl Matrix {
-    pub(super) fn into_layer(self) -> Box<dyn LinearLayer> {
+    fn into_layer(self) -> Box<dyn LinearLayer> {
         match self {
             Matrix::F32(matrix) => Box::new(F32Linear(matrix)),
             Matrix::Bf16(matrix) => Box::new(Bf16Linear(matrix)),
@@ -115,6 +116,7 @@ pub(super) struct Loader<'a> {
     compute: Compute,
     team: &'a Team,
     progress: &'a dyn Progress,
+    outsource: Option<&'a dyn Outsource>,
     /// What is left of the memory for all matrices. Its pages come into being as they are written,
     /// so that reserving it costs nothing while the sources are still there.
     arena: Region,
@@ -146,12 +148,14 @@ impl<'a> Loader<'a> {
         compute: Compute,
         team: &'a Team,
         progress: &'a dyn Progress,
+        outsource: Option<&'a dyn Outsource>,
     ) -> Result<Self, LoadError> {
         let mut loader = Loader {
             container,
             compute,
             team,
             progress,
+            outsource,
             arena: Region::default(),
             rotations: HashMap::new(),
         };
@@ -187,12 +191,12 @@ impl<'a> Loader<'a> {
         }
         Ok(Layer {
             attention_norm: self.vector(&name("attn_norm.weight"))?,
-            qkv: self.linear(&in_layer(index, &QKV))?,
+            qkv: self.linear(index, Stack::Qkv, &QKV)?,
             qkv_bias: qkv_biases,
-            attention_output: self.linear(&in_layer(index, &ATTENTION_OUTPUT))?,
+            attention_output: self.linear(index, Stack::AttentionOutput, &ATTENTION_OUTPUT)?,
             ffn_norm: self.vector(&name("ffn_norm.weight"))?,
-            gate_up: self.linear(&in_layer(index, &GATE_UP))?,
-            down: self.linear(&in_layer(index, &DOWN))?,
+            gate_up: self.linear(index, Stack::GateUp, &GATE_UP)?,
+            down: self.linear(index, Stack::Down, &DOWN)?,
         })
     }
 
@@ -213,11 +217,51 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn linear(&mut self, names: &[String]) -> Result<Box<dyn LinearLayer>, LoadError> {
+    fn linear(
+        &mut self,
+        layer: u32,
+        stack: Stack,
+        names: &[&str],
+    ) -> Result<Box<dyn LinearLayer>, LoadError> {
+        let names = in_layer(layer, names);
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let matrix = self.matrix(&names)?;
+        let place = Place {
+            layer: Some(layer),
+            stack,
+        };
+        let linear = self.placed(place, &names, matrix);
         names.iter().for_each(|name| self.done(name));
-        Ok(matrix.into_layer())
+        Ok(linear)
+    }
+
+    /// The layer that a converted stack of these tensors becomes, by whomever it is computed. The
+    /// tensors are still there.
+    pub(super) fn placed(
+        &self,
+        place: Place,
+        names: &[&str],
+        matrix: Matrix,
+    ) -> Box<dyn LinearLayer> {
+        match (matrix, self.outsource) {
+            (Matrix::Int8Row(exact), Some(outsource)) => {
+                outsource.layer(place, self.access(names), exact)
+            }
+            (matrix, _) => matrix.into_layer(),
+        }
+    }
+
+    /// Public if all of the tensors are.
+    fn access(&self, names: &[&str]) -> Access {
+        let public = |name: &&str| {
+            let tensor = self.container.tensor(name);
+            tensor.is_some_and(|tensor| tensor.entry.access == Access::Public)
+        };
+        if names.iter().all(public) {
+            Access::Public
+        } else {
+            Access::Private
+        }
     }
 
     /// Tensors of a stack that follow each other and take one form.
@@ -328,10 +372,8 @@ impl<'a> Loader<'a> {
                     rotation.apply(team.isa(), out);
                 };
                 let weights = Int8Matrix::from_rows_in(arena, team, rows, columns, rotated);
-                Ok(Matrix::Int8Row(Int8RowLinear {
-                    weights: weights.map_err(refused)?,
-                    rotation: Arc::clone(rotation),
-                }))
+                let layer = ExactLayer::new(weights.map_err(refused)?, Arc::clone(rotation));
+                Ok(Matrix::Int8Row(layer))
             }
         }
     }

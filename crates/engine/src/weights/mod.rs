@@ -20,6 +20,7 @@ use casemate_kernels::team::Team;
 use crate::dequant::dequantise;
 use crate::error::LoadError;
 use crate::linear::{GroupMatrix, LinearLayer};
+use crate::outsource::{Outsource, Place, Stack};
 pub(crate) use config::check_config;
 use config::check_widths;
 use convert::{Loader, Matrix};
@@ -179,6 +180,7 @@ pub(crate) fn load(
     compute: Compute,
     team: &Team,
     progress: &dyn Progress,
+    outsource: Option<&dyn Outsource>,
 ) -> Result<Weights, LoadError> {
     check_widths(config, compute)?;
     check_tensors(&container, config)?;
@@ -186,20 +188,19 @@ pub(crate) fn load(
         return Err(LoadError::NoFourBits);
     }
     progress.begin(Stage::Convert, container.manifest().tensor_bytes());
-    let mut loader = Loader::new(&mut container, config, compute, team, progress)?;
+    let mut loader = Loader::new(&mut container, config, compute, team, progress, outsource)?;
     let extent = loader.extent();
     let rope_factors = loader.rope_factors()?;
     let layers = (0..config.layers)
         .map(|i| loader.layer(i, config.qkv_bias))
         .collect::<Result<_, _>>()?;
     let output_norm = loader.vector("output_norm.weight")?;
-    let head = if config.tied_embeddings {
-        loader.matrix(&[EMBEDDING])?
+    let head_name = if config.tied_embeddings {
+        EMBEDDING
     } else {
-        let head = loader.matrix(&[OUTPUT])?;
-        loader.done(OUTPUT);
-        head
+        OUTPUT
     };
+    let head = loader.matrix(&[head_name])?;
     let sealed = loader.tensor(EMBEDDING);
     let (dtype, row_bytes) = (sealed.dtype, sealed.bytes.len() / sealed.rows);
     progress.advance(sealed.bytes.len() as u64);
@@ -220,6 +221,14 @@ pub(crate) fn load(
         },
         _ => None,
     };
+    let place = Place {
+        layer: None,
+        stack: Stack::Head,
+    };
+    let output = loader.placed(place, &[head_name], head);
+    if !tied {
+        loader.done(OUTPUT);
+    }
     let embedding = match shared {
         Some(embedding) => embedding,
         None => {
@@ -236,7 +245,7 @@ pub(crate) fn load(
         embedding,
         layers,
         output_norm,
-        output: head.into_layer(),
+        output,
         rope_factors,
         // A system without /proc tells nothing, which is no reason not to serve.
         memory: extent.granted().ok(),

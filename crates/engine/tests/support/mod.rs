@@ -19,11 +19,17 @@ use casemate_engine::{Compute, Engine, EngineOptions, Event, FinishReason, LoadE
 
 /// Opens a source as the enclave would: sealed, unlocked and verified.
 pub fn open(source: &dyn ModelSource) -> Model {
+    open_with(source, vec![])
+}
+
+/// As [`open`], with the tensors that fit a pattern public.
+pub fn open_with(source: &dyn ModelSource, public_tensors: Vec<String>) -> Model {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("model.casemate");
     let (data_key, provider) = (DataKey::generate(), SigningKey::generate());
     let options = SealOptions {
         version: 1,
+        public_tensors,
         ..SealOptions::default()
     };
     seal(source, &options, &data_key, &provider, &file, &Silent).unwrap();
