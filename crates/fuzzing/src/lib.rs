@@ -20,6 +20,7 @@ mod receipt;
 mod release;
 mod scratch;
 mod tee;
+mod wire;
 
 use std::fs;
 use std::path::Path;
@@ -118,6 +119,7 @@ targets! {
     broker_log: broker::log, broker::log_seeds, 2 << 10;
     broker_requests: broker::requests, broker::requests_seeds, 16 << 10;
     quoting_service: tee::wire, tee::wire_seeds, 16 << 10;
+    worker_wire: wire::wire, wire::wire_seeds, 4 << 10;
     explain: cli::explain, cli::explain_seeds, 8 << 10;
 }
 

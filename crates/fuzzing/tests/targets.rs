@@ -111,5 +111,6 @@ survives! {
     broker_log
     broker_requests
     quoting_service
+    worker_wire
     explain
 }
