@@ -48,6 +48,20 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
         &["casemate-attest", "casemate-release", "casemate-engine"],
         "connections know nothing of what is said on them",
     ),
+    (
+        "casemate-worker",
+        &[
+            "casemate-engine",
+            "casemate-container",
+            "casemate-channel",
+            "casemate-release",
+            "casemate-attest",
+            "casemate-enclave",
+            "casemate-offload",
+            "casemate-testkit",
+        ],
+        "a worker knows no model, no key and no mask",
+    ),
     ("casemate-release", &["tokio", "reqwest"], "no sockets"),
     ("casemate-channel", &["tokio", "reqwest"], "no sockets"),
     (

@@ -1,0 +1,144 @@
+//! casemate-worker: multiplies matrices for enclaves that do not trust it.
+
+#![forbid(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::Context;
+use casemate_wire::Address;
+use casemate_worker::backend::{Device, cpu::Cpu};
+use casemate_worker::connection::Limits;
+use casemate_worker::listener::{self, Listener, Places};
+use casemate_worker::memory::{Share, TooLittle, parse_size};
+use clap::{Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+/// What the codes mean, for `--help`: those of `casemate` that can happen here.
+const CODES: &str = "\
+Exit codes:
+   0  stopped as it was told to
+   2  wrong usage
+  40  the system: address taken, no such device, no threads";
+
+const USAGE: u8 = 2;
+const SYSTEM: u8 = 40;
+
+/// Multiplies matrices for enclaves that do not trust it.
+///
+/// It is sent public weights and uniformly random numbers, holds no keys and learns no prompts. Nothing
+/// authenticates its clients: whoever reaches its address can have one of its places, so let only enclaves reach it.
+#[derive(Parser)]
+#[command(name = "casemate-worker", version, after_help = CODES)]
+struct Arguments {
+    /// Where enclaves connect: unix:PATH or tcp:IP:PORT
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Address,
+    /// Memory for everything that connections take, such as 8GiB; divided evenly among them
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: u64,
+    /// How many connections at once
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
+    connections: u16,
+    /// What multiplies
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    backend: Backend,
+    /// Threads that multiply, if the processor does; as many as it has cores, unless told otherwise
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Which events are logged: error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: tracing::Level,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    /// The fastest that is there
+    Auto,
+    /// The processor
+    Cpu,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(format!(
+            "off,casemate_worker={}",
+            arguments.log
+        )))
+        .with_target(false)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("casemate-worker: {error:#}");
+            let usage = error.is::<TooLittle>();
+            ExitCode::from(if usage { USAGE } else { SYSTEM })
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let memory = Share::of(arguments.memory, arguments.connections.into())?;
+    let device = device(arguments)?;
+    // Before anything is accepted, so that no signal is missed.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("cannot wait for signals")?;
+    let mut ends = runtime.block_on(async {
+        Ok::<_, std::io::Error>([
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        ])
+    })?;
+    let listen = || format!("cannot listen on {}", arguments.listen);
+    let listener = Listener::bind(&arguments.listen).with_context(listen)?;
+    let address = listener.address()?;
+    info!(
+        "{} multiplies for up to {} connections with {memory} bytes for the matrices of each",
+        device.name(),
+        arguments.connections
+    );
+    let places = Arc::new(Places {
+        device,
+        count: arguments.connections.into(),
+        memory,
+        limits: Limits::default(),
+    });
+    let listener = Arc::new(listener);
+    let accepting = Arc::clone(&listener);
+    thread::Builder::new()
+        .name("accepting".into())
+        .spawn(move || listener::serve(&accepting, &places))?;
+    println!("listening on {address}");
+    let [terminate, interrupt] = &mut ends;
+    runtime.block_on(async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    });
+    info!("ending");
+    listener.clean_up();
+    Ok(())
+}
+
+fn device(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
+    match arguments.backend {
+        Backend::Auto | Backend::Cpu => {
+            let cores = || thread::available_parallelism().ok();
+            let threads = arguments
+                .threads
+                .or_else(cores)
+                .map_or(1, NonZeroUsize::get);
+            Ok(Arc::new(Cpu::new(threads).context("cannot start threads")?))
+        }
+    }
+}
