@@ -24,12 +24,13 @@ use casemate_kernels::q8::{Q8Matrix, Q8Rows, matmul_q8};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::softmax::softmax;
 use casemate_kernels::team::{MAX_THREADS, Team};
+use casemate_report::table;
 use serde::Serialize;
 
 use crate::exit::Usage;
 use crate::machine::{self, Machine};
 use crate::print;
-use crate::report::table::{self, percent};
+use crate::report::table::percent;
 
 /// Measure each kernel's share of the machine's limits.
 #[derive(clap::Args)]

@@ -3,7 +3,6 @@
 
 pub(crate) mod csv;
 pub(crate) mod html;
-pub(crate) mod plot;
 #[cfg(test)]
 pub(crate) mod sample;
 pub(crate) mod table;

@@ -1,6 +1,7 @@
 //! Figures of repeated measurements: outliers dropped and counted, medians, quantiles, intervals. Pure functions; random
 //! numbers for resampling come from a seed, so that the same samples give the same report.
 
+use casemate_report::quantile;
 use serde::{Deserialize, Serialize};
 
 /// Standard deviations beyond which a sample is an outlier, as in the paper's protocol.
@@ -89,17 +90,6 @@ pub(crate) fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     quantile(&sorted, 0.5)
-}
-
-/// Quantile `q` (0 to 1) of sorted samples, linear between neighbours; 0 of nothing.
-pub(crate) fn quantile(sorted: &[f64], q: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else {
-        return 0.0;
-    };
-    let at = q.clamp(0.0, 1.0) * last as f64;
-    let below = at.floor() as usize;
-    let above = (below + 1).min(last);
-    sorted[below] + (sorted[above] - sorted[below]) * (at - below as f64)
 }
 
 /// 95 % interval of the median of sorted samples: the same number drawn with replacement, many times.

@@ -2,8 +2,11 @@
 
 use std::fmt::Write as _;
 
-use crate::report::plot::{self, Lines, Series, escaped};
-use crate::report::table::{self, Section, ms, rate};
+use casemate_report::STYLE;
+use casemate_report::plot::{self, Lines, Series, escaped};
+use casemate_report::table::figures;
+
+use crate::report::table::{self, ms, rate};
 use crate::report::{FormatResult, Report, roofline};
 use crate::syscalls::SystemCalls;
 
@@ -382,26 +385,6 @@ fn protection(page: &mut String, report: &Report) {
     page.push_str("</section>");
 }
 
-fn figures(page: &mut String, section: &Section) {
-    let _ = write!(
-        page,
-        "<div class=\"table\"><table><caption>{}</caption><thead><tr>",
-        escaped(&section.title)
-    );
-    for name in &section.header {
-        let _ = write!(page, "<th>{}</th>", escaped(name));
-    }
-    page.push_str("</tr></thead><tbody>");
-    for row in &section.rows {
-        page.push_str("<tr>");
-        for cell in row {
-            let _ = write!(page, "<td>{}</td>", escaped(cell));
-        }
-        page.push_str("</tr>");
-    }
-    page.push_str("</tbody></table></div>");
-}
-
 fn footer(page: &mut String, report: &Report) {
     let (program, machine) = (&report.program, &report.machine);
     let _ = write!(
@@ -418,8 +401,6 @@ fn footer(page: &mut String, report: &Report) {
         escaped(&program.command)
     );
 }
-
-const STYLE: &str = include_str!("style.css");
 
 #[cfg(test)]
 mod tests {

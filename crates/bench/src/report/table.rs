@@ -2,16 +2,11 @@
 
 use std::fmt::Write as _;
 
+use casemate_report::table::{Section, section, text};
+
 use crate::protected::Protected;
 use crate::report::{FormatResult, Report};
 use crate::syscalls::SystemCalls;
-
-/// Figures under a title: the first column is text, the others are numbers.
-pub(crate) struct Section {
-    pub(crate) title: String,
-    pub(crate) header: Vec<String>,
-    pub(crate) rows: Vec<Vec<String>>,
-}
 
 /// The whole report as text.
 pub(crate) fn table(report: &Report) -> String {
@@ -379,45 +374,6 @@ pub(crate) fn notes(report: &Report) -> Vec<String> {
         }
     }
     notes
-}
-
-/// A section of its parts.
-pub(crate) fn section(
-    title: &str,
-    header: &[&str],
-    rows: impl Iterator<Item = Vec<String>>,
-) -> Section {
-    Section {
-        title: title.to_owned(),
-        header: header.iter().map(|&name| name.to_owned()).collect(),
-        rows: rows.collect(),
-    }
-}
-
-/// Title and aligned columns.
-pub(crate) fn text(out: &mut String, section: &Section) {
-    let Section {
-        title,
-        header,
-        rows,
-    } = section;
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        let widest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
-        widest.max(header[column].chars().count())
-    };
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let _ = writeln!(out, "\n{title}");
-    for row in std::iter::once(header).chain(rows) {
-        let mut line = String::from(" ");
-        for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            let _ = match i {
-                0 => write!(line, " {cell:<width$}"),
-                _ => write!(line, "  {cell:>width$}"),
-            };
-        }
-        let _ = writeln!(out, "{}", line.trim_end());
-    }
 }
 
 /// Milliseconds with the digits that mean something.

@@ -13,29 +13,33 @@ const BOTTOM: f64 = 46.0;
 const LABEL: f64 = 15.0;
 
 /// One line of a plot.
-pub(crate) struct Series {
+pub struct Series {
     /// At its end; empty for none.
-    pub(crate) name: String,
+    pub name: String,
     /// CSS variable of its colour, as `--int8`.
-    pub(crate) colour: String,
-    pub(crate) points: Vec<(f64, f64)>,
+    pub colour: String,
+    /// Places across, and values.
+    pub points: Vec<(f64, f64)>,
     /// A limit rather than a measurement.
-    pub(crate) dashed: bool,
+    pub dashed: bool,
 }
 
 /// Lines over the same places.
-pub(crate) struct Lines<'a> {
+pub struct Lines<'a> {
     /// For who cannot see it.
-    pub(crate) summary: &'a str,
-    pub(crate) x_name: &'a str,
-    pub(crate) y_name: &'a str,
-    pub(crate) series: Vec<Series>,
+    pub summary: &'a str,
+    /// What is across.
+    pub x_name: &'a str,
+    /// What is upwards.
+    pub y_name: &'a str,
+    /// The lines, in the order of their colours.
+    pub series: Vec<Series>,
     /// Whether each doubling takes the same room, not each step.
-    pub(crate) doubling: bool,
+    pub doubling: bool,
 }
 
 /// Draws lines from zero on.
-pub(crate) fn lines(plot: &Lines<'_>) -> String {
+pub fn lines(plot: &Lines<'_>) -> String {
     let all = || plot.series.iter().flat_map(|s| &s.points);
     let across = |x: f64| if plot.doubling { x.log2() } else { x };
     let (least, most) = all().fold((f64::MAX, f64::MIN), |(a, b), p| {
@@ -121,7 +125,7 @@ fn end_labels(
 }
 
 /// How often which time was seen, with the median marked. What lies beyond the 99.5 % quantile is one last bar.
-pub(crate) fn distribution(
+pub fn distribution(
     samples: &[f64],
     median: f64,
     unit: &str,
@@ -133,7 +137,7 @@ pub(crate) fn distribution(
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let least = sorted.first().copied().unwrap_or(0.0);
-    let most = crate::statistics::quantile(&sorted, 0.995).max(least + 1e-9);
+    let most = crate::quantile(&sorted, 0.995).max(least + 1e-9);
     let width = (most - least) / BINS as f64;
     let mut bins = [0usize; BINS + 1];
     for x in &sorted {
@@ -201,7 +205,7 @@ pub(crate) fn distribution(
 }
 
 /// Ratios of pairs around one, with the mean and its interval.
-pub(crate) fn ratios(
+pub fn ratios(
     ratios: &[f64],
     (low, mean, high): (f64, f64, f64),
     colour: &str,
@@ -302,7 +306,7 @@ fn names(svg: &mut String, x: &str, y: &str, height: f64) {
 }
 
 /// Round numbers from 0 to at least `most`, four to six of them.
-pub(crate) fn ticks(most: f64) -> Vec<f64> {
+pub fn ticks(most: f64) -> Vec<f64> {
     if !(most.is_finite() && most > 0.0) {
         return vec![0.0, 1.0];
     }
@@ -318,7 +322,7 @@ pub(crate) fn ticks(most: f64) -> Vec<f64> {
 }
 
 /// A number with the digits that can be read.
-pub(crate) fn number(x: f64) -> String {
+pub fn number(x: f64) -> String {
     let digits = match x.abs() {
         v if v >= 100.0 || v == 0.0 => 0,
         v if v >= 10.0 => 1,
@@ -333,7 +337,7 @@ pub(crate) fn number(x: f64) -> String {
 }
 
 /// Text for HTML and SVG, also inside of quoted attributes.
-pub(crate) fn escaped(text: &str) -> String {
+pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
