@@ -43,6 +43,12 @@ pub(crate) struct New {
     /// Requests answered at the same time [default: not limited]
     #[arg(long, value_name = "N", value_parser = limit)]
     concurrency: Option<NonZeroU32>,
+    /// Requests for answers per day [default: not limited]
+    #[arg(long, value_name = "N", value_parser = limit)]
+    requests_per_day: Option<NonZeroU32>,
+    /// Tokens of prompts and answers per day [default: not limited]
+    #[arg(long, value_name = "N", value_parser = limit)]
+    tokens_per_day: Option<NonZeroU32>,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -108,6 +114,8 @@ fn new(args: &New) -> Result<(), Failure> {
             requests_per_minute: args.requests_per_minute,
             tokens_per_minute: args.tokens_per_minute,
             concurrency: args.concurrency,
+            requests_per_day: args.requests_per_day,
+            tokens_per_day: args.tokens_per_day,
         },
     };
     file::append(&args.file, entry)?;
@@ -137,6 +145,8 @@ fn list(args: &List) -> Result<(), Failure> {
                 "requests_per_minute": key.limits.requests_per_minute,
                 "tokens_per_minute": key.limits.tokens_per_minute,
                 "concurrency": key.limits.concurrency,
+                "requests_per_day": key.limits.requests_per_day,
+                "tokens_per_day": key.limits.tokens_per_day,
             })
         };
         let keys: Vec<_> = keys.iter().map(entry).collect();
@@ -159,6 +169,8 @@ fn limits(limits: &Limits) -> String {
         (limits.requests_per_minute, "requests per minute"),
         (limits.tokens_per_minute, "tokens per minute"),
         (limits.concurrency, "at the same time"),
+        (limits.requests_per_day, "requests per day"),
+        (limits.tokens_per_day, "tokens per day"),
     ];
     let parts: Vec<_> = named
         .iter()

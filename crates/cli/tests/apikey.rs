@@ -23,7 +23,8 @@ fn text(output: &Output) -> &str {
 fn list() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let limits = ["--requests-per-minute", "60", "--concurrency", "2"];
-    for (name, limits) in [("carol", &[][..]), ("bob", &limits), ("alice", &[])] {
+    let budget = ["--requests-per-day", "500", "--tokens-per-day", "90000"];
+    for (name, limits) in [("carol", &budget[..]), ("bob", &limits), ("alice", &[])] {
         let output = apikey(folder.path(), &[&["new", name], limits].concat());
         assert!(output.status.success(), "{output:?}");
     }
@@ -49,7 +50,8 @@ fn a_list_shows_names_and_limits_and_nothing_secret() {
     assert!(output.status.success());
     assert_eq!(
         text(&output),
-        "alice  not limited\nbob    60 requests per minute, 2 at the same time\ncarol  not limited\n"
+        "alice  not limited\nbob    60 requests per minute, 2 at the same time\ncarol  500 requests per day, 90000 \
+         tokens per day\n"
     );
     let output = apikey(folder.path(), &["list", "--json"]);
     let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -57,8 +59,12 @@ fn a_list_shows_names_and_limits_and_nothing_secret() {
     let none = Value::Null;
     assert_eq!(
         listed["keys"][1],
-        json!({ "name": "bob", "requests_per_minute": 60, "tokens_per_minute": none, "concurrency": 2 })
+        json!({ "name": "bob", "requests_per_minute": 60, "tokens_per_minute": none, "concurrency": 2,
+                "requests_per_day": none, "tokens_per_day": none })
     );
+    let carol = &listed["keys"][2];
+    assert_eq!(carol["requests_per_day"], 500);
+    assert_eq!(carol["tokens_per_day"], 90_000);
     let file = read(&folder);
     let hashes = file
         .lines()

@@ -28,8 +28,8 @@ use tracing::{info, warn};
 
 use crate::api::ApiError;
 use crate::metrics::{Denied, Metrics};
-use bucket::Shortage;
-use keys::{Key, Permit, Table};
+use bucket::{Period, Shortage};
+use keys::{Key, Permit, Reached, Table};
 
 /// Time since any fixed moment.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -117,17 +117,19 @@ impl Meter {
         };
         let wanted = u32::try_from(tokens).unwrap_or(u32::MAX);
         let now = (metered.clock)();
-        metered.key.take_tokens(now, wanted).map_err(|(limit, shortage)| {
+        metered.key.take_tokens(now, wanted).map_err(|reached| {
             metered.metrics.denied(Denied::Tokens);
+            let Reached { limit, period, shortage } = reached;
+            let per = per(period);
             let message = match shortage {
                 Shortage::Until(_) => format!(
-                    "Rate limit reached on tokens per minute: limit {limit}, requested {tokens} for the prompt"
+                    "Rate limit reached on tokens per {per}: limit {limit}, requested {tokens} for the prompt"
                 ),
                 Shortage::Never => format!(
-                    "Request too large: its prompt has {tokens} tokens, and the limit is {limit} per minute"
+                    "Request too large: its prompt has {tokens} tokens, and the limit is {limit} per {per}"
                 ),
             };
-            ApiError::rate_limited("tokens", message, retry_after(shortage))
+            refusal("tokens", period, message, retry_after(shortage))
         })
     }
 
@@ -136,6 +138,26 @@ impl Meter {
         if let Some(metered) = &self.0 {
             metered.key.charge_tokens((metered.clock)(), 1);
         }
+    }
+}
+
+fn per(period: Period) -> &'static str {
+    match period {
+        Period::Minute => "minute",
+        Period::Day => "day",
+    }
+}
+
+/// The answer to who reached a limit on `kind`: that of a minute is one on load, that of a day is a quota.
+fn refusal(
+    kind: &'static str,
+    period: Period,
+    message: String,
+    retry_after: Option<u32>,
+) -> ApiError {
+    match period {
+        Period::Minute => ApiError::rate_limited(kind, message, retry_after),
+        Period::Day => ApiError::quota_exceeded(message, retry_after),
     }
 }
 
@@ -297,19 +319,27 @@ impl Access {
             let message = format!("Rate limit reached on requests at the same time: limit {limit}");
             ApiError::rate_limited("requests", message, Some(1))
         })?;
-        key.take_request((self.clock)())
-            .map_err(|(limit, shortage)| {
-                self.metrics.denied(Denied::Requests);
-                let message = format!("Rate limit reached on requests per minute: limit {limit}");
-                ApiError::rate_limited("requests", message, retry_after(shortage))
-            })?;
+        key.take_request((self.clock)()).map_err(|reached| {
+            self.metrics.denied(Denied::Requests);
+            let Reached { limit, period, .. } = reached;
+            let message = format!(
+                "Rate limit reached on requests per {}: limit {limit}",
+                per(period)
+            );
+            refusal("requests", period, message, retry_after(reached.shortage))
+        })?;
         Ok(permit)
     }
 
     /// Says what is left, in the fields that clients of OpenAI's service know.
     fn describe(&self, key: &Key, headers: &mut HeaderMap) {
         let now = (self.clock)();
-        for (names, state) in [(REQUESTS, key.requests(now)), (TOKENS, key.tokens(now))] {
+        for (names, state) in [
+            (REQUESTS, key.requests(Period::Minute, now)),
+            (TOKENS, key.tokens(Period::Minute, now)),
+            (REQUESTS_OF_THE_DAY, key.requests(Period::Day, now)),
+            (TOKENS_OF_THE_DAY, key.tokens(Period::Day, now)),
+        ] {
             let Some((limit, left, full_in)) = state else {
                 continue;
             };
@@ -336,9 +366,21 @@ const TOKENS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-reset-tokens"),
 ];
 
+const REQUESTS_OF_THE_DAY: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-requests-day"),
+    HeaderName::from_static("x-ratelimit-remaining-requests-day"),
+    HeaderName::from_static("x-ratelimit-reset-requests-day"),
+];
+const TOKENS_OF_THE_DAY: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-tokens-day"),
+    HeaderName::from_static("x-ratelimit-remaining-tokens-day"),
+    HeaderName::from_static("x-ratelimit-reset-tokens-day"),
+];
+
 /// The fields in which a caller's limits are told.
 pub(crate) fn limit_fields() -> impl Iterator<Item = HeaderName> {
-    REQUESTS.into_iter().chain(TOKENS)
+    let of_the_day = REQUESTS_OF_THE_DAY.into_iter().chain(TOKENS_OF_THE_DAY);
+    REQUESTS.into_iter().chain(TOKENS).chain(of_the_day)
 }
 
 /// The key of `Authorization: Bearer <key>`, if there is exactly one such field.

@@ -228,6 +228,86 @@ async fn requests_beyond_the_minutes_share_wait() {
 }
 
 #[tokio::test]
+async fn the_days_budget_of_requests_is_a_quota() {
+    let limits = Limits {
+        requests_per_minute: at_most(2),
+        requests_per_day: at_most(3),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits), key("b", 2, limits)], mirror());
+    for left in ["2", "1"] {
+        let (status, headers, _) = door.ask(1, "").await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(field(&headers, "x-ratelimit-limit-requests-day"), "3");
+        assert_eq!(field(&headers, "x-ratelimit-remaining-requests-day"), left);
+    }
+    // Whom the minute's limit refuses has used nothing of the day's.
+    let (_, headers, body) = door.ask(1, "").await;
+    assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+    assert_eq!(field(&headers, "x-ratelimit-remaining-requests-day"), "1");
+    door.pass(60_000);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    let (status, headers, body) = door.ask(1, "").await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(body["error"]["code"], "insufficient_quota");
+    assert_eq!(body["error"]["type"], "insufficient_quota");
+    // A third of a day less the minute that has passed.
+    assert_eq!(field(&headers, "retry-after"), (28_800 - 60).to_string());
+    assert!(door.metric("casemate_denied_total{reason=\"requests\"} 2"));
+    assert_eq!(
+        door.ask(2, "").await.0,
+        StatusCode::OK,
+        "others have their own"
+    );
+    // A newer grant with the same limits is no new day.
+    door.access.replace(&keyed(vec![key("renamed", 1, limits)]));
+    door.pass(60_000);
+    assert_eq!(
+        door.ask(1, "").await.2["error"]["code"],
+        "insufficient_quota"
+    );
+    door.pass(28_800_000);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn the_days_budget_of_tokens_counts_prompts_and_answers() {
+    let inside = model();
+    let free = Door::new(vec![key("a", 1, Limits::default())], inside.clone());
+    let (_, _, whole) = free.ask(1, &chat("hello", 8, false)).await;
+    let total = u32::try_from(whole["usage"]["total_tokens"].as_u64().unwrap()).unwrap();
+    let limits = Limits {
+        tokens_per_day: at_most(2 * total),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits)], inside.clone());
+    for left in [total, 0] {
+        assert_eq!(
+            door.ask(1, &chat("hello", 8, false)).await.0,
+            StatusCode::OK
+        );
+        let (_, headers, _) = door.ask(1, "{").await;
+        let told = field(&headers, "x-ratelimit-remaining-tokens-day");
+        assert_eq!(told, left.to_string());
+    }
+    let (status, headers, body) = door.ask(1, &chat("hello", 8, false)).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(body["error"]["code"], "insufficient_quota");
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.contains("tokens per day"), "{message}");
+    assert!(!field(&headers, "retry-after").is_empty());
+    // A prompt above the day's budget never passes.
+    let limits = Limits {
+        tokens_per_day: at_most(2),
+        ..Limits::default()
+    };
+    let few = Door::new(vec![key("a", 1, limits)], inside);
+    let (_, headers, body) = few.ask(1, &chat("hello", 8, false)).await;
+    assert_eq!(body["error"]["code"], "insufficient_quota");
+    assert!(!headers.contains_key(header::RETRY_AFTER));
+}
+
+#[tokio::test]
 async fn requests_at_the_same_time_are_counted_until_their_answers_end() {
     let limits = Limits {
         concurrency: at_most(2),

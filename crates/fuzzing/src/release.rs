@@ -219,6 +219,7 @@ fn honest_grant() -> KeyGrant {
             hash: [0x44; 32],
             limits: Limits {
                 requests_per_minute: NonZeroU32::new(60),
+                tokens_per_day: NonZeroU32::new(1 << 20),
                 ..Limits::default()
             },
         },

@@ -3,7 +3,8 @@
 //! ```text
 //! access  = 0 (open, no list) / 1 (by API key, and the list)
 //! api key = { 0: name tstr, 1: SHA-256 of the key's text bstr32, ? 2: requests per minute uint32,
-//!             ? 3: tokens per minute uint32, ? 4: answers at the same time uint32 }
+//!             ? 3: tokens per minute uint32, ? 4: answers at the same time uint32,
+//!             ? 5: requests per day uint32, ? 6: tokens per day uint32 }
 //! ```
 //! A key is the text `cm-` and 64 lowercase hexadecimal digits of 32 random bytes. With that much randomness its plain
 //! hash reveals nothing of it, so hashes may travel and rest where keys must not.
@@ -24,7 +25,7 @@ pub const MAX_NAME_BYTES: usize = 32;
 /// What an API key's name may be, in words.
 pub const NAME_RULE: &str = "1 to 32 letters, digits, '.', '_' or '-'";
 /// Most bytes of an encoded entry: its head, name, hash and limits.
-pub(crate) const MAX_ENTRY_BYTES: usize = 1 + (3 + MAX_NAME_BYTES) + (3 + 32) + 3 * (1 + 5);
+pub(crate) const MAX_ENTRY_BYTES: usize = 1 + (3 + MAX_NAME_BYTES) + (3 + 32) + 5 * (1 + 5);
 /// What every API key begins with, so that people and scanners recognise one.
 pub const PREFIX: &str = "cm-";
 
@@ -37,6 +38,10 @@ pub struct Limits {
     pub tokens_per_minute: Option<NonZeroU32>,
     /// Requests that are being answered at the same time.
     pub concurrency: Option<NonZeroU32>,
+    /// Requests for answers per day: how much may be learned from them, where the limits above are about load.
+    pub requests_per_day: Option<NonZeroU32>,
+    /// Tokens of prompts and answers per day.
+    pub tokens_per_day: Option<NonZeroU32>,
 }
 
 /// One API key, known by its hash.
@@ -190,6 +195,10 @@ pub(crate) struct Entry {
     tokens_per_minute: Option<NonZeroU32>,
     #[n(4)]
     concurrency: Option<NonZeroU32>,
+    #[n(5)]
+    requests_per_day: Option<NonZeroU32>,
+    #[n(6)]
+    tokens_per_day: Option<NonZeroU32>,
 }
 
 /// Access for whoever reaches the enclave, as it is encoded.
@@ -205,6 +214,8 @@ pub(crate) fn to_wire(access: &Access) -> (u32, Option<Vec<Entry>>) {
         requests_per_minute: key.limits.requests_per_minute,
         tokens_per_minute: key.limits.tokens_per_minute,
         concurrency: key.limits.concurrency,
+        requests_per_day: key.limits.requests_per_day,
+        tokens_per_day: key.limits.tokens_per_day,
     };
     match access {
         Access::Open => (OPEN, None),
@@ -233,6 +244,8 @@ pub(crate) fn from_wire(access: u32, entries: Option<&[Entry]>) -> Result<Access
             requests_per_minute: entry.requests_per_minute,
             tokens_per_minute: entry.tokens_per_minute,
             concurrency: entry.concurrency,
+            requests_per_day: entry.requests_per_day,
+            tokens_per_day: entry.tokens_per_day,
         },
     };
     let keys: Vec<_> = entries.iter().map(key).collect();

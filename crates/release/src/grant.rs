@@ -260,6 +260,7 @@ mod tests {
             requests_per_minute: NonZeroU32::new(60),
             tokens_per_minute: NonZeroU32::new(100_000),
             concurrency: NonZeroU32::new(4),
+            ..Limits::default()
         };
         let key = |name: &str, key: &[u8], limits| ApiKey {
             name: name.into(),
@@ -331,6 +332,8 @@ mod tests {
             requests_per_minute: Some(NonZeroU32::MAX),
             tokens_per_minute: Some(NonZeroU32::MAX),
             concurrency: Some(NonZeroU32::MAX),
+            requests_per_day: Some(NonZeroU32::MAX),
+            tokens_per_day: NonZeroU32::new(u32::MAX - 1),
         };
         let key = |index: usize| ApiKey {
             name: format!("{index:0>MAX_NAME_BYTES$}"),

@@ -39,6 +39,10 @@ struct Entry {
     tokens_per_minute: Option<NonZeroU32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     concurrency: Option<NonZeroU32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests_per_day: Option<NonZeroU32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens_per_day: Option<NonZeroU32>,
 }
 
 /// Reads and checks a list, which may be empty; in order of names.
@@ -74,6 +78,8 @@ pub(crate) fn append(path: &Path, key: ApiKey) -> Result<(), Failure> {
             requests_per_minute: key.limits.requests_per_minute,
             tokens_per_minute: key.limits.tokens_per_minute,
             concurrency: key.limits.concurrency,
+            requests_per_day: key.limits.requests_per_day,
+            tokens_per_day: key.limits.tokens_per_day,
         }],
     };
     keys.push(key);
@@ -182,6 +188,8 @@ fn parse_list(path: &Path, text: &str) -> Result<Vec<ApiKey>, Failure> {
                 requests_per_minute: entry.requests_per_minute,
                 tokens_per_minute: entry.tokens_per_minute,
                 concurrency: entry.concurrency,
+                requests_per_day: entry.requests_per_day,
+                tokens_per_day: entry.tokens_per_day,
             },
         });
     }

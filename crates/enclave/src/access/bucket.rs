@@ -1,13 +1,27 @@
 //! A token bucket: how much may be used now, and when more may be.
 //!
-//! A bucket of `n` per minute holds at most `n`, is full at first, and gains `n` per minute evenly. Time is an argument;
-//! everything is integers, so nothing is lost or won by rounding.
+//! A bucket of `n` per minute, or day, holds at most `n`, is full at first, and gains `n` per minute, or day, evenly. Time
+//! is an argument; everything is integers, so nothing is lost or won by rounding.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-/// Parts of one: a bucket of `n` per minute gains `n` parts per millisecond.
-const PARTS: i64 = 60_000;
+/// Over which time a bucket of `n` gains `n`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Period {
+    Minute,
+    Day,
+}
+
+impl Period {
+    /// Parts of one: a bucket of `n` gains `n` parts per millisecond.
+    fn parts(self) -> i64 {
+        match self {
+            Self::Minute => 60_000,
+            Self::Day => 86_400_000,
+        }
+    }
+}
 
 /// Why nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +35,8 @@ pub(super) enum Shortage {
 /// One bucket.
 #[derive(Debug, Clone)]
 pub(super) struct Bucket {
-    per_minute: NonZeroU32,
+    limit: NonZeroU32,
+    period: Period,
     /// What it holds, in parts; below zero when more was charged than there was.
     level: i64,
     /// Up to when `level` counts.
@@ -31,16 +46,23 @@ pub(super) struct Bucket {
 impl Bucket {
     /// A full bucket; times are since any fixed moment.
     #[must_use]
-    pub(super) fn new(per_minute: NonZeroU32, now: Duration) -> Self {
+    pub(super) fn new(limit: NonZeroU32, period: Period, now: Duration) -> Self {
         Self {
-            per_minute,
-            level: i64::from(per_minute.get()) * PARTS,
+            limit,
+            period,
+            level: i64::from(limit.get()) * period.parts(),
             at: now,
         }
     }
 
+    /// What it gains in a millisecond, in parts.
     fn rate(&self) -> i64 {
-        i64::from(self.per_minute.get())
+        i64::from(self.limit.get())
+    }
+
+    /// What it holds at most, in parts: less than 2^59.
+    fn most(&self) -> i64 {
+        self.rate() * self.period.parts()
     }
 
     fn refill(&mut self, now: Duration) {
@@ -49,7 +71,7 @@ impl Bucket {
         let passed = i64::try_from(passed).unwrap_or(i64::MAX);
         self.at += Duration::from_millis(passed.unsigned_abs());
         let gained = passed.saturating_mul(self.rate());
-        self.level = self.level.saturating_add(gained).min(self.rate() * PARTS);
+        self.level = self.level.saturating_add(gained).min(self.most());
     }
 
     /// Takes `amount` if it is there.
@@ -58,12 +80,14 @@ impl Bucket {
     /// [`Shortage`]; nothing was taken.
     pub(super) fn take(&mut self, now: Duration, amount: u32) -> Result<(), Shortage> {
         self.refill(now);
-        let wanted = i64::from(amount) * PARTS;
-        if wanted > self.rate() * PARTS {
+        let wanted = i64::from(amount) * self.period.parts();
+        if wanted > self.most() {
             return Err(Shortage::Never);
         }
         if self.level < wanted {
-            return Err(Shortage::Until(self.time_for(wanted - self.level)));
+            return Err(Shortage::Until(
+                self.time_for(wanted.saturating_sub(self.level)),
+            ));
         }
         self.level -= wanted;
         Ok(())
@@ -72,20 +96,21 @@ impl Bucket {
     /// Takes `amount` whether it is there or not: what has been used already is paid for before anything new.
     pub(super) fn charge(&mut self, now: Duration, amount: u32) {
         self.refill(now);
-        self.level = self.level.saturating_sub(i64::from(amount) * PARTS);
+        let used = i64::from(amount) * self.period.parts();
+        self.level = self.level.saturating_sub(used);
     }
 
-    /// What it gains per minute, and holds at most.
+    /// What it gains in its period, and holds at most.
     #[must_use]
     pub(super) fn limit(&self) -> u32 {
-        self.per_minute.get()
+        self.limit.get()
     }
 
     /// What is there, and how long until it is full.
     pub(super) fn state(&mut self, now: Duration) -> (u32, Duration) {
         self.refill(now);
-        let there = u32::try_from(self.level.max(0) / PARTS).unwrap_or(u32::MAX);
-        (there, self.time_for(self.rate() * PARTS - self.level))
+        let there = u32::try_from(self.level.max(0) / self.period.parts()).unwrap_or(u32::MAX);
+        (there, self.time_for(self.most().saturating_sub(self.level)))
     }
 
     /// How long it takes to gain so many parts.
@@ -102,7 +127,8 @@ mod tests {
     use super::*;
 
     fn bucket(per_minute: u32) -> Bucket {
-        Bucket::new(NonZeroU32::new(per_minute).unwrap(), Duration::ZERO)
+        let limit = NonZeroU32::new(per_minute).unwrap();
+        Bucket::new(limit, Period::Minute, Duration::ZERO)
     }
 
     fn ms(milliseconds: u64) -> Duration {
@@ -134,6 +160,25 @@ mod tests {
         assert_eq!(bucket.state(ms(0)), (0, ms(90_000)));
         assert_eq!(bucket.take(ms(30_000), 1), Err(Shortage::Until(ms(1_000))));
         bucket.take(ms(31_000), 1).unwrap();
+    }
+
+    #[test]
+    fn a_day_brings_what_a_day_allows() {
+        const DAY: u64 = 86_400_000;
+        let mut bucket = Bucket::new(NonZeroU32::new(3).unwrap(), Period::Day, Duration::ZERO);
+        bucket.take(ms(0), 3).unwrap();
+        assert_eq!(bucket.take(ms(0), 1), Err(Shortage::Until(ms(DAY / 3))));
+        bucket.take(ms(DAY / 3), 1).unwrap();
+        assert_eq!(bucket.state(ms(DAY)), (2, ms(DAY / 3)));
+        // Nothing overflows.
+        let mut most = Bucket::new(NonZeroU32::MAX, Period::Day, Duration::ZERO);
+        for charges in [20, 40] {
+            (0..charges).for_each(|_| most.charge(ms(0), u32::MAX));
+            assert!(matches!(
+                most.take(ms(0), u32::MAX),
+                Err(Shortage::Until(_))
+            ));
+        }
     }
 
     #[derive(Debug, Clone)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use casemate_release::api_key::{self, Access, Limits};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
-use super::bucket::{Bucket, Shortage};
+use super::bucket::{Bucket, Period, Shortage};
 
 /// One API key.
 pub(super) struct Key {
@@ -19,71 +19,96 @@ pub(super) struct Key {
 }
 
 struct Usage {
-    requests: Option<Mutex<Bucket>>,
-    tokens: Option<Mutex<Bucket>>,
+    requests: Limited,
+    tokens: Limited,
     running: AtomicU32,
 }
 
 impl Usage {
     fn new(limits: &Limits, now: Duration) -> Self {
-        let bucket =
-            |limit: Option<NonZeroU32>| limit.map(|limit| Mutex::new(Bucket::new(limit, now)));
+        let limited = |per_minute: Option<NonZeroU32>, per_day: Option<NonZeroU32>| Limited {
+            minute: per_minute.map(|limit| Mutex::new(Bucket::new(limit, Period::Minute, now))),
+            day: per_day.map(|limit| Mutex::new(Bucket::new(limit, Period::Day, now))),
+        };
         Self {
-            requests: bucket(limits.requests_per_minute),
-            tokens: bucket(limits.tokens_per_minute),
+            requests: limited(limits.requests_per_minute, limits.requests_per_day),
+            tokens: limited(limits.tokens_per_minute, limits.tokens_per_day),
             running: AtomicU32::new(0),
         }
     }
 }
 
+/// What is limited by the minute, for the sake of load, and by the day, for the sake of what can be learned.
+struct Limited {
+    minute: Option<Mutex<Bucket>>,
+    day: Option<Mutex<Bucket>>,
+}
+
 /// A limit that was reached, and when there is more.
-pub(super) type Reached = (u32, Shortage);
+pub(super) struct Reached {
+    pub(super) limit: u32,
+    pub(super) period: Period,
+    pub(super) shortage: Shortage,
+}
 
 /// What is allowed, what is left of it, and how long until all of it is there again.
 pub(super) type Left = (u32, u32, Duration);
 
-fn take(bucket: &Option<Mutex<Bucket>>, now: Duration, amount: u32) -> Result<(), Reached> {
-    let Some(bucket) = bucket else {
-        return Ok(());
-    };
-    let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-    let limit = bucket.limit();
-    bucket
-        .take(now, amount)
-        .map_err(|shortage| (limit, shortage))
-}
+impl Limited {
+    /// Takes from both. Who is refused for the minute has used nothing of the day; the other way round it has used up
+    /// something of a minute in which it can do nothing anyway.
+    fn take(&self, now: Duration, amount: u32) -> Result<(), Reached> {
+        for (bucket, period) in [(&self.minute, Period::Minute), (&self.day, Period::Day)] {
+            let Some(bucket) = bucket else { continue };
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            let limit = bucket.limit();
+            bucket.take(now, amount).map_err(|shortage| Reached {
+                limit,
+                period,
+                shortage,
+            })?;
+        }
+        Ok(())
+    }
 
-fn left(bucket: &Option<Mutex<Bucket>>, now: Duration) -> Option<Left> {
-    let mut bucket = bucket
-        .as_ref()?
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    let (left, full_in) = bucket.state(now);
-    Some((bucket.limit(), left, full_in))
+    fn charge(&self, now: Duration, amount: u32) {
+        for bucket in [&self.minute, &self.day].into_iter().flatten() {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.charge(now, amount);
+        }
+    }
+
+    fn left(&self, period: Period, now: Duration) -> Option<Left> {
+        let bucket = match period {
+            Period::Minute => &self.minute,
+            Period::Day => &self.day,
+        };
+        let bucket = bucket.as_ref()?;
+        let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        let (left, full_in) = bucket.state(now);
+        Some((bucket.limit(), left, full_in))
+    }
 }
 
 impl Key {
     pub(super) fn take_request(&self, now: Duration) -> Result<(), Reached> {
-        take(&self.usage.requests, now, 1)
+        self.usage.requests.take(now, 1)
     }
 
     pub(super) fn take_tokens(&self, now: Duration, tokens: u32) -> Result<(), Reached> {
-        take(&self.usage.tokens, now, tokens)
+        self.usage.tokens.take(now, tokens)
     }
 
     pub(super) fn charge_tokens(&self, now: Duration, tokens: u32) {
-        if let Some(bucket) = &self.usage.tokens {
-            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
-            bucket.charge(now, tokens);
-        }
+        self.usage.tokens.charge(now, tokens);
     }
 
-    pub(super) fn requests(&self, now: Duration) -> Option<Left> {
-        left(&self.usage.requests, now)
+    pub(super) fn requests(&self, period: Period, now: Duration) -> Option<Left> {
+        self.usage.requests.left(period, now)
     }
 
-    pub(super) fn tokens(&self, now: Duration) -> Option<Left> {
-        left(&self.usage.tokens, now)
+    pub(super) fn tokens(&self, period: Period, now: Duration) -> Option<Left> {
+        self.usage.tokens.left(period, now)
     }
 
     /// Counts a request until what is returned is dropped; the limit, if it is reached.

@@ -237,6 +237,19 @@ impl ApiError {
         limited
     }
 
+    /// A day's budget of the caller's key; without `retry_after` it will never be enough.
+    pub(crate) fn quota_exceeded(message: String, retry_after: Option<u32>) -> Self {
+        let mut exceeded = Self::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "insufficient_quota",
+            None,
+            Some("insufficient_quota"),
+            message,
+        );
+        exceeded.retry_after = retry_after;
+        exceeded
+    }
+
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,

@@ -92,6 +92,13 @@ pub(super) const TABLE: &[Explanation] = &[
         "Wait for as long as Retry-After says, or ask the provider for a higher limit.",
     ),
     about(
+        &["insufficient_quota"],
+        "The API key is within its budget of the day.",
+        "More was asked within a day than the provider allows for this key, to bound what anybody can learn of the model.",
+        "Wait for as long as Retry-After says: the budget fills up evenly. Where Retry-After is absent, the prompt alone is \
+         above it. Only the provider can grant more.",
+    ),
+    about(
         &["overloaded"],
         "The service has room for another request.",
         "More users ask at once than it can answer.",
