@@ -259,8 +259,10 @@ async fn prepare(
 
     let fingerprint = format!("fp_{}", &digest[..12]);
     access::announce(session.grant.access());
+    let perturbation =
+        api::PerturbationKey::derive(session.grant.data_key(), session.grant.model_digest());
     let api = Api::new(engine, config.service.name, fingerprint, system_clock)
-        .with_extraction(config.extraction)
+        .with_extraction(config.extraction, perturbation)
         .with_metrics(Arc::clone(&metrics));
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
     let waiting = Arc::new(Bodies::default());

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use casemate_enclave::api::{Extraction, Logprobs, router};
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Value, json};
-use support::{api, api_that_calls, api_with, chat, events, post};
+use support::{api, api_that_calls, api_with, chat, events, perturbation_key, post};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -16,7 +16,7 @@ fn with_tools() -> Router {
         logprobs: Logprobs::None,
         logit_bias: true,
     };
-    router(api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy))
+    router(api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy, perturbation_key([1; 32])))
 }
 
 async fn answered(router: &Router, extra: &Value) -> Value {
@@ -246,10 +246,11 @@ async fn calls_of_strict_functions_are_valid_where_the_model_is_free_to_call() {
         logprobs: Logprobs::Rounded {
             top: 1,
             rounding: 0.1,
+            perturbation: None,
         },
         logit_bias: true,
     };
-    let router = router(api.with_extraction(policy));
+    let router = router(api.with_extraction(policy, perturbation_key([1; 32])));
     let level = json!({"type": "function", "function": {"name": "level", "strict": true, "parameters": {
         "type": "object", "additionalProperties": false, "required": ["at"],
         "properties": {"at": {"anyOf": [{"$ref": "#/$defs/Level"}, {"type": "null"}]}},

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use casemate_enclave::api::{Extraction, Logprobs, router};
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Map, Value, json};
-use support::{api_with, post};
+use support::{api_with, perturbation_key, post};
 
 struct Row {
     field: String,
@@ -76,10 +76,13 @@ async fn the_documented_fields_behave_as_documented() {
         logprobs: Logprobs::Rounded {
             top: 5,
             rounding: 0.1,
+            perturbation: Some(0.5),
         },
         logit_bias: true,
     };
-    let router = router(api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy));
+    let router = router(
+        api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy, perturbation_key([1; 32])),
+    );
     let rows = table();
     assert!(rows.len() > 40, "{} rows", rows.len());
     for row in &rows {

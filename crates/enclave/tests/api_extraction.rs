@@ -2,25 +2,45 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+
 use axum::Router;
 use axum::http::StatusCode;
 use casemate_enclave::api::{Extraction, Logprobs, router};
+use casemate_engine::sampler::arg_max;
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use serde_json::{Value, json};
-use support::{api, api_with, chat, events, post};
+use support::{api, api_with, chat, events, perturbation_key, post};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
 
 fn governed(logprobs: Logprobs, logit_bias: bool) -> Router {
-    router(api().with_extraction(Extraction {
+    governed_under([1; 32], logprobs, logit_bias)
+}
+
+fn governed_under(data_key: [u8; 32], logprobs: Logprobs, logit_bias: bool) -> Router {
+    let extraction = Extraction {
         logprobs,
         logit_bias,
-    }))
+    };
+    router(api().with_extraction(extraction, perturbation_key(data_key)))
 }
 
 fn rounded(top: u8, rounding: f64) -> Logprobs {
-    Logprobs::Rounded { top, rounding }
+    Logprobs::Rounded {
+        top,
+        rounding,
+        perturbation: None,
+    }
+}
+
+fn perturbed(top: u8, rounding: f64, nats: f64) -> Logprobs {
+    Logprobs::Rounded {
+        top,
+        rounding,
+        perturbation: Some(nats),
+    }
 }
 
 async fn refused(router: &Router, path: &str, body: &Value) -> (String, String, String) {
@@ -216,12 +236,12 @@ async fn biases_need_a_policy_and_never_go_with_logprobs() {
 
 #[tokio::test]
 async fn schemas_and_forced_calls_never_go_with_logprobs() {
-    let router = router(
-        api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(Extraction {
-            logprobs: rounded(5, 0.1),
-            logit_bias: false,
-        }),
-    );
+    let extraction = Extraction {
+        logprobs: rounded(5, 0.1),
+        logit_bias: false,
+    };
+    let api = api_with(Some(TOOLS_TEMPLATE), 512);
+    let router = router(api.with_extraction(extraction, perturbation_key([1; 32])));
     let schema = json!({
         "type": "object", "additionalProperties": false, "required": ["a"],
         "properties": {"a": {"const": "Q"}},
@@ -298,4 +318,80 @@ async fn a_token_that_is_not_among_the_likeliest_has_no_value() {
         }
         assert!(hidden > 0 && shown + hidden > 20, "{shown} and {hidden}");
     }
+}
+
+/// The alternatives at each position of a chat, by their bytes or, where a token has none, by name.
+fn alternatives(answer: &Value) -> Vec<BTreeMap<String, f64>> {
+    let content = answer["choices"][0]["logprobs"]["content"].as_array();
+    let by_bytes = |entry: &Value| {
+        let name = format!("{} {}", entry["bytes"], entry["token"]);
+        (name, entry["logprob"].as_f64().unwrap())
+    };
+    let top = |token: &Value| token["top_logprobs"].as_array().unwrap().clone();
+    let position = |token: &Value| top(token).iter().map(by_bytes).collect();
+    content.unwrap().iter().map(position).collect()
+}
+
+#[tokio::test]
+async fn perturbed_values_lie_within_their_bounds_about_the_models_own() {
+    let body = chat(&json!({"logprobs": true, "top_logprobs": 3}));
+    let answer = answered(&governed(rounded(3, 0.001), false), CHAT, &body).await;
+    let plain = alternatives(&answer);
+    let answer = answered(&governed(perturbed(3, 0.001, 0.5), false), CHAT, &body).await;
+    let mut moved = Vec::new();
+    for (plain, noisy) in plain.iter().zip(&alternatives(&answer)) {
+        assert!(plain.keys().eq(noisy.keys()), "{plain:?} {noisy:?}");
+        for (plain, noisy) in plain.values().zip(noisy.values()) {
+            assert!(
+                (noisy - plain).abs() <= 0.502 && *noisy <= 0.0,
+                "{plain}: {noisy}"
+            );
+            moved.push(noisy - plain);
+        }
+    }
+    let far = moved.iter().filter(|by| by.abs() > 0.05).count();
+    assert!(moved.len() == 24 && far > 12, "{moved:?}");
+    // The chosen token, which the list repeats, has the value it has there.
+    for token in answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap()
+    {
+        let top = token["top_logprobs"].as_array().unwrap();
+        let listed = top.iter().find(|entry| entry["bytes"] == token["bytes"]);
+        assert_eq!(listed.unwrap()["logprob"], token["logprob"]);
+        let value = |entry: &Value| entry["logprob"].as_f64().unwrap();
+        assert!(top.windows(2).all(|two| value(&two[0]) >= value(&two[1])));
+    }
+}
+
+#[tokio::test]
+async fn asking_again_draws_no_other_noise() {
+    let noisy = governed(perturbed(3, 0.001, 0.5), false);
+    let ask = |prompt: &[u32], tokens: u32, seed: u32, temperature: f64| {
+        json!({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": temperature,
+               "seed": seed, "logprobs": 3})
+    };
+    let shown = |answer: Value| answer["choices"][0]["logprobs"]["top_logprobs"].clone();
+    let prompt = [5, 6, 7, 8];
+    let first = shown(answered(&noisy, TEXT, &ask(&prompt, 6, 1, 0.0)).await);
+    assert_eq!(first.as_array().unwrap().len(), 6);
+    // By another draw, and of another replica that has the same data key.
+    let replica = governed(perturbed(3, 0.001, 0.5), false);
+    for router in [&noisy, &replica] {
+        for (seed, temperature) in [(1, 0.0), (2, 0.0), (3, 2.0)] {
+            let body = ask(&prompt, 1, seed, temperature);
+            assert_eq!(shown(answered(router, TEXT, &body).await)[0], first[0]);
+        }
+    }
+    // With the answer's beginning as the prompt's end.
+    let mut likeliest = 0;
+    let note = |_, logits: &[f32]| likeliest = arg_max(logits);
+    api().engine().evaluate(&prompt, note).unwrap();
+    let longer = [&prompt[..], &[likeliest]].concat();
+    let rest = shown(answered(&noisy, TEXT, &ask(&longer, 5, 1, 0.0)).await);
+    assert_eq!(rest.as_array().unwrap()[..], first.as_array().unwrap()[1..]);
+    // Another data key is another noise.
+    let other = governed_under([9; 32], perturbed(3, 0.001, 0.5), false);
+    let answer = answered(&other, TEXT, &ask(&prompt, 6, 1, 0.0)).await;
+    assert_ne!(shown(answer), first);
 }

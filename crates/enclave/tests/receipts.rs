@@ -20,7 +20,7 @@ use casemate_enclave::receipts::{self, KeysetFacts, Limits, Receipts, Signer};
 use casemate_testkit::models::TOOLS_TEMPLATE;
 use futures::StreamExt;
 use serde_json::{Value, json};
-use support::{NOW, api_with};
+use support::{NOW, api_with, perturbation_key};
 use tower::ServiceExt;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -35,7 +35,8 @@ fn service() -> Service {
         logprobs: Logprobs::None,
         logit_bias: true,
     };
-    let api = api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy);
+    let api =
+        api_with(Some(TOOLS_TEMPLATE), 512).with_extraction(policy, perturbation_key([1; 32]));
     let receipts = Arc::new(Receipts::new(Limits::default(), || NOW));
     let facts = KeysetFacts {
         keyset_digest: KeysetDigest([1; 32]),

@@ -7,8 +7,8 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use casemate_channel::ohttp::{KEYSET_HINT, RELAYED_MARK};
 use casemate_container::signing::SigningKey;
-use casemate_container::{DataKey, SealOptions, SealedFile, Silent, seal};
-use casemate_enclave::api::{Api, Extraction, Logprobs, router};
+use casemate_container::{DataKey, ModelDigest, SealOptions, SealedFile, Silent, seal};
+use casemate_enclave::api::{Api, Extraction, Logprobs, PerturbationKey, router};
 use casemate_enclave::config::MeasuredConfig;
 use casemate_enclave::relay::{Hint, KeysetList, MAX_KEYSETS};
 use casemate_engine::{Compute, Engine, EngineOptions};
@@ -155,13 +155,15 @@ impl Service {
             logprobs: Logprobs::Rounded {
                 top: 5,
                 rounding: 0.1,
+                perturbation: Some(0.5),
             },
             logit_bias: true,
         };
+        let key = PerturbationKey::derive(&DataKey::from_bytes(&[1; 32]), &ModelDigest([2; 32]));
         let api = Api::new(engine, "tiny".into(), "fp_0".into(), || NOW);
         Service {
             runtime: runtime.expect("a runtime"),
-            router: router(api.with_extraction(extraction)),
+            router: router(api.with_extraction(extraction, key)),
         }
     }
 }

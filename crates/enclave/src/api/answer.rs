@@ -8,7 +8,7 @@ use casemate_engine::{TokenLogprobs, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use super::calls::Call;
-use super::extraction::{NOT_SHOWN, Shown};
+use super::extraction::NOT_SHOWN;
 
 /// Tokens read and written for one request.
 #[derive(Default)]
@@ -76,10 +76,12 @@ struct Scored {
 }
 
 impl Likelihood {
+    /// Of token `id` and the `most` likeliest; `shown` is what is shown of a token's value.
     pub(super) fn new(
         id: u32,
         logprobs: &TokenLogprobs,
-        shown: Shown,
+        most: usize,
+        shown: impl Fn(u32, f32) -> f64,
         tokenizer: &Tokenizer,
         offset: usize,
     ) -> Self {
@@ -100,21 +102,20 @@ impl Likelihood {
             }
         };
         let chosen = match logprobs.top.iter().any(|&(likely, _)| likely == id) {
-            true => shown.round(logprobs.chosen),
+            true => shown(id, logprobs.chosen),
             false => NOT_SHOWN,
         };
-        let mut top = logprobs.top.clone();
-        top.truncate(shown.top);
-        // The order must not tell what the rounding hides.
-        top.sort_by(|a, b| {
-            let [x, y] = [a, b].map(|(_, logprob)| shown.round(*logprob));
-            y.total_cmp(&x).then(a.0.cmp(&b.0))
-        });
+        let likeliest = logprobs.top.iter().take(most);
+        let mut top: Vec<(u32, f64)> = likeliest
+            .map(|&(id, logprob)| (id, shown(id, logprob)))
+            .collect();
+        // The order must not tell what noise and rounding hide.
+        top.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         Self {
             token: token(id, chosen),
             top: top
                 .into_iter()
-                .map(|(id, logprob)| token(id, shown.round(logprob)))
+                .map(|(id, logprob)| token(id, logprob))
                 .collect(),
             offset,
         }

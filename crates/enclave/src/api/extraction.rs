@@ -10,14 +10,14 @@ use super::error::ApiError;
 const MAX_BIASES: usize = 300;
 /// Most alternatives that a policy may show.
 const MAX_TOP: u8 = 5;
-/// Range of `rounding`, in nats: what is finer than the least would be no rounding at all.
-const ROUNDING: std::ops::RangeInclusive<f64> = 0.001..=10.0;
+/// Range of `rounding` and of `perturbation`, in nats: what is finer than the least would be none at all.
+const NATS: std::ops::RangeInclusive<f64> = 0.001..=10.0;
 
 /// `[extraction]` of the configuration. The default shows nothing and steers nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Extraction {
-    /// `"none"`, or the table `{ top = 3, rounding = 0.1 }`.
+    /// `"none"`, or the table `{ top = 3, rounding = 0.1, perturbation = 0.5 }`.
     #[serde(default)]
     pub logprobs: Logprobs,
     /// Whether users may bias tokens.
@@ -37,6 +37,8 @@ pub enum Logprobs {
         top: u8,
         /// Values are multiples of this, in nats.
         rounding: f64,
+        /// Before that, each is moved by up to this many nats, the same each time; absent: not at all.
+        perturbation: Option<f64>,
     },
 }
 
@@ -56,6 +58,7 @@ impl<'de> Deserialize<'de> for Logprobs {
         struct Table {
             top: u8,
             rounding: f64,
+            perturbation: Option<f64>,
         }
         match Written::deserialize(deserializer)? {
             Written::Word(word) if word == "none" => Ok(Self::None),
@@ -63,16 +66,29 @@ impl<'de> Deserialize<'de> for Logprobs {
             Written::Table(Table { top, .. }) if top > MAX_TOP => Err(D::Error::custom(format!(
                 "`top` of `logprobs` is from 0 to {MAX_TOP}"
             ))),
-            Written::Table(Table { top, rounding }) if ROUNDING.contains(&rounding) => {
-                Ok(Self::Rounded { top, rounding })
+            Written::Table(Table { rounding, .. }) if !NATS.contains(&rounding) => {
+                Err(D::Error::custom(outside("rounding")))
             }
-            Written::Table(_) => Err(D::Error::custom(format!(
-                "`rounding` of `logprobs` is from {} to {} nats",
-                ROUNDING.start(),
-                ROUNDING.end()
-            ))),
+            Written::Table(Table { perturbation, .. })
+                if perturbation.is_some_and(|nats| !NATS.contains(&nats)) =>
+            {
+                Err(D::Error::custom(outside("perturbation")))
+            }
+            Written::Table(table) => Ok(Self::Rounded {
+                top: table.top,
+                rounding: table.rounding,
+                perturbation: table.perturbation,
+            }),
         }
     }
+}
+
+fn outside(name: &str) -> String {
+    format!(
+        "`{name}` of `logprobs` is from {} to {} nats",
+        NATS.start(),
+        NATS.end()
+    )
 }
 
 /// Log-probabilities that a request may have.
@@ -83,6 +99,8 @@ pub(super) struct Shown {
     /// How many of the likeliest the policy lets anybody see, at least one: a chosen token that is none of them has
     /// no value, because whoever steers the choice could read any token's.
     pub(super) known: usize,
+    /// How far noise may move a value.
+    pub(super) perturbation: Option<f64>,
     rounding: f64,
 }
 
@@ -90,10 +108,11 @@ pub(super) struct Shown {
 pub(super) const NOT_SHOWN: f64 = -9999.0;
 
 impl Shown {
-    /// A value as the policy shows it.
-    pub(super) fn round(&self, logprob: f32) -> f64 {
+    /// A value as the policy shows it, with its noise. It stays a logarithm of a probability.
+    pub(super) fn round(&self, logprob: f32, noise: f64) -> f64 {
         // The nearest multiple, then the nearest decimal, so that 0.1 · 3 is not 0.30000000000000004.
-        let rounded = (f64::from(logprob) / self.rounding).round() * self.rounding;
+        let moved = (f64::from(logprob) + noise).min(0.0);
+        let rounded = (moved / self.rounding).round() * self.rounding;
         (rounded * 1e6).round() / 1e6 + 0.0
     }
 }
@@ -115,9 +134,11 @@ impl Extraction {
             Logprobs::Rounded {
                 top: most,
                 rounding,
+                perturbation,
             } => Ok(Shown {
                 top: top as usize,
                 known: usize::from(most).max(1),
+                perturbation,
                 rounding,
             }),
         }
@@ -199,13 +220,31 @@ mod tests {
 
     #[test]
     fn bounds_are_part_of_the_format() {
-        let rounded = |top, rounding| Logprobs::Rounded { top, rounding };
+        let rounded = |top, rounding, perturbation| Logprobs::Rounded {
+            top,
+            rounding,
+            perturbation,
+        };
         let some = parse("logprobs = { top = 5, rounding = 0.001 }\nlogit_bias = true").unwrap();
-        assert_eq!((some.logprobs, some.logit_bias), (rounded(5, 0.001), true));
+        assert_eq!(
+            (some.logprobs, some.logit_bias),
+            (rounded(5, 0.001, None), true)
+        );
+        let noisy = parse("logprobs = { top = 1, rounding = 0.1, perturbation = 0.5 }").unwrap();
+        assert_eq!(noisy.logprobs, rounded(1, 0.1, Some(0.5)));
         for (bad, told) in [
             ("logprobs = { top = 6, rounding = 0.1 }", "0 to 5"),
             ("logprobs = { top = 1, rounding = 0.0 }", "0.001"),
             ("logprobs = { top = 1, rounding = nan }", "0.001"),
+            (
+                "logprobs = { top = 1, rounding = 0.1, perturbation = 0.0 }",
+                "`perturbation`",
+            ),
+            (
+                "logprobs = { top = 1, rounding = 0.1, perturbation = nan }",
+                "`perturbation`",
+            ),
+            ("logprobs = { top = 1, perturbation = 0.5 }", "such as"),
             ("logprobs = { top = 1 }", "such as"),
             ("logprobs = { top = 1, rounding = 0.1, x = 1 }", "such as"),
             ("logprobs = \"all\"", "none"),
@@ -222,11 +261,14 @@ mod tests {
         let shown = |rounding| Shown {
             top: 0,
             known: 1,
+            perturbation: None,
             rounding,
         };
-        assert_eq!(shown(0.1).round(-0.31), -0.3);
-        assert_eq!(shown(0.1).round(-0.04).to_string(), "0");
-        assert_eq!(shown(0.25).round(-12.4), -12.5);
-        assert_eq!(shown(10.0).round(-4.9), 0.0);
+        assert_eq!(shown(0.1).round(-0.31, 0.0), -0.3);
+        assert_eq!(shown(0.1).round(-0.04, 0.0).to_string(), "0");
+        assert_eq!(shown(0.25).round(-12.4, 0.0), -12.5);
+        assert_eq!(shown(10.0).round(-4.9, 0.0), 0.0);
+        assert_eq!(shown(0.1).round(-0.31, -0.2), -0.5);
+        assert_eq!(shown(0.1).round(-0.31, 0.5), 0.0, "no value above zero");
     }
 }

@@ -22,6 +22,7 @@ use super::calls::{Call, CallReader};
 use super::error::ApiError;
 use super::extraction::Shown;
 use super::format::{Constraint, Told};
+use super::perturbation::Perturbation;
 use super::tools::Reading;
 use crate::access::Meter;
 use crate::grammars::Share;
@@ -104,6 +105,7 @@ struct Reader {
     calls: Option<CallReader>,
     calls_told: usize,
     logprobs: Option<Shown>,
+    perturbation: Option<Perturbation>,
     /// Of tokens whose text is still held back.
     waiting: Vec<Likelihood>,
     characters: usize,
@@ -156,6 +158,7 @@ impl Api {
         let mut together = Vec::new();
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
+            let perturbation = self.perturbation(job.logprobs, &prompt)?;
             for choice in 0..job.choices {
                 let sampling = Sampling {
                     // Each choice is its own draw, and the whole request repeats for one seed.
@@ -196,6 +199,7 @@ impl Api {
                         .map(|r| CallReader::new(r, Call::new_id)),
                     calls_told: 0,
                     logprobs: job.logprobs,
+                    perturbation: perturbation.clone(),
                     waiting: Vec::new(),
                     characters: 0,
                 });
@@ -218,12 +222,20 @@ impl Reader {
         logprobs: Option<Cow<'_, TokenLogprobs>>,
     ) -> Piece {
         if let (Some(shown), Some(logprobs)) = (self.logprobs, logprobs) {
-            let tokenizer = api.engine().tokenizer();
-            let likelihood = Likelihood::new(id, &logprobs, shown, tokenizer, self.characters);
+            let (tokenizer, top) = (api.engine().tokenizer(), shown.top);
+            let noise = |token| match &self.perturbation {
+                Some(perturbation) => perturbation.of(token),
+                None => 0.0,
+            };
+            let shown = |token, logprob| shown.round(logprob, noise(token));
+            let likelihood = Likelihood::new(id, &logprobs, top, shown, tokenizer, self.characters);
             self.waiting.push(likelihood);
             self.characters += String::from_utf8_lossy(tokenizer.token_bytes(id))
                 .chars()
                 .count();
+        }
+        if let Some(perturbation) = &mut self.perturbation {
+            perturbation.push(id);
         }
         let mut piece = Piece::default();
         if !text.is_empty() {

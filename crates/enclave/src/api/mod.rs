@@ -15,6 +15,7 @@ mod generation;
 mod length;
 mod messages;
 mod parameters;
+mod perturbation;
 mod tools;
 
 use std::sync::Arc;
@@ -28,6 +29,8 @@ use serde::Serialize;
 
 use answer::{Answer, Shape};
 use casemate_channel::receipt::RequestId;
+use extraction::Shown;
+use perturbation::Perturbation;
 
 use crate::grammars::{Grammars, Share};
 use crate::metrics::{Denied, Metrics};
@@ -35,6 +38,7 @@ use crate::metrics::{Denied, Metrics};
 pub use answer::{Ending, Served};
 pub use error::ApiError;
 pub use extraction::{Extraction, Logprobs};
+pub use perturbation::PerturbationKey;
 
 /// Largest request body that is parsed, in bytes.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -44,6 +48,8 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 pub struct Api {
     inner: Arc<Inner>,
     extraction: Extraction,
+    /// There is one under every policy but the default's.
+    perturbation: Option<Arc<PerturbationKey>>,
     grammars: Arc<Grammars>,
     metrics: Arc<Metrics>,
 }
@@ -70,6 +76,7 @@ impl Api {
                 clock,
             }),
             extraction: Extraction::default(),
+            perturbation: None,
             grammars: Arc::default(),
             metrics: Arc::default(),
         }
@@ -83,15 +90,30 @@ impl Api {
         self
     }
 
-    /// The same API under another extraction policy.
+    /// The same API under another extraction policy. The key makes the noise of one that perturbs what it shows.
     #[must_use]
-    pub fn with_extraction(mut self, extraction: Extraction) -> Self {
+    pub fn with_extraction(mut self, extraction: Extraction, key: PerturbationKey) -> Self {
         self.extraction = extraction;
+        self.perturbation = Some(Arc::new(key));
         self
     }
 
     fn extraction(&self) -> Extraction {
         self.extraction
+    }
+
+    /// The noise on what is shown of an answer to `prompt`, if there is to be any.
+    fn perturbation(
+        &self,
+        shown: Option<Shown>,
+        prompt: &[u32],
+    ) -> Result<Option<Perturbation>, ApiError> {
+        let Some(amplitude) = shown.and_then(|shown| shown.perturbation) else {
+            return Ok(None);
+        };
+        let key = self.perturbation.as_ref();
+        let key = key.ok_or_else(|| ApiError::internal("there is no key for perturbations"))?;
+        Ok(Some(Perturbation::new(key, amplitude, prompt)))
     }
 
     /// Room for what schemas and functions of requests became, which is kept until their answers are made and taken, or

@@ -9,8 +9,8 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use casemate_container::signing::SigningKey;
-use casemate_container::{DataKey, Model, SealOptions, SealedFile, Silent, seal};
-use casemate_enclave::api::Api;
+use casemate_container::{DataKey, Model, ModelDigest, SealOptions, SealedFile, Silent, seal};
+use casemate_enclave::api::{Api, PerturbationKey};
 use casemate_engine::{Compute, Engine, EngineOptions};
 use casemate_testkit::models::{MemoryModel, Tiny};
 use serde_json::{Value, json};
@@ -44,6 +44,11 @@ fn sealed_and_opened(model: &MemoryModel) -> Model {
         .unwrap()
         .load(1, &Silent)
         .unwrap()
+}
+
+/// That of a model granted with this data key.
+pub fn perturbation_key(data_key: [u8; 32]) -> PerturbationKey {
+    PerturbationKey::derive(&DataKey::from_bytes(&data_key), &ModelDigest([2; 32]))
 }
 
 pub const NOW: u64 = 1_790_000_000;
