@@ -1,0 +1,195 @@
+//! How a worker comes to hold the matrices, and what becomes of one that failed. One thread a worker.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Event, Shared, lock};
+use crate::check::Challenge;
+use crate::link::{Connect, Fault, Link};
+
+/// Longest wait before connecting again, in multiples of the first.
+const LONGEST: u32 = 64;
+
+/// A worker and what is known of it.
+pub(super) struct Worker {
+    connect: Connect,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+pub(super) enum State {
+    /// Not admitted yet.
+    Outside,
+    /// It holds all matrices.
+    Ready(Link),
+    /// It did until this happened, or until another worker's fault ended both connections.
+    Ended(Option<Fault>),
+    /// It is not asked any more.
+    GivenUp,
+}
+
+impl State {
+    pub(super) fn link(&mut self) -> Option<&mut Link> {
+        match self {
+            State::Ready(link) => Some(link),
+            _ => None,
+        }
+    }
+}
+
+impl Worker {
+    pub(super) fn new(connect: Connect) -> Worker {
+        Worker {
+            connect,
+            state: Mutex::new(State::Outside),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Wakes whoever waits for another state.
+    pub(super) fn tell(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Has its thread look at what was changed beside the state.
+    pub(super) fn wake(&self) {
+        // Whoever looked before has begun to wait when the lock is ours.
+        drop(self.state());
+        self.tell();
+    }
+
+    fn set(&self, state: State) {
+        *self.state() = state;
+        self.tell();
+    }
+
+    /// Waits until it is ready, unless it never will be or the time is over.
+    pub(super) fn wait(&self, limit: Duration) -> bool {
+        let waits = |state: &mut State| !matches!(state, State::Ready(_) | State::GivenUp);
+        let waited = self.changed.wait_timeout_while(self.state(), limit, waits);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        matches!(*state, State::Ready(_))
+    }
+}
+
+/// Admits a worker, again and again, until the end or until it is given up.
+pub(super) fn admit(shared: &Shared, which: usize) {
+    let worker = &shared.workers[which];
+    let config = &shared.config;
+    let mut misconduct = 0;
+    let mut challenges = None;
+    let mut wait = Duration::ZERO;
+    let mut retry = config.retry;
+    while pause(shared, worker, wait) {
+        let fault = match open(shared, which, misconduct, &mut challenges) {
+            Ok(link) => {
+                worker.set(State::Ready(link));
+                (shared.observer)(Event::Admitted { worker: which });
+                let since = Instant::now();
+                let fault = until_it_ends(shared, worker);
+                // Only who did well for a while is connected to again as soon as at first.
+                if since.elapsed() > config.retry * LONGEST {
+                    retry = config.retry;
+                }
+                wait = Duration::ZERO;
+                let Some(fault) = fault else { continue };
+                fault
+            }
+            Err(fault) => {
+                shared.counts.note(fault);
+                fault
+            }
+        };
+        if shared.stop.load(Relaxed) {
+            return;
+        }
+        if fault.is_misconduct() {
+            misconduct += 1;
+            // What was tried against these vectors is of no use against the next.
+            challenges = None;
+            let Some(readmissions_left) = config.readmissions.checked_sub(misconduct) else {
+                worker.set(State::GivenUp);
+                (shared.observer)(Event::GivenUp {
+                    worker: which,
+                    fault,
+                });
+                return;
+            };
+            (shared.observer)(Event::Quarantined {
+                worker: which,
+                fault,
+                readmissions_left,
+            });
+            wait = config.quarantine;
+        } else {
+            (shared.observer)(Event::Failed {
+                worker: which,
+                fault,
+            });
+            wait = retry;
+            retry = (retry * 2).min(config.retry * LONGEST);
+        }
+    }
+}
+
+/// Connects, draws secret vectors unless there are some, and uploads.
+fn open(
+    shared: &Shared,
+    which: usize,
+    round: u32,
+    challenges: &mut Option<Arc<[Challenge]>>,
+) -> Result<Link, Fault> {
+    let running = shared.running.get().ok_or(Fault::Unreachable)?;
+    let transport = (shared.workers[which].connect)().map_err(|_| Fault::Unreachable)?;
+    let challenges = challenges.get_or_insert_with(|| {
+        let draw = |(group, matrix): (usize, &crate::public::PublicMatrix)| {
+            // Groups are fewer than 2^16.
+            let place = (which << 16 | group) as u32;
+            let weights = matrix.matrix();
+            shared.challenges.draw(running.field, place, round, weights)
+        };
+        running.matrices.iter().enumerate().map(draw).collect()
+    });
+    Link::open(
+        transport,
+        running.field,
+        &running.matrices,
+        Arc::clone(challenges),
+        shared.config.patience,
+        || !shared.stop.load(Relaxed),
+    )
+}
+
+/// Waits; false if everything ends instead.
+fn pause(shared: &Shared, worker: &Worker, wait: Duration) -> bool {
+    let end = Instant::now() + wait;
+    let mut state = worker.state();
+    loop {
+        if shared.stop.load(Relaxed) {
+            return false;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return true;
+        }
+        let waited = worker.changed.wait_timeout(state, left);
+        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+/// Waits until the worker's connection ends; why, if it is its own fault.
+fn until_it_ends(shared: &Shared, worker: &Worker) -> Option<Fault> {
+    let goes_on =
+        |state: &mut State| matches!(state, State::Ready(_)) && !shared.stop.load(Relaxed);
+    let waited = worker.changed.wait_while(worker.state(), goes_on);
+    let state = waited.unwrap_or_else(PoisonError::into_inner);
+    match *state {
+        State::Ended(fault) => fault,
+        _ => None,
+    }
+}
