@@ -62,6 +62,23 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
         ],
         "a worker knows no model, no key and no mask",
     ),
+    (
+        "casemate-offload",
+        &[
+            "casemate-attest",
+            "casemate-release",
+            "casemate-channel",
+            "casemate-worker",
+            "casemate-testkit",
+            "tokio",
+        ],
+        "who reviews masks reads no more than masks",
+    ),
+    (
+        "casemate-engine",
+        &["casemate-offload", "casemate-wire"],
+        "the engine knows one trait",
+    ),
     ("casemate-release", &["tokio", "reqwest"], "no sockets"),
     ("casemate-channel", &["tokio", "reqwest"], "no sockets"),
     (

@@ -15,6 +15,7 @@
 //! | [`link`] | connections to workers: what goes out is masked, what comes in is checked |
 //! | `pad`, `pool` | pads, of which each is used once; W·r of those that wait |
 //! | `check` | two secret vectors for each matrix, and products that passed them |
+//! | [`tls`] | encrypted connections to a pinned key |
 //! | [`costs`] | what the parts take, for measurements |
 //! | `public` | matrices that others may see |
 //! | `keys` | the key of a run and the uniform elements made from it |
@@ -36,6 +37,7 @@ mod pad;
 pub mod plan;
 mod pool;
 mod public;
+pub mod tls;
 
 #[cfg(test)]
 mod detectors;

@@ -37,6 +37,9 @@ pub enum Fault {
     /// No connection, or it broke.
     #[error("the connection to the worker failed: see that it runs and can be reached")]
     Unreachable,
+    /// Whoever answered has not the pinned key.
+    #[error("whoever answered is not the pinned worker: compare its key with the configuration")]
+    OtherPeer,
     /// It took too long.
     #[error("the worker did not answer in time: see what else runs there, or allow more time")]
     Late,
@@ -55,11 +58,20 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Why there is no connection. Who answers in a worker's place is no fault of the worker.
+    pub(crate) fn of_connecting(error: io::Error) -> Fault {
+        match error.kind() {
+            io::ErrorKind::InvalidData => Fault::OtherPeer,
+            io::ErrorKind::TimedOut => Fault::Late,
+            _ => Fault::Unreachable,
+        }
+    }
+
     /// Whether an honest worker could be behind it.
     #[must_use]
     pub fn is_misconduct(self) -> bool {
         match self {
-            Fault::Unreachable | Fault::Late | Fault::Refused => false,
+            Fault::Unreachable | Fault::OtherPeer | Fault::Late | Fault::Refused => false,
             Fault::Malformed | Fault::OtherWeights | Fault::WrongProduct => true,
         }
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Event, Shared, lock};
 use crate::check::Challenge;
 use crate::link::{Connect, Fault, Link};
+use crate::public::PublicMatrix;
 
 /// Longest wait before connecting again, in multiples of the first.
 const LONGEST: u32 = 64;
@@ -82,11 +83,11 @@ pub(super) fn admit(shared: &Shared, which: usize) {
     let worker = &shared.workers[which];
     let config = &shared.config;
     let mut misconduct = 0;
-    let mut challenges = None;
+    let mut drawn = None;
     let mut wait = Duration::ZERO;
     let mut retry = config.retry;
     while pause(shared, worker, wait) {
-        let fault = match open(shared, which, misconduct, &mut challenges) {
+        let fault = match open(shared, which, misconduct, &mut drawn) {
             Ok(link) => {
                 worker.set(State::Ready(link));
                 (shared.observer)(Event::Admitted { worker: which });
@@ -110,8 +111,6 @@ pub(super) fn admit(shared: &Shared, which: usize) {
         }
         if fault.is_misconduct() {
             misconduct += 1;
-            // What was tried against these vectors is of no use against the next.
-            challenges = None;
             let Some(readmissions_left) = config.readmissions.checked_sub(misconduct) else {
                 worker.set(State::GivenUp);
                 (shared.observer)(Event::GivenUp {
@@ -137,29 +136,43 @@ pub(super) fn admit(shared: &Shared, which: usize) {
     }
 }
 
+/// Secret vectors for all matrices, and after how many cases of misconduct they were drawn.
+struct Drawn {
+    round: u32,
+    challenges: Arc<[Challenge]>,
+}
+
 /// Connects, draws secret vectors unless there are some, and uploads.
 fn open(
     shared: &Shared,
     which: usize,
     round: u32,
-    challenges: &mut Option<Arc<[Challenge]>>,
+    drawn: &mut Option<Drawn>,
 ) -> Result<Link, Fault> {
     let running = shared.running.get().ok_or(Fault::Unreachable)?;
-    let transport = (shared.workers[which].connect)().map_err(|_| Fault::Unreachable)?;
-    let challenges = challenges.get_or_insert_with(|| {
-        let draw = |(group, matrix): (usize, &crate::public::PublicMatrix)| {
-            // Groups are fewer than 2^16.
-            let place = (which << 16 | group) as u32;
-            let weights = matrix.matrix();
-            shared.challenges.draw(running.field, place, round, weights)
-        };
-        running.matrices.iter().enumerate().map(draw).collect()
+    let transport = (shared.workers[which].connect)().map_err(Fault::of_connecting)?;
+    let challenges = match drawn.take() {
+        Some(drawn) if drawn.round == round => drawn.challenges,
+        // What was tried against other vectors is of no use against these.
+        _ => {
+            let draw = |(group, matrix): (usize, &PublicMatrix)| {
+                // Groups are fewer than 2^16.
+                let place = (which << 16 | group) as u32;
+                let weights = matrix.matrix();
+                shared.challenges.draw(running.field, place, round, weights)
+            };
+            running.matrices.iter().enumerate().map(draw).collect()
+        }
+    };
+    *drawn = Some(Drawn {
+        round,
+        challenges: Arc::clone(&challenges),
     });
     Link::open(
         transport,
         running.field,
         &running.matrices,
-        Arc::clone(challenges),
+        challenges,
         shared.config.patience,
         || !shared.stop.load(Relaxed),
     )

@@ -139,14 +139,17 @@ impl Fake {
 
     pub(crate) fn connect(&self) -> Connect {
         let fake = self.clone();
-        Box::new(move || {
-            let (near, far) = UnixStream::pair()?;
-            let fake = fake.clone();
-            fake.0.lock().unwrap().connections += 1;
-            // It ends with the connection.
-            thread::spawn(move || fake.serve(far));
-            Ok(Box::new(Timed::unix(near)) as Box<dyn Transport>)
-        })
+        Box::new(move || Ok(Box::new(Timed::unix(fake.accept())) as Box<dyn Transport>))
+    }
+
+    /// The client's end of a new connection.
+    pub(crate) fn accept(&self) -> UnixStream {
+        let (near, far) = UnixStream::pair().unwrap();
+        let fake = self.clone();
+        fake.0.lock().unwrap().connections += 1;
+        // It ends with the connection.
+        thread::spawn(move || fake.serve(far));
+        near
     }
 
     fn serve(&self, socket: UnixStream) -> Option<()> {
