@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use casemate_container::DataKey;
+use casemate_container::{DataKey, Kind};
 use serde_json::json;
 
 use crate::exit::{self, Failure, InJson};
@@ -15,7 +15,7 @@ use crate::sealed;
 const MORE: &str =
     "likely cause and what to do: the same with --json, piped into `casemate explain -`";
 
-/// Verify a sealed model completely: key, provider's signature, every chunk, every digest.
+/// Verify a sealed model or adapter completely: key, provider's signature, every chunk, every digest.
 ///
 /// Does what an enclave does before it serves, in the memory of a few chunks. Exits 0 only if all of it holds; 10 for a
 /// malformed file, 20 if something in it is not authentic, 40 if it cannot be read. `casemate explain -` puts the output
@@ -55,12 +55,17 @@ fn check(args: &Args) -> Result<(), Failure> {
         .map_err(refused)?;
     let seconds = start.elapsed().as_secs_f64();
     let manifest = unlocked.manifest();
+    let base = match manifest.kind() {
+        Kind::Model(_) => None,
+        Kind::Adapter(adapter) => Some(adapter.base.to_string()),
+    };
     if args.json {
         return exit::print_json(&json!({
             "verified": true,
             "name": manifest.name(),
             "version": manifest.version(),
             "model_digest": unlocked.digest().to_string(),
+            "base": base,
             "provider": provider.to_string(),
             "tensors": manifest.tensors().len(),
             "assets": manifest.assets().len(),
@@ -68,15 +73,19 @@ fn check(args: &Args) -> Result<(), Failure> {
             "seconds": seconds,
         }));
     }
+    let (what, to_base) = match base {
+        None => ("model  ", String::new()),
+        Some(base) => ("adapter", format!("\nbase    {base}")),
+    };
     exit::print(&format!(
         "passed  the file has the length and layout that its header states\n\
          passed  the data key is the one that the file commits to\n\
          passed  the manifest is authentic, canonical and within limits\n\
-         passed  provider {provider} signed this model\n\
+         passed  provider {provider} signed it\n\
          passed  every chunk is authentic, in its place, and the last one is the last\n\
          passed  {} tensors and {} assets have the digests that the manifest states\n\
-         model   {} version {}, {} bytes, in {seconds:.2} s\n\
-         digest  {}",
+         {what} {} version {}, {} bytes, in {seconds:.2} s\n\
+         digest  {}{to_base}",
         manifest.tensors().len(),
         manifest.assets().len(),
         manifest.name(),

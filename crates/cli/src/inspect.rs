@@ -3,13 +3,15 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use casemate_container::{Access, DataKey, Header, Inspected, Manifest};
+use casemate_container::{
+    Access, AdapterConfig, DataKey, Header, Inspected, Kind, Manifest, ModelConfig,
+};
 use serde_json::{Value, json};
 
 use crate::exit::{self, Failure, InJson};
 use crate::sealed;
 
-/// Show what is in a sealed model: without a key the header, with the data key the manifest too.
+/// Show what is in a sealed model or adapter: without a key the header, with the data key the manifest too.
 ///
 /// This looks and does not judge: who signed is shown, not compared, and the tensors are not read. Use check to have a
 /// file verified.
@@ -106,13 +108,34 @@ fn manifest_json(inspected: &Inspected) -> Value {
         .iter()
         .map(|a| json!({ "name": a.name, "offset": a.offset, "size": a.size, "digest": hex::encode(a.digest) }))
         .collect();
-    let c = manifest.config();
+    let (config, adapter) = match manifest.kind() {
+        Kind::Model(config) => (Some(config_json(config)), None),
+        Kind::Adapter(adapter) => (None, Some(adapter_json(adapter))),
+    };
     json!({
         "name": manifest.name(),
         "version": manifest.version(),
         "model_digest": inspected.digest().to_string(),
         "signed_by": inspected.signer().to_string(),
-        "config": {
+        "config": config,
+        "adapter": adapter,
+        "tensors": tensors,
+        "assets": assets,
+    })
+}
+
+fn adapter_json(a: &AdapterConfig) -> Value {
+    json!({
+        "base": a.base.to_string(),
+        "rank": a.rank,
+        "alpha": a.alpha,
+        "rank_stabilised": a.rank_stabilised,
+        "rope_layout": format!("{:?}", a.rope_layout),
+    })
+}
+
+fn config_json(c: &ModelConfig) -> Value {
+    json!({
             "family": format!("{:?}", c.family),
             "hidden": c.hidden,
             "layers": c.layers,
@@ -132,31 +155,49 @@ fn manifest_json(inspected: &Inspected) -> Value {
             "bos": c.bos,
             "eos": c.eos,
             "add_bos": c.add_bos,
-        },
-        "tensors": tensors,
-        "assets": assets,
     })
 }
 
 fn manifest_text(inspected: &Inspected) -> String {
     let manifest = inspected.manifest();
-    let c = manifest.config();
+    let (what, digest, about) = match manifest.kind() {
+        Kind::Model(c) => (
+            "model  ",
+            "model digest ",
+            format!(
+                "architecture  {:?}: {} layers, hidden {}, {}/{} heads of {}, ffn {}, vocabulary {}, context {}",
+                c.family,
+                c.layers,
+                c.hidden,
+                c.heads,
+                c.kv_heads,
+                c.head_dim,
+                c.ffn,
+                c.vocab,
+                c.context,
+            ),
+        ),
+        Kind::Adapter(a) => (
+            "adapter",
+            "adapter digest",
+            format!(
+                "base          {}\nLoRA          rank {}, alpha {}{}",
+                a.base,
+                a.rank,
+                a.alpha,
+                match a.rank_stabilised {
+                    true => ", rank-stabilised",
+                    false => "",
+                },
+            ),
+        ),
+    };
     let mut text = format!(
-        "\nmodel         {} version {}\nmodel digest  {}\nsigned by     {}\narchitecture  {:?}: {} layers, hidden {}, \
-         {}/{} heads of {}, ffn {}, vocabulary {}, context {}\n\n",
+        "\n{what}       {} version {}\n{digest} {}\nsigned by     {}\n{about}\n\n",
         manifest.name(),
         manifest.version(),
         inspected.digest(),
         inspected.signer(),
-        c.family,
-        c.layers,
-        c.hidden,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        c.ffn,
-        c.vocab,
-        c.context,
     );
     text += &table(manifest);
     text

@@ -19,7 +19,7 @@ use crate::header::CHUNK_LOG2;
 use crate::manifest::Manifest;
 use crate::open::{Chunks, fill_region};
 use crate::progress::Silent;
-use crate::seal::{Plan, SealOptions, threads};
+use crate::seal::{Plan, SealOptions, Subject, threads};
 use crate::source::{ModelSource, SourceError, SourceTensor};
 use crate::workers;
 
@@ -167,7 +167,7 @@ impl Unsealed {
             path: path.to_owned(),
             error,
         };
-        let plan = Plan::new(source, &SealOptions::default())?;
+        let plan = Plan::new(Subject::Model(source), &SealOptions::default())?;
         let manifest = plan.with_digests(threads(0), &Silent)?;
         let mut file = File::options()
             .read(true)

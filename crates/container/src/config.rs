@@ -203,11 +203,11 @@ impl ModelConfig {
 }
 
 /// Floats travel as the integer of their bits: CBOR has several encodings of one float, integers only one.
-mod f32_bits {
+pub(crate) mod f32_bits {
     use minicbor::decode::{Decoder, Error as DecodeError};
     use minicbor::encode::{Encoder, Error as EncodeError, Write};
 
-    pub(super) fn encode<Ctx, W: Write>(
+    pub(crate) fn encode<Ctx, W: Write>(
         value: &f32,
         e: &mut Encoder<W>,
         _: &mut Ctx,
@@ -215,7 +215,7 @@ mod f32_bits {
         e.u32(value.to_bits())?.ok()
     }
 
-    pub(super) fn decode<Ctx>(d: &mut Decoder<'_>, _: &mut Ctx) -> Result<f32, DecodeError> {
+    pub(crate) fn decode<Ctx>(d: &mut Decoder<'_>, _: &mut Ctx) -> Result<f32, DecodeError> {
         Ok(f32::from_bits(d.u32()?))
     }
 }

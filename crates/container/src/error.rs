@@ -97,6 +97,14 @@ pub enum Malformed {
     /// The manifest is refused.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// A model where an adapter is wanted, or an adapter where a model is.
+    #[error("this is {found}, where {wanted} belongs")]
+    OtherKind {
+        /// What it is.
+        found: &'static str,
+        /// What belongs there.
+        wanted: &'static str,
+    },
     /// Bytes between two entries are not zero.
     #[error("bytes between entries are not zero near payload byte {offset}")]
     Padding {
@@ -160,6 +168,7 @@ impl OpenError {
                 Malformed::TrailingData { .. } => "trailing-data",
                 Malformed::PayloadMismatch { .. } => "payload-mismatch",
                 Malformed::Manifest(m) => m.code(),
+                Malformed::OtherKind { .. } => "other-kind",
                 Malformed::Padding { .. } => "padding",
             },
             OpenError::NotAuthentic(n) => match n {
@@ -192,6 +201,8 @@ impl ManifestError {
             ManifestError::NotCanonical => "not-canonical",
             ManifestError::Format { .. } => "manifest-format",
             ManifestError::ModelName => "model-name",
+            ManifestError::Kind => "manifest-kind",
+            ManifestError::Adapter { .. } => "adapter",
             ManifestError::Config { .. } => "config",
             ManifestError::Count { .. } => "entry-count",
             ManifestError::EntryName { .. } => "entry-name",

@@ -11,11 +11,12 @@
 //! SealedFile::open(path)          layout is well formed, length is exact      (no key needed)
 //!   └─ .unlock(key, provider)     key commitment, manifest AEAD, canonical CBOR, limits, signature
 //!        └─ Unlocked::load(..)    every chunk authentic, every tensor and asset digest recomputed
-//!             └─ Model
+//!             └─ Model                                        (of an adapter: load_adapter, Adapter)
 //! ```
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 pub mod atomic_file;
 pub mod bench;
 mod config;
@@ -38,6 +39,9 @@ mod tree;
 mod vectors;
 mod workers;
 
+pub use adapter::{
+    AdapterConfig, AdapterMismatch, AdapterTensor, Factor, MAX_RANK, Target, reordered_row,
+};
 pub use config::{Family, ModelConfig, RopeLayout, RopeScaling};
 pub use data_key::DataKey;
 pub use digest::{DigestParseError, ModelDigest};
@@ -45,9 +49,9 @@ pub use dtype::{DType, UnknownDType};
 pub use error::{Malformed, NotAuthentic, OpenError, SealError, one_line};
 pub use header::Header;
 pub use key_file::KeyFileError;
-pub use manifest::{Access, AssetEntry, Manifest, ManifestError, TensorEntry};
-pub use model::{Model, TensorRef};
+pub use manifest::{Access, AssetEntry, Kind, Manifest, ManifestError, TensorEntry};
+pub use model::{Adapter, Model, TensorRef};
 pub use open::{Inspected, SealedFile, Unlocked};
 pub use progress::{Progress, Silent, Stage};
-pub use seal::{SealOptions, Sealed, seal};
-pub use source::{ModelSource, SourceError, SourceTensor};
+pub use seal::{SealOptions, Sealed, seal, seal_adapter};
+pub use source::{AdapterSource, ModelSource, SourceError, SourceTensor};

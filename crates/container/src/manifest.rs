@@ -7,6 +7,7 @@
 use aws_lc_rs::digest as sha;
 use minicbor::{Decode, Encode};
 
+use crate::adapter::AdapterConfig;
 use crate::config::ModelConfig;
 use crate::digest::ModelDigest;
 use crate::dtype::DType;
@@ -92,12 +93,25 @@ pub struct Manifest {
     pub(crate) name: String,
     #[n(2)]
     pub(crate) version: u64,
+    /// Of a model.
     #[n(3)]
-    pub(crate) config: ModelConfig,
+    pub(crate) config: Option<ModelConfig>,
     #[n(4)]
     pub(crate) tensors: Vec<TensorEntry>,
     #[n(5)]
     pub(crate) assets: Vec<AssetEntry>,
+    /// Of an adapter. One of the two is there.
+    #[n(6)]
+    pub(crate) adapter: Option<AdapterConfig>,
+}
+
+/// What a manifest describes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind<'a> {
+    /// A model.
+    Model(&'a ModelConfig),
+    /// An adapter to a model.
+    Adapter(&'a AdapterConfig),
 }
 
 /// A manifest is refused.
@@ -124,6 +138,15 @@ pub enum ManifestError {
     /// The model's name is empty, too long, or holds control characters.
     #[error("the model's name must be 1 to {LONGEST_NAME} bytes without control characters")]
     ModelName,
+    /// Both a model and an adapter, or neither.
+    #[error("the manifest must describe a model or an adapter")]
+    Kind,
+    /// Something of an adapter with which none can be applied.
+    #[error("the adapter's `{field}` is impossible")]
+    Adapter {
+        /// What.
+        field: &'static str,
+    },
     /// A field of the configuration with which no model can be run.
     #[error("configuration field `{field}` has an impossible value")]
     Config {
@@ -190,7 +213,7 @@ impl Manifest {
     pub(crate) fn lay_out(
         name: String,
         version: u64,
-        config: ModelConfig,
+        kind: Kind<'_>,
         mut tensors: Vec<TensorEntry>,
         mut assets: Vec<AssetEntry>,
     ) -> Result<Self, ManifestError> {
@@ -207,6 +230,10 @@ impl Manifest {
                 .checked_add(size)
                 .ok_or(ManifestError::PayloadTooLarge)?;
         }
+        let (config, adapter) = match kind {
+            Kind::Model(config) => (Some(config.clone()), None),
+            Kind::Adapter(adapter) => (None, Some(adapter.clone())),
+        };
         let manifest = Manifest {
             format: FORMAT,
             name,
@@ -214,6 +241,7 @@ impl Manifest {
             config,
             tensors,
             assets,
+            adapter,
         };
         manifest.check()?;
         Ok(manifest)
@@ -264,9 +292,13 @@ impl Manifest {
         self.version
     }
 
-    /// Architecture.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
+    /// What it describes.
+    pub fn kind(&self) -> Kind<'_> {
+        match (&self.config, &self.adapter) {
+            (Some(config), _) => Kind::Model(config),
+            (None, Some(adapter)) => Kind::Adapter(adapter),
+            (None, None) => unreachable!("a manifest exists only after its check"),
+        }
     }
 
     /// Tensors in ascending order of their names.
@@ -350,7 +382,11 @@ impl Manifest {
         {
             return Err(ManifestError::ModelName);
         }
-        self.config.check()?;
+        match (&self.config, &self.adapter) {
+            (Some(config), None) => config.check()?,
+            (None, Some(adapter)) => self.check_adapter(adapter)?,
+            _ => return Err(ManifestError::Kind),
+        }
         check_names(
             "tensors",
             1..=MOST_TENSORS,
@@ -385,6 +421,20 @@ impl Manifest {
                 });
             }
             end = place(&a.name, a.offset, a.size, end)?;
+        }
+        Ok(())
+    }
+}
+
+impl Manifest {
+    /// An adapter is private as a whole, and brings nothing but tensors.
+    fn check_adapter(&self, adapter: &AdapterConfig) -> Result<(), ManifestError> {
+        adapter.check()?;
+        if self.tensors.iter().any(|t| t.access != Access::Private) {
+            return Err(ManifestError::Adapter { field: "access" });
+        }
+        if !self.assets.is_empty() {
+            return Err(ManifestError::Adapter { field: "assets" });
         }
         Ok(())
     }
@@ -571,8 +621,14 @@ mod tests {
                         size,
                         digest,
                     });
-                    Manifest::lay_out(name, version, config, tensors.collect(), assets.collect())
-                        .ok()
+                    Manifest::lay_out(
+                        name,
+                        version,
+                        Kind::Model(&config),
+                        tensors.collect(),
+                        assets.collect(),
+                    )
+                    .ok()
                 },
             )
     }

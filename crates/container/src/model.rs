@@ -2,8 +2,10 @@
 
 use casemate_kernels::mem::{MemReport, Region};
 
+use crate::adapter::AdapterConfig;
+use crate::config::ModelConfig;
 use crate::digest::ModelDigest;
-use crate::manifest::{Manifest, TensorEntry};
+use crate::manifest::{Kind, Manifest, TensorEntry};
 
 /// A verified model. Exists only if provider, key, every chunk and every digest were right; holds the payload in one
 /// region of locked, undumpable memory that is erased when dropped.
@@ -37,6 +39,14 @@ impl Model {
     /// What the model is.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// Architecture.
+    pub fn config(&self) -> &ModelConfig {
+        match self.manifest.kind() {
+            Kind::Model(config) => config,
+            Kind::Adapter(_) => unreachable!("only manifests of models become one"),
+        }
     }
 
     /// What names the model.
@@ -88,5 +98,37 @@ impl Model {
 
     fn bytes(&self, offset: u64, size: u64) -> &[u8] {
         &self.region[offset as usize..(offset + size) as usize]
+    }
+}
+
+/// A verified adapter, as [`Model`]: it exists only if everything about it was right, and lies in memory of that kind.
+pub struct Adapter(Model);
+
+impl Adapter {
+    pub(crate) fn verified(manifest: Manifest, digest: ModelDigest, region: Region) -> Self {
+        Adapter(Model::verified(manifest, digest, region))
+    }
+
+    /// What it is, and for which base.
+    pub fn config(&self) -> &AdapterConfig {
+        match self.0.manifest.kind() {
+            Kind::Adapter(config) => config,
+            Kind::Model(_) => unreachable!("only manifests of adapters become one"),
+        }
+    }
+
+    /// Its manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.0.manifest
+    }
+
+    /// What names the adapter.
+    pub fn digest(&self) -> ModelDigest {
+        self.0.digest
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+        self.0.tensor(name)
     }
 }

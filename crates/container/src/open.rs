@@ -13,8 +13,8 @@ use crate::digest::ModelDigest;
 use crate::error::{Malformed, NotAuthentic, OpenError};
 use crate::header::{HEADER_LEN, Header, PREAMBLE_LEN, TAG_LEN};
 use crate::keys::{FileKeys, PayloadKey};
-use crate::manifest::{Manifest, digest_of};
-use crate::model::Model;
+use crate::manifest::{Kind, Manifest, digest_of};
+use crate::model::{Adapter, Model};
 use crate::progress::{Progress, Stage};
 use crate::seal::{SIGNATURE_DOMAIN, threads};
 use crate::signing::{Signature, VerifyingKey};
@@ -235,10 +235,30 @@ impl Unlocked {
     /// many as the machine runs at once.
     ///
     /// # Errors
-    /// The first chunk, tensor or asset that is not authentic; bytes hidden between entries; no memory; I/O.
+    /// The first chunk, tensor or asset that is not authentic; bytes hidden between entries; no memory; I/O; or
+    /// [`Malformed::OtherKind`] for an adapter.
     pub fn load(self, threads: usize, progress: &dyn Progress) -> Result<Model, OpenError> {
+        if let Kind::Adapter(_) = self.manifest.kind() {
+            return Err(other_kind("an adapter", "a model"));
+        }
         let region = fill_region(&self, &self.manifest, threads, progress)?;
         Ok(Model::verified(self.manifest, self.digest, region))
+    }
+
+    /// As [`Self::load`], of an adapter.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`Malformed::OtherKind`] for a model.
+    pub fn load_adapter(
+        self,
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<Adapter, OpenError> {
+        if let Kind::Model(_) = self.manifest.kind() {
+            return Err(other_kind("a model", "an adapter"));
+        }
+        let region = fill_region(&self, &self.manifest, threads, progress)?;
+        Ok(Adapter::verified(self.manifest, self.digest, region))
     }
 
     /// Everything that [`Self::load`] verifies, in memory for a few chunks only.
@@ -251,6 +271,10 @@ impl Unlocked {
         let places = chunks.map(|_| Place::Passing);
         verify(self, &self.manifest, threads, scratch, progress, places)
     }
+}
+
+fn other_kind(found: &'static str, wanted: &'static str) -> OpenError {
+    Malformed::OtherKind { found, wanted }.into()
 }
 
 /// Where the plaintext chunks of a payload come from.

@@ -12,10 +12,10 @@ use crate::digest::ModelDigest;
 use crate::error::SealError;
 use crate::header::{CHUNK_LOG2, HEADER_LEN, Header, PREAMBLE_LEN, TAG_LEN};
 use crate::keys::{FileKeys, PayloadKey};
-use crate::manifest::{Access, AssetEntry, Manifest, ManifestError, TensorEntry, digest_of};
+use crate::manifest::{Access, AssetEntry, Kind, Manifest, ManifestError, TensorEntry, digest_of};
 use crate::progress::{Progress, Stage};
 use crate::signing::SigningKey;
-use crate::source::{ModelSource, SourceError};
+use crate::source::{AdapterSource, ModelSource, SourceError, SourceTensor};
 use crate::tree::DigestTree;
 use crate::workers;
 
@@ -75,6 +75,90 @@ impl Fresh {
 /// `out` is then as it was.
 pub fn seal(
     source: &dyn ModelSource,
+    options: &SealOptions,
+    data_key: &DataKey,
+    signing_key: &SigningKey,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<Sealed, SealError> {
+    seal_subject(
+        Subject::Model(source),
+        options,
+        data_key,
+        signing_key,
+        out,
+        progress,
+    )
+}
+
+/// As [`seal`], of an adapter. None of its tensors can be public.
+///
+/// # Errors
+/// As [`seal`].
+pub fn seal_adapter(
+    source: &dyn AdapterSource,
+    options: &SealOptions,
+    data_key: &DataKey,
+    signing_key: &SigningKey,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<Sealed, SealError> {
+    seal_subject(
+        Subject::Adapter(source),
+        options,
+        data_key,
+        signing_key,
+        out,
+        progress,
+    )
+}
+
+/// What is sealed.
+#[derive(Clone, Copy)]
+pub(crate) enum Subject<'a> {
+    Model(&'a dyn ModelSource),
+    Adapter(&'a dyn AdapterSource),
+}
+
+impl<'a> Subject<'a> {
+    fn kind(self) -> Kind<'a> {
+        match self {
+            Subject::Model(model) => Kind::Model(model.config()),
+            Subject::Adapter(adapter) => Kind::Adapter(adapter.config()),
+        }
+    }
+
+    fn name(self) -> &'a str {
+        match self {
+            Subject::Model(model) => model.name(),
+            Subject::Adapter(adapter) => adapter.name(),
+        }
+    }
+
+    fn tensors(self) -> &'a [SourceTensor] {
+        match self {
+            Subject::Model(model) => model.tensors(),
+            Subject::Adapter(adapter) => adapter.tensors(),
+        }
+    }
+
+    fn assets(self) -> &'a [(String, Vec<u8>)] {
+        match self {
+            Subject::Model(model) => model.assets(),
+            Subject::Adapter(_) => &[],
+        }
+    }
+
+    fn read_tensor(self, index: usize, offset: u64, out: &mut [u8]) -> Result<(), SourceError> {
+        match self {
+            Subject::Model(model) => model.read_tensor(index, offset, out),
+            Subject::Adapter(adapter) => adapter.read_tensor(index, offset, out),
+        }
+    }
+}
+
+fn seal_subject(
+    source: Subject<'_>,
     options: &SealOptions,
     data_key: &DataKey,
     signing_key: &SigningKey,
@@ -256,7 +340,7 @@ pub(crate) fn front(
 
 /// A source whose entries have their places in the payload, but not yet their digests.
 pub(crate) struct Plan<'a> {
-    source: &'a dyn ModelSource,
+    source: Subject<'a>,
     layout: Manifest,
     /// For each entry of the layout, its index in the source's tensors or assets.
     tensors: Vec<usize>,
@@ -272,10 +356,7 @@ impl fmt::Debug for Plan<'_> {
 }
 
 impl<'a> Plan<'a> {
-    pub(crate) fn new(
-        source: &'a dyn ModelSource,
-        options: &SealOptions,
-    ) -> Result<Self, SealError> {
+    pub(crate) fn new(source: Subject<'a>, options: &SealOptions) -> Result<Self, SealError> {
         let mut used = vec![false; options.public_tensors.len()];
         let mut access = |name: &str| {
             let mut access = Access::Private;
@@ -307,7 +388,7 @@ impl<'a> Plan<'a> {
                 .clone()
                 .unwrap_or_else(|| source.name().to_owned()),
             options.version,
-            source.config().clone(),
+            source.kind(),
             tensors.collect(),
             assets.collect(),
         )?;

@@ -1,5 +1,6 @@
 //! What a model must offer to be sealed. Importers of other formats implement it.
 
+use crate::adapter::AdapterConfig;
 use crate::config::ModelConfig;
 use crate::dtype::DType;
 
@@ -55,4 +56,19 @@ pub trait ModelSource: Send + Sync {
     /// Assets as (name, bytes): `tokenizer.json` and, where present, `chat_template.jinja`, `config.json`,
     /// `generation_config.json`.
     fn assets(&self) -> &[(String, Vec<u8>)];
+}
+
+/// An adapter in the clear, ready to be sealed; as [`ModelSource`], but it has no assets.
+pub trait AdapterSource: Send + Sync {
+    /// Name to seal under unless the provider gives another.
+    fn name(&self) -> &str;
+    /// What it is, and for which base.
+    fn config(&self) -> &AdapterConfig;
+    /// Tensors in any order; names are unique.
+    fn tensors(&self) -> &[SourceTensor];
+    /// As [`ModelSource::read_tensor`].
+    ///
+    /// # Errors
+    /// When the bytes cannot be read. `out` then holds anything.
+    fn read_tensor(&self, index: usize, offset: u64, out: &mut [u8]) -> Result<(), SourceError>;
 }

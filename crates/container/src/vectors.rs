@@ -9,12 +9,14 @@ mod manifests;
 use std::fs;
 use std::path::PathBuf;
 
+use crate::adapter::AdapterConfig;
 use crate::config::{Family, ModelConfig, RopeLayout, RopeScaling};
 use crate::data_key::DataKey;
+use crate::digest::ModelDigest;
 use crate::dtype::DType;
 use crate::header::{HEADER_LEN, Header, PREAMBLE_LEN, TAG_LEN};
 use crate::keys::FileKeys;
-use crate::manifest::{Access, AssetEntry, Manifest, TensorEntry, digest_of};
+use crate::manifest::{Access, AssetEntry, Kind, Manifest, TensorEntry, digest_of};
 use crate::seal::{Fresh, Front, SIGNATURE_DOMAIN, front};
 use crate::signing::SigningKey;
 
@@ -68,6 +70,16 @@ fn config() -> ModelConfig {
     }
 }
 
+fn adapter() -> AdapterConfig {
+    AdapterConfig {
+        base: ModelDigest(counting(0x60)),
+        rank: 2,
+        alpha: 4.0,
+        rank_stabilised: false,
+        rope_layout: RopeLayout::Half,
+    }
+}
+
 /// What goes into a file before anything is wrong with it.
 struct Contents {
     manifest: Manifest,
@@ -76,6 +88,22 @@ struct Contents {
 
 impl Contents {
     fn new(tensors: &[(&str, DType, &[u64])], assets: &[(&str, &[u8])]) -> Self {
+        Self::of(Kind::Model(&config()), tensors, assets)
+    }
+
+    /// An adapter to one product.
+    fn adapter() -> Self {
+        Contents::of(
+            Kind::Adapter(&adapter()),
+            &[
+                ("blk.0.attn_q.weight.lora_a", DType::F16, &[2, 4]),
+                ("blk.0.attn_q.weight.lora_b", DType::F16, &[4, 2]),
+            ],
+            &[],
+        )
+    }
+
+    fn of(kind: Kind<'_>, tensors: &[(&str, DType, &[u64])], assets: &[(&str, &[u8])]) -> Self {
         let tensors = tensors.iter().map(|&(name, dtype, shape)| TensorEntry {
             name: name.to_owned(),
             dtype,
@@ -94,7 +122,7 @@ impl Contents {
         let layout = Manifest::lay_out(
             "vector".into(),
             7,
-            config(),
+            kind,
             tensors.collect(),
             entries.collect(),
         );
@@ -284,6 +312,12 @@ fn file_vectors() -> Vec<Vector> {
             "ok",
             "one chunk; the faults below start from it or from `valid`",
             small(),
+        ),
+        v(
+            "valid-adapter",
+            "ok",
+            "an adapter of rank 2 to one product",
+            Contents::adapter().seal(),
         ),
         // The header.
         v(
@@ -550,11 +584,13 @@ fn index(vectors: &[Vector]) -> String {
         .collect();
     format!(
         "{{\n  \"data_key\": \"{}\",\n  \"provider\": \"{}\",\n  \"digests\": {{\"valid.casemate\": \"{}\", \
-         \"valid-small.casemate\": \"{}\"}},\n  \"vectors\": [\n{}\n  ]\n}}\n",
+         \"valid-small.casemate\": \"{}\", \
+         \"valid-adapter.casemate\": \"{}\"}},\n  \"vectors\": [\n{}\n  ]\n}}\n",
         hex::encode(data_key().expose()),
         provider().verifying_key(),
         Contents::large().manifest.digest(),
         Contents::small().manifest.digest(),
+        Contents::adapter().manifest.digest(),
         lines.join(",\n")
     )
 }

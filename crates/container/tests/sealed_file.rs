@@ -200,7 +200,7 @@ impl Place {
 }
 
 fn assert_holds(model: &Model, source: &Source) {
-    assert_eq!(model.manifest().config(), &source.config);
+    assert_eq!(model.config(), &source.config);
     assert_eq!(model.manifest().tensors().len(), source.tensors.len());
     for (tensor, bytes) in source.tensors.iter().zip(&source.bytes) {
         let found = model.tensor(&tensor.name).unwrap();

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use casemate_container::{
-    DataKey, Model, NotAuthentic, OpenError, SealedFile, Silent, signing::VerifyingKey,
+    DataKey, Kind, Model, NotAuthentic, OpenError, RopeLayout, SealedFile, Silent, Unlocked,
+    signing::VerifyingKey,
 };
 use serde_json::Value;
 
@@ -17,20 +18,28 @@ fn index() -> Value {
     serde_json::from_slice(&fs::read(vectors().join("index.json")).unwrap()).unwrap()
 }
 
-fn open(index: &Value, file: &str) -> Result<Model, OpenError> {
+fn unlock(index: &Value, file: &str) -> Result<Unlocked, OpenError> {
     let mut key = [0; 32];
     hex::decode_to_slice(index["data_key"].as_str().unwrap(), &mut key).unwrap();
     let provider: VerifyingKey = index["provider"].as_str().unwrap().parse().unwrap();
-    let unlock =
-        || SealedFile::open(&vectors().join(file))?.unlock(&DataKey::from_bytes(&key), &provider);
-    let loaded = unlock().and_then(|u| u.load(2, &Silent));
+    SealedFile::open(&vectors().join(file))?.unlock(&DataKey::from_bytes(&key), &provider)
+}
+
+fn open(index: &Value, file: &str) -> Result<Model, OpenError> {
+    unlock(index, file)?.load(2, &Silent)
+}
+
+/// What comes of a file, whatever it holds.
+fn verdict(index: &Value, file: &str) -> &'static str {
+    let code = |done: Result<(), OpenError>| done.map_or_else(|e| e.code(), |()| "ok");
+    let loaded = unlock(index, file).and_then(|unlocked| match unlocked.manifest().kind() {
+        Kind::Model(_) => unlocked.load(2, &Silent).map(drop),
+        Kind::Adapter(_) => unlocked.load_adapter(2, &Silent).map(drop),
+    });
+    let loaded = code(loaded);
     // Checking without loading must come to the same verdict.
-    let checked = unlock().and_then(|u| u.check(2, &Silent));
-    assert_eq!(
-        loaded.as_ref().err().map(OpenError::code),
-        checked.as_ref().err().map(OpenError::code),
-        "{file}"
-    );
+    let checked = unlock(index, file).and_then(|u| u.check(2, &Silent));
+    assert_eq!(loaded, code(checked), "{file}");
     loaded
 }
 
@@ -41,12 +50,8 @@ fn every_vector_opens_or_fails_as_the_index_says() {
     assert!(list.len() > 50);
     for vector in list {
         let file = vector["file"].as_str().unwrap();
-        let found = match open(&index, file) {
-            Ok(_) => "ok",
-            Err(e) => e.code(),
-        };
         assert_eq!(
-            found,
+            verdict(&index, file),
             vector["expect"].as_str().unwrap(),
             "{file}: {}",
             vector["about"]
@@ -103,4 +108,27 @@ fn the_first_wrong_chunk_is_named() {
             other => panic!("{file}: {:?}", other.err()),
         }
     }
+}
+
+#[test]
+fn an_adapter_is_no_model_and_a_model_no_adapter() {
+    let index = index();
+    let unlocked = || unlock(&index, "valid-adapter.casemate").unwrap();
+    let adapter = unlocked().load_adapter(2, &Silent).unwrap();
+    let digest = index["digests"]["valid-adapter.casemate"].as_str().unwrap();
+    assert_eq!(adapter.digest().to_string(), digest);
+    let config = adapter.config();
+    assert_eq!(config.base.as_bytes()[..2], [0x60, 0x61]);
+    assert_eq!((config.rank, config.scale()), (2, 2.0));
+    assert_eq!(config.rope_layout, RopeLayout::Half);
+    let factor = adapter.tensor("blk.0.attn_q.weight.lora_b").unwrap();
+    assert_eq!(factor.entry.shape, [4, 2]);
+    assert_eq!(factor.bytes[..2], [1, 8]);
+
+    let refused = |error: Option<OpenError>| error.map(|e| e.code());
+    let as_model = unlocked().load(2, &Silent).err();
+    assert_eq!(refused(as_model), Some("other-kind"));
+    let model = unlock(&index, "valid.casemate").unwrap();
+    let as_adapter = model.load_adapter(2, &Silent).err();
+    assert_eq!(refused(as_adapter), Some("other-kind"));
 }

@@ -191,7 +191,7 @@ impl Engine {
         outsource: Option<Arc<dyn Outsource>>,
         progress: &dyn Progress,
     ) -> Result<Self, LoadError> {
-        let config = model.manifest().config().clone();
+        let config = model.config().clone();
         let digest = model.digest();
         let context = check_options(options, &config)?;
         weights::check_config(&config)?;

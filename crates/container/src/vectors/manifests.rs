@@ -1,7 +1,18 @@
 //! Faults of the manifest itself: sealed and signed by the provider, and still refused.
 
-use super::{Contents, Vector, v};
+use super::{Contents, Vector, adapter, config, v};
+use crate::adapter::AdapterConfig;
+use crate::config::ModelConfig;
 use crate::dtype::DType;
+use crate::manifest::{Access, Manifest};
+
+fn config_of(manifest: &mut Manifest) -> &mut ModelConfig {
+    manifest.config.as_mut().unwrap()
+}
+
+fn adapter_of(manifest: &mut Manifest) -> &mut AdapterConfig {
+    manifest.adapter.as_mut().unwrap()
+}
 
 pub(super) fn vectors() -> Vec<Vector> {
     vec![
@@ -32,11 +43,11 @@ pub(super) fn vectors() -> Vec<Vector> {
         v(
             "manifest-unknown-key",
             "not-canonical",
-            "a seventh field",
+            "a field that is not known",
             Contents::small().with_cbor(|c| {
                 assert_eq!(c[0], 0xa6);
                 c[0] = 0xa7;
-                c.extend([0x06, 0x00]);
+                c.extend([0x07, 0x00]);
             }),
         ),
         v(
@@ -88,13 +99,50 @@ pub(super) fn vectors() -> Vec<Vector> {
             "config-no-heads",
             "config",
             "no heads",
-            Contents::small().with_manifest(|m| m.config.heads = 0),
+            Contents::small().with_manifest(|m| config_of(m).heads = 0),
         ),
         v(
             "config-nan",
             "config",
             "ε is not a number",
-            Contents::small().with_manifest(|m| m.config.norm_eps = f32::NAN),
+            Contents::small().with_manifest(|m| config_of(m).norm_eps = f32::NAN),
+        ),
+        // Model or adapter.
+        v(
+            "kind-missing",
+            "manifest-kind",
+            "neither a model nor an adapter",
+            Contents::small().with_manifest(|m| m.config = None),
+        ),
+        v(
+            "kind-twice",
+            "manifest-kind",
+            "a model and an adapter",
+            Contents::adapter().with_manifest(|m| m.config = Some(config())),
+        ),
+        v(
+            "adapter-rank",
+            "adapter",
+            "an adapter of rank 0",
+            Contents::adapter().with_manifest(|m| adapter_of(m).rank = 0),
+        ),
+        v(
+            "adapter-alpha",
+            "adapter",
+            "α is infinite",
+            Contents::adapter().with_manifest(|m| adapter_of(m).alpha = f32::INFINITY),
+        ),
+        v(
+            "adapter-public",
+            "adapter",
+            "an adapter with a public tensor",
+            Contents::adapter().with_manifest(|m| m.tensors[1].access = Access::Public),
+        ),
+        v(
+            "adapter-asset",
+            "adapter",
+            "an adapter with a tokenizer",
+            Contents::small().with_manifest(|m| (m.config, m.adapter) = (None, Some(adapter()))),
         ),
         v(
             "no-tensors",

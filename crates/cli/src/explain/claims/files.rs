@@ -39,6 +39,8 @@ pub(super) const TABLE: &[Explanation] = &[
             "not-canonical",
             "model-name",
             "config",
+            "manifest-kind",
+            "adapter",
             "entry-count",
             "entry-name",
             "entry-order",
@@ -139,6 +141,24 @@ pub(super) const TABLE: &[Explanation] = &[
         "The file records a refusal.",
         "Another file was given to `casemate explain`; the message says what it looks like.",
         "Run the command that refused again with --json, and give its output to `casemate explain`.",
+    ),
+    about(
+        &["other-kind", "base-kind"],
+        "A model is where a model belongs, and an adapter where an adapter does.",
+        "The two paths are exchanged, or an adapter was named as the base of another.",
+        "`casemate inspect --data-key` says of a sealed file which of the two it is.",
+    ),
+    about(
+        &["base-key"],
+        "A sealed base comes with its data key, and a digest without.",
+        "--base names a sealed model, which cannot be read without --base-key; or both a digest and a key were given.",
+        "Give --base FILE with --base-key FILE, or only the digest that `casemate seal` printed for the model.",
+    ),
+    about(
+        &["nothing-to-seal"],
+        "There is something to seal.",
+        "Neither a model nor an adapter was named.",
+        "Name a GGUF file or a directory, or an adapter with --adapter DIR --base MODEL.",
     ),
     about(
         &["sealed-already"],
