@@ -7,6 +7,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use casemate_container::AdapterMismatch;
+
 /// The reason that a model could not be imported.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -240,6 +242,8 @@ pub enum Fault {
     },
     /// The tokenizer library refuses the tokenizer.
     Tokenizer { reason: String },
+    /// Tensors that are not those of an adapter, or not of one to this base.
+    Adapter { mismatch: AdapterMismatch },
 }
 
 impl fmt::Display for Fault {
@@ -420,6 +424,7 @@ impl fmt::Display for Fault {
                 "{what} is token {id}, which the vocabulary of {vocabulary} tokens does not have"
             ),
             Self::Tokenizer { reason } => write!(f, "the tokenizer does not load: {reason}"),
+            Self::Adapter { mismatch } => mismatch.fmt(f),
         }
     }
 }
@@ -455,6 +460,10 @@ pub enum Unsupported {
     OrphanPiece { piece: String },
     /// Weights in a format other than safetensors.
     WeightFormat { file: String },
+    /// An adapter where a model is asked for.
+    Adapter,
+    /// A tensor of an adapter that is not a factor of a product.
+    AdapterTensor { tensor: String },
 }
 
 impl fmt::Display for Unsupported {
@@ -504,6 +513,14 @@ impl fmt::Display for Unsupported {
             Self::WeightFormat { file } => write!(
                 f,
                 "the weights are in {file}; only safetensors are read, so convert them first"
+            ),
+            Self::Adapter => f.write_str(
+                "this is a LoRA adapter and no model; seal it with `casemate seal --adapter DIR --base MODEL`",
+            ),
+            Self::AdapterTensor { tensor } => write!(
+                f,
+                "tensor `{tensor}` is not lora_A or lora_B of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or \
+                 down_proj; adapters of other modules, embeddings, biases or magnitudes (DoRA) are not supported"
             ),
         }
     }

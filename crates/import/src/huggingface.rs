@@ -9,8 +9,11 @@
 //! chat_template.jinja | tokenizer_config.json | chat_template.json → chat_template.jinja
 //! ```
 //!
-//! Not here: Python code, pickled weights, adapters.
+//! A directory with `adapter_config.json` holds a LoRA adapter and no model  adapter.rs
+//!
+//! Not here: Python code, pickled weights.
 
+pub(crate) mod adapter;
 mod config;
 mod directory;
 mod names;
@@ -22,7 +25,7 @@ use std::path::Path;
 
 use self::directory::Directory;
 use crate::architecture;
-use crate::error::{ImportError, Problem};
+use crate::error::{ImportError, Problem, Unsupported};
 use crate::source::Imported;
 
 /// The supported values of `architectures` in `config.json`, for messages.
@@ -31,6 +34,9 @@ pub(crate) const ARCHITECTURES: &str = "LlamaForCausalLM, MistralForCausalLM and
 /// Opens the directory at `path` and checks everything but the values of its tensors.
 pub(crate) fn open(path: &Path) -> Result<Imported, ImportError> {
     let directory = Directory::new(path);
+    if !directory.file(crate::CONFIG_JSON).exists() && directory.file(adapter::SETTINGS).exists() {
+        return Err(ImportError::unsupported(path, Unsupported::Adapter));
+    }
     let config_json = directory.require(crate::CONFIG_JSON, directory::MAX_SETTINGS)?;
     let generation_json = directory.read(crate::GENERATION_CONFIG_JSON, directory::MAX_SETTINGS)?;
     let config = directory.explain(crate::CONFIG_JSON, config::read(&config_json))?;

@@ -5,6 +5,8 @@
 //! is checked here; the data themselves are read on demand, one tensor at a time, so that a model larger than
 //! memory can be sealed.
 //!
+//! [`open_adapter`] does the same with a LoRA adapter as PEFT saves it.
+//!
 //! Files come from strangers: every count and length is checked against a limit and against the file before
 //! anything is allocated, and what this crate does not understand it refuses by name ([`ImportError`]).
 //!
@@ -23,7 +25,7 @@ mod tokenizer;
 
 use std::path::Path;
 
-use casemate_container::ModelSource;
+use casemate_container::{AdapterSource, ModelConfig, ModelDigest, ModelSource};
 
 pub use self::error::{Fault, ImportError, Missing, Unsupported};
 
@@ -49,4 +51,17 @@ pub fn open(path: &Path) -> Result<Box<dyn ModelSource>, ImportError> {
     } else {
         Err(ImportError::unsupported(path, Unsupported::FileKind))
     }
+}
+
+/// Opens the LoRA adapter at `path`, a directory as PEFT saves it, as one to the model `base`. Its tensors are held
+/// against that model's architecture where it is given.
+///
+/// # Errors
+/// [`ImportError`], as [`open`].
+pub fn open_adapter(
+    path: &Path,
+    base: ModelDigest,
+    architecture: Option<&ModelConfig>,
+) -> Result<Box<dyn AdapterSource>, ImportError> {
+    huggingface::adapter::open(path, base, architecture)
 }

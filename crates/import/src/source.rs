@@ -43,34 +43,46 @@ impl ModelSource for Imported {
     }
 
     fn read_tensor(&self, index: usize, offset: u64, out: &mut [u8]) -> Result<(), SourceError> {
-        let tensor = &self.tensors[index];
         let place = self.places[index];
-        let within = offset
-            .checked_add(out.len() as u64)
-            .is_some_and(|end| end <= tensor.size);
-        if !within {
-            return Err(SourceError::Short {
-                tensor: tensor.name.clone(),
-            });
-        }
-        // No overflow: the import checked that the tensor ends within the file.
-        self.files[place.file]
-            .1
-            .read_exact_at(out, place.offset + offset)
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => SourceError::Short {
-                    tensor: tensor.name.clone(),
-                },
-                _ => SourceError::Io {
-                    tensor: tensor.name.clone(),
-                    error,
-                },
-            })
+        read_range(
+            &self.files[place.file].1,
+            place.offset,
+            &self.tensors[index],
+            offset,
+            out,
+        )
     }
 
     fn assets(&self) -> &[(String, Vec<u8>)] {
         &self.assets
     }
+}
+
+/// Fills `out` from byte `offset` of a tensor on, which lies at `start` of `file`: the import checked that it ends there.
+pub(crate) fn read_range(
+    file: &File,
+    start: u64,
+    tensor: &SourceTensor,
+    offset: u64,
+    out: &mut [u8],
+) -> Result<(), SourceError> {
+    let short = || SourceError::Short {
+        tensor: tensor.name.clone(),
+    };
+    let within = offset
+        .checked_add(out.len() as u64)
+        .is_some_and(|end| end <= tensor.size);
+    if !within {
+        return Err(short());
+    }
+    file.read_exact_at(out, start + offset)
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => short(),
+            _ => SourceError::Io {
+                tensor: tensor.name.clone(),
+                error,
+            },
+        })
 }
 
 /// A name for the model: what the file calls it, if that is short and printable, or else the path's last part.

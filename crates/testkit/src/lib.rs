@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapters;
 pub mod attacks;
 pub mod data;
 pub mod deployment;

@@ -478,7 +478,7 @@ fn tokenizer_json(vocabulary: &Vocabulary) -> Value {
 }
 
 /// SplitMix64: small, and the same everywhere.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -490,7 +490,7 @@ impl Random {
     }
 
     /// Evenly spread over `middle` ± `spread`.
-    fn values(&mut self, count: u64, middle: f32, spread: f32) -> Vec<f32> {
+    pub(crate) fn values(&mut self, count: u64, middle: f32, spread: f32) -> Vec<f32> {
         (0..count)
             .map(|_| {
                 // 24 bits are exact in f32.

@@ -46,7 +46,8 @@ pub(super) fn canonical(
     }))
 }
 
-fn canonical_name(name: &str) -> Option<String> {
+/// The canonical name of a weight or bias.
+pub(super) fn canonical_name(name: &str) -> Option<String> {
     match name {
         "model.embed_tokens.weight" => Some("token_embd.weight".to_owned()),
         "model.norm.weight" => Some("output_norm.weight".to_owned()),
