@@ -8,13 +8,14 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use casemate_container::{ModelConfig, ModelDigest, Progress};
+use casemate_container::{Adapter, ModelConfig, ModelDigest, Progress};
 use casemate_kernels::attention::KvType;
 use casemate_kernels::cpu::Isa;
 use casemate_kernels::mem::Granted;
 use casemate_kernels::panels;
 use casemate_kernels::team::{PATIENCE, Team};
 
+use crate::adapters::Adapters;
 use crate::chat::ChatTemplate;
 use crate::error::{LoadError, SubmitError};
 use crate::kv::KvCache;
@@ -103,6 +104,7 @@ pub struct Engine {
     chat: Option<ChatTemplate>,
     config: ModelConfig,
     digest: ModelDigest,
+    adapters: Arc<Adapters>,
     end_tokens: Vec<u32>,
     compute: String,
     context: usize,
@@ -163,38 +165,61 @@ impl Engine {
         options: &EngineOptions,
         progress: &dyn Progress,
     ) -> Result<Self, LoadError> {
-        Self::load_with(model, options, None, progress)
+        Self::load_with(model, Vec::new(), options, None, progress)
     }
 
     /// As [`Engine::load`], with layers that somebody else may compute.
     ///
     /// # Errors
-    /// As [`Engine::load`], and [`LoadError::Outsource`] for any arithmetic but
-    /// [`Compute::Int8Row`].
+    /// As [`Engine::load_with`].
     pub fn load_outsourced(
         model: casemate_container::Model,
         options: &EngineOptions,
         outsource: Arc<dyn Outsource>,
         progress: &dyn Progress,
     ) -> Result<Self, LoadError> {
-        if options.compute != Compute::Int8Row {
-            return Err(LoadError::Outsource {
-                compute: options.compute.name(),
-            });
-        }
-        Self::load_with(model, options, Some(outsource), progress)
+        Self::load_with(model, Vec::new(), options, Some(outsource), progress)
     }
 
-    fn load_with(
+    /// As [`Engine::load`], with adapters to the model, which requests name by their digests
+    /// ([`Request::adapter`]).
+    ///
+    /// # Errors
+    /// As [`Engine::load_with`].
+    pub fn load_with_adapters(
         model: casemate_container::Model,
+        adapters: Vec<Adapter>,
+        options: &EngineOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self, LoadError> {
+        Self::load_with(model, adapters, options, None, progress)
+    }
+
+    /// As [`Engine::load`], with adapters and with layers that somebody else may compute. Adapters
+    /// are applied here, whoever computes the layers.
+    ///
+    /// # Errors
+    /// As [`Engine::load`]; [`LoadError::OtherBase`], [`LoadError::Adapter`] and
+    /// [`LoadError::AdapterTwice`] for adapters that are not for this model;
+    /// [`LoadError::Outsource`] for layers that somebody else would compute in any arithmetic but
+    /// [`Compute::Int8Row`].
+    pub fn load_with(
+        model: casemate_container::Model,
+        adapters: Vec<Adapter>,
         options: &EngineOptions,
         outsource: Option<Arc<dyn Outsource>>,
         progress: &dyn Progress,
     ) -> Result<Self, LoadError> {
+        if outsource.is_some() && options.compute != Compute::Int8Row {
+            return Err(LoadError::Outsource {
+                compute: options.compute.name(),
+            });
+        }
         let config = model.config().clone();
         let digest = model.digest();
         let context = check_options(options, &config)?;
         weights::check_config(&config)?;
+        let adapters = Arc::new(Adapters::load(adapters, &config, digest)?);
 
         let json = model
             .asset("tokenizer.json")
@@ -239,6 +264,7 @@ impl Engine {
         let weight_memory = weights.memory;
         let model = Model::new(
             weights,
+            Arc::clone(&adapters),
             &config,
             context,
             PROMPT_ROWS + options.max_batch,
@@ -261,6 +287,7 @@ impl Engine {
             end_tokens: config.eos.clone(),
             config,
             digest,
+            adapters,
             compute: compute_name(options),
             context,
             batch,
@@ -296,6 +323,18 @@ impl Engine {
     #[must_use]
     pub fn digest(&self) -> ModelDigest {
         self.digest
+    }
+
+    /// Identities of the adapters that requests may name.
+    #[must_use]
+    pub fn adapters(&self) -> Vec<ModelDigest> {
+        self.adapters.digests()
+    }
+
+    /// Bytes of all adapters.
+    #[must_use]
+    pub fn adapter_bytes(&self) -> u64 {
+        self.adapters.bytes()
     }
 
     /// Tokens that prompt and answer may have together.
@@ -382,6 +421,7 @@ impl Engine {
             context: self.context,
             vocab: self.config.vocab,
             end_tokens: &self.end_tokens,
+            adapters: &self.adapters,
             batch: self.batch,
             pages: self.kv_pages,
             page_bytes: self.kv_page_bytes,
@@ -406,8 +446,23 @@ impl Engine {
     pub fn evaluate(
         &self,
         tokens: &[u32],
+        row: impl FnMut(usize, &[f32]),
+    ) -> Result<(), SubmitError> {
+        self.evaluate_with(None, tokens, row)
+    }
+
+    /// As [`Self::evaluate`], under an adapter.
+    ///
+    /// # Errors
+    /// As [`Self::evaluate`], and [`SubmitError::UnknownAdapter`].
+    pub fn evaluate_with(
+        &self,
+        adapter: Option<ModelDigest>,
+        tokens: &[u32],
         mut row: impl FnMut(usize, &[f32]),
     ) -> Result<(), SubmitError> {
+        let adapter = adapter.map(|digest| self.adapters.find(digest));
+        let adapter = adapter.transpose()?;
         if tokens.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
@@ -426,6 +481,7 @@ impl Engine {
         let (sender, rows) = sync_channel(8);
         self.mailbox.post(Command::Evaluate(Evaluation {
             tokens: tokens.to_vec(),
+            adapter,
             rows: sender,
         }))?;
         let mut position = 0;

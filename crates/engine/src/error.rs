@@ -3,7 +3,7 @@
 
 use std::io;
 
-use casemate_container::DType;
+use casemate_container::{AdapterMismatch, DType, ModelDigest};
 
 use crate::chat::ChatError;
 use crate::sampler::InvalidSampling;
@@ -69,6 +69,25 @@ pub enum LoadError {
     Outsource {
         /// The arithmetic's name.
         compute: &'static str,
+    },
+    /// An adapter to another model than the one that it should be applied to.
+    #[error("adapter {adapter} is for the model {base}, but the model is {model}")]
+    OtherBase {
+        /// The adapter.
+        adapter: ModelDigest,
+        /// What its manifest names.
+        base: ModelDigest,
+        /// The model that was loaded.
+        model: ModelDigest,
+    },
+    /// An adapter whose tensors do not fit its base.
+    #[error("the adapter does not fit: {0}")]
+    Adapter(AdapterMismatch),
+    /// The same adapter under two names.
+    #[error("adapter {adapter} is there twice")]
+    AdapterTwice {
+        /// The adapter.
+        adapter: ModelDigest,
     },
     /// An asset that the engine needs is absent.
     #[error("the model has no asset {name}")]
@@ -139,6 +158,12 @@ pub enum SubmitError {
         id: u32,
         /// The vocabulary.
         vocab: u32,
+    },
+    /// The request names an adapter that was not loaded.
+    #[error("there is no adapter {adapter}")]
+    UnknownAdapter {
+        /// What it names.
+        adapter: ModelDigest,
     },
     /// No token may be generated.
     #[error("at least one token must be asked for")]

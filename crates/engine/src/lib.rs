@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod beam;
 pub mod chat;
 mod constrain;

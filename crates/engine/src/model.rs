@@ -4,6 +4,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use casemate_container::ModelConfig;
 use casemate_kernels::attention::{Attention, AttentionScratch};
@@ -13,6 +14,7 @@ use casemate_kernels::norm::rmsnorm;
 use casemate_kernels::rope::{RopeLayout, RopeTable};
 use casemate_kernels::team::Team;
 
+use crate::adapters::{Adapted, Adapters, Stack};
 use crate::kv::{KvCache, Slot};
 use crate::linear::LinearScratch;
 use crate::rope;
@@ -96,6 +98,9 @@ impl Batch {
 /// A model ready to compute.
 pub(crate) struct Model {
     weights: Weights,
+    adapters: Arc<Adapters>,
+    /// Of the batch at hand; kept for its memory.
+    adapted: Vec<Adapted>,
     team: Team,
     rope: RopeTable,
     rope_layout: RopeLayout,
@@ -136,6 +141,7 @@ impl Model {
     /// Prepares for batches of at most `rows` rows, of which `wanted` need logits.
     pub(crate) fn new(
         weights: Weights,
+        adapters: Arc<Adapters>,
         config: &ModelConfig,
         context: usize,
         rows: usize,
@@ -194,6 +200,8 @@ impl Model {
             },
             logit_rows,
             weights,
+            adapters,
+            adapted: Vec::with_capacity(wanted),
             team,
         })
     }
@@ -232,6 +240,19 @@ impl Model {
         let gate_up = &mut b.gate_up.as_f32_mut()[..n * 2 * self.ffn];
         let activated = &mut b.activated.as_f32_mut()[..n * self.ffn];
 
+        self.adapted.clear();
+        for span in &batch.spans {
+            if let Some(adapter) = cache.adapter_of(span.slot) {
+                let rows = span.rows.clone();
+                self.adapted.push(Adapted { adapter, rows });
+            }
+        }
+        let (hidden, q, ffn) = (self.hidden, self.q, self.ffn);
+        let adapt = |layer, stack, x: (&[f32], usize), y: (&mut [f32], usize)| {
+            let adapted = &self.adapted;
+            self.adapters.apply(team, adapted, layer, stack, x, y);
+        };
+
         let (pool, spans) = cache.locate(&batch.spans);
         let embedding = &self.weights.embedding;
         by_rows(team, stream, self.hidden, |i, row| {
@@ -247,11 +268,12 @@ impl Model {
                     row,
                 );
             });
+            let width = self.q + 2 * self.kv;
             layer.qkv.forward(team, &mut self.scratch, rows, qkv);
+            adapt(index, Stack::Qkv, (rows, hidden), (qkv, width));
             if let Some(bias) = &layer.qkv_bias {
                 add_bias(isa, bias, qkv);
             }
-            let width = self.q + 2 * self.kv;
             let (rope, layout, head_dim) = (&self.rope, self.rope_layout, self.head_dim);
             let part = |row: usize, first: usize, to: &mut [f32]| {
                 to.copy_from_slice(&qkv[row * width + first..][..to.len()]);
@@ -278,6 +300,7 @@ impl Model {
             layer
                 .attention_output
                 .forward(team, &mut self.scratch, attended, rows);
+            adapt(index, Stack::AttentionOutput, (attended, q), (rows, hidden));
             by_rows(team, stream, self.hidden, |i, row| {
                 add(isa, &rows[i * self.hidden..][..self.hidden], row)
             });
@@ -294,12 +317,14 @@ impl Model {
             layer
                 .gate_up
                 .forward(team, &mut self.scratch, rows, gate_up);
+            adapt(index, Stack::GateUp, (rows, hidden), (gate_up, 2 * ffn));
             by_rows(team, activated, self.ffn, |i, row| {
                 let (gate, up) = gate_up[i * 2 * self.ffn..][..2 * self.ffn].split_at(self.ffn);
                 row.copy_from_slice(gate);
                 silu_mul(isa, row, up);
             });
             layer.down.forward(team, &mut self.scratch, activated, rows);
+            adapt(index, Stack::Down, (activated, ffn), (rows, hidden));
             by_rows(team, stream, self.hidden, |i, row| {
                 add(isa, &rows[i * self.hidden..][..self.hidden], row)
             });

@@ -4,6 +4,8 @@
 use std::borrow::Cow;
 use std::ops::ControlFlow;
 
+use casemate_container::ModelDigest;
+
 use crate::beam::BeamSearch;
 use crate::constrain::Grammar;
 use crate::error::RequestError;
@@ -53,6 +55,8 @@ pub struct Request {
     /// Whose request it is. `None`: nobody's; it reuses nothing, nothing is kept of it, and it takes
     /// turns with all requests of nobody as if they were one user's.
     pub user: Option<User>,
+    /// The adapter that is applied to every row of it. `None`: the model as it is.
+    pub adapter: Option<ModelDigest>,
     /// Search for the likeliest answer instead of choosing token by token. Its tokens come all
     /// together when it is found. Only with the default of `sampling`, and without stop strings,
     /// log-probabilities and grammar.

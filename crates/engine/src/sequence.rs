@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use casemate_kernels::attention::PAGE;
 
+use crate::adapters::{AdapterIndex, Adapters};
 use crate::beam::{self, BeamSearch, Beams, MAXIMUM_BEAMS};
 use crate::constrain::{Constraint, Grammar};
 use crate::error::{RequestError, SubmitError};
@@ -28,6 +29,7 @@ pub(crate) struct Limits<'a> {
     pub(crate) context: usize,
     pub(crate) vocab: u32,
     pub(crate) end_tokens: &'a [u32],
+    pub(crate) adapters: &'a Adapters,
     /// Sequences computed together.
     pub(crate) batch: usize,
     /// Pages of the KV cache, and bytes of each.
@@ -66,6 +68,7 @@ pub(crate) struct Fed {
 pub(crate) struct Sequence {
     pub(crate) id: RequestId,
     pub(crate) user: Option<User>,
+    pub(crate) adapter: Option<AdapterIndex>,
     /// Whose turn it takes, once the scheduler has it.
     pub(crate) account: Option<AccountId>,
     /// The prompt and what was generated.
@@ -133,6 +136,7 @@ impl Sequence {
             logprobs,
             grammar,
             user,
+            adapter,
             beams,
         } = request;
         let prompt = tokens.len();
@@ -151,6 +155,8 @@ impl Sequence {
                 vocab: limits.vocab,
             });
         }
+        let adapter = adapter.map(|digest| limits.adapters.find(digest));
+        let adapter = adapter.transpose()?;
         if max_tokens == 0 {
             return Err(SubmitError::NothingToGenerate);
         }
@@ -203,6 +209,7 @@ impl Sequence {
         Ok(Self {
             id,
             user,
+            adapter,
             account: None,
             limit: prompt + generate,
             tokens,
@@ -289,7 +296,7 @@ impl Sequence {
                 0 => (self.user, &self.tokens[..]),
                 _ => (None, &[][..]),
             };
-            let Some((slot, fed)) = kv.open(user, text, now) else {
+            let Some((slot, fed)) = kv.open(user, self.adapter, text, now) else {
                 break;
             };
             found = found.max(fed);

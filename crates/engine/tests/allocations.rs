@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use casemate_container::{DType, ModelConfig};
+use casemate_container::{DType, ModelConfig, ModelDigest, Silent};
 use casemate_engine::{Compute, Engine, EngineOptions, Event, KvType, Request, Sampling, User};
 use casemate_kernels::heap::CountingHeap;
+use casemate_testkit::adapters::TinyAdapter;
 use support::tiny::{Tiny, llama};
-use support::{load, options};
+use support::{open, open_adapter, options};
 
 #[global_allocator]
 static HEAP: CountingHeap = CountingHeap::new();
@@ -57,7 +58,7 @@ fn watch(engine: &Engine, request: Request) -> Arc<Seen> {
 }
 
 /// One of every way to choose tokens and to show them, long enough for contexts to be shared out.
-fn requests(model: &Tiny) -> Vec<Request> {
+fn requests(model: &Tiny, adapter: ModelDigest) -> Vec<Request> {
     let request = |seed: u64, sampling: Sampling| Request {
         prompt: model.prompt(150, seed),
         max_tokens: FIRST + COUNTED + 10,
@@ -65,6 +66,7 @@ fn requests(model: &Tiny) -> Vec<Request> {
         sampling: Sampling { seed, ..sampling },
         // Full pages of some are made known for later requests.
         user: (seed % 2 == 1).then_some(User::new([7; 32])),
+        adapter: (seed > 2).then_some(adapter),
         ..Request::default()
     };
     let warm = Sampling {
@@ -117,17 +119,19 @@ fn decoding_allocates_nothing() {
             &plain
         };
         for threads in [1, 3] {
-            let engine = load(
-                model,
-                &EngineOptions {
-                    threads,
-                    kv_type,
-                    // Parking allocates in no way that we know of, but it is not what this is about.
-                    patience: u32::MAX,
-                    ..options(compute)
-                },
-            );
-            let all: Vec<_> = requests(model)
+            let options = EngineOptions {
+                threads,
+                kv_type,
+                // Parking allocates in no way that we know of, but it is not what this is about.
+                patience: u32::MAX,
+                ..options(compute)
+            };
+            let container = open(model);
+            let adapter = TinyAdapter::default().build(&model.config, container.digest());
+            let adapters = vec![open_adapter(&adapter)];
+            let engine =
+                Engine::load_with_adapters(container, adapters, &options, &Silent).unwrap();
+            let all: Vec<_> = requests(model, engine.adapters()[0])
                 .into_iter()
                 .map(|request| watch(&engine, request))
                 .collect();

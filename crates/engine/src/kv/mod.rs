@@ -4,7 +4,7 @@
 //! **Sharing.** Several sequences may have one page. It is copied before one of them writes to it.
 //!
 //! **Reuse.** Full pages of a request with a [`User`] can be found by that user's later requests that
-//! begin with the same tokens, and by nobody else's (`prefix`). When their last sequence ends they
+//! begin with the same tokens under the same adapter, and by nobody else's (`prefix`). When their last sequence ends they
 //! stay, until their memory is needed (unused for longest first), their time is over, or the user's
 //! unused pages are more than a share of all. Kernels give the same bits for a position whatever it
 //! was computed together with, so it is all the same who computed a page, and in which pieces.
@@ -22,10 +22,11 @@ use casemate_container::ModelConfig;
 use casemate_kernels::attention::{KvPool, KvShape, KvType, PAGE, Span as AttentionSpan, Spans};
 use casemate_kernels::mem::Granted;
 
+use crate::adapters::AdapterIndex;
 use crate::error::LoadError;
 use crate::model::Span;
 use crate::request::User;
-use prefix::Prefixes;
+use prefix::{Origin, Prefixes};
 
 /// Default limit where the caller sets none.
 const DEFAULT_BYTES: u64 = 1 << 30;
@@ -50,6 +51,8 @@ pub(crate) struct Found {
 struct Table {
     open: bool,
     user: Option<User>,
+    /// What its keys and values are computed with, besides the model.
+    adapter: Option<AdapterIndex>,
     /// In the order of positions.
     pages: Vec<u32>,
     /// So many of them, from the first, can be found.
@@ -133,21 +136,35 @@ impl KvCache {
 
     /// What of `tokens` the cache holds for `user`. At least one token is left to compute: somebody
     /// wants the logits after the last one.
-    pub(crate) fn find(&self, user: Option<User>, tokens: &[u32], now: Duration) -> Found {
+    pub(crate) fn find(
+        &self,
+        user: Option<User>,
+        adapter: Option<AdapterIndex>,
+        tokens: &[u32],
+        now: Duration,
+    ) -> Found {
         let mut found = Found::default();
-        self.walk(user, tokens, now, |page| {
+        self.walk(user, adapter, tokens, now, |page| {
             found.pages += 1;
             found.idle += usize::from(self.prefixes.idle_since(page).is_some());
         });
         found
     }
 
-    fn walk(&self, user: Option<User>, tokens: &[u32], now: Duration, mut each: impl FnMut(u32)) {
+    fn walk(
+        &self,
+        user: Option<User>,
+        adapter: Option<AdapterIndex>,
+        tokens: &[u32],
+        now: Duration,
+        mut each: impl FnMut(u32),
+    ) {
         let Some(user) = user else { return };
+        let origin = Origin { user, adapter };
         let before_last = &tokens[..tokens.len().saturating_sub(1)];
         let mut parent = None;
         for tokens in before_last.chunks_exact(PAGE) {
-            let Some(page) = self.prefixes.find(user, parent, tokens) else {
+            let Some(page) = self.prefixes.find(origin, parent, tokens) else {
                 return;
             };
             // Its time may be over before anybody looked.
@@ -173,13 +190,14 @@ impl KvCache {
     pub(crate) fn open(
         &mut self,
         user: Option<User>,
+        adapter: Option<AdapterIndex>,
         tokens: &[u32],
         now: Duration,
     ) -> Option<(Slot, usize)> {
         let user = user.filter(|_| !self.age.is_zero());
         let slot = self.tables.iter().position(|table| !table.open)?;
         let mut pages = std::mem::take(&mut self.tables[slot].pages);
-        self.walk(user, tokens, now, |page| pages.push(page));
+        self.walk(user, adapter, tokens, now, |page| pages.push(page));
         for &page in &pages {
             self.uses[page as usize] += 1;
             self.prefixes.wake(page);
@@ -188,10 +206,16 @@ impl KvCache {
         self.tables[slot] = Table {
             open: true,
             user,
+            adapter,
             pages,
             known,
         };
         Some((Slot(slot), known * PAGE))
+    }
+
+    /// The adapter that a sequence is computed with.
+    pub(crate) fn adapter_of(&self, slot: Slot) -> Option<AdapterIndex> {
+        self.tables[slot.0].adapter
     }
 
     /// Pages that a sequence has.
@@ -310,13 +334,15 @@ impl KvCache {
         let Some(user) = self.tables[slot.0].user else {
             return;
         };
+        let adapter = self.tables[slot.0].adapter;
+        let origin = Origin { user, adapter };
         while (self.tables[slot.0].known + 1) * PAGE <= fed {
             let at = self.tables[slot.0].known;
             let pages = &self.tables[slot.0].pages;
             let (page, parent) = (pages[at], at.checked_sub(1).map(|i| pages[i]));
             let tokens: [u32; PAGE] = std::array::from_fn(|i| token(at * PAGE + i));
-            match self.prefixes.find(user, parent, &tokens) {
-                None => self.prefixes.insert(page, user, parent, &tokens),
+            match self.prefixes.find(origin, parent, &tokens) {
+                None => self.prefixes.insert(page, origin, parent, &tokens),
                 // Another sequence was faster: the same text has the same bits.
                 Some(same) if same != page => {
                     self.prefixes.wake(same);

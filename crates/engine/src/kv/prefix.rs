@@ -1,5 +1,5 @@
-//! Which full pages can be found again: by the user who had them computed and by every token from
-//! position 0 on. Nothing else leads to a page, so what one user's prompts were is out of reach of
+//! Which full pages can be found again: by the user who had them computed, the adapter that they
+//! were computed with, and every token from position 0 on. Nothing else leads to a page, so what one user's prompts were is out of reach of
 //! every other's.
 //!
 //! Pages form a tree for each user, a page below the one before it. Whoever uses a page uses all
@@ -10,14 +10,22 @@ use std::time::Duration;
 
 use casemate_kernels::attention::PAGE;
 
+use crate::adapters::AdapterIndex;
 use crate::request::User;
 
 /// No page.
 const NONE: u32 = u32::MAX;
 
+/// Whose a page is, and what its keys and values follow from besides the model and its tokens.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Origin {
+    pub(super) user: User,
+    pub(super) adapter: Option<AdapterIndex>,
+}
+
 /// What is known of a page that can be found.
 struct Node {
-    user: Option<User>,
+    origin: Option<Origin>,
     parent: u32,
     /// The first page below, and the next one beside.
     child: u32,
@@ -30,7 +38,7 @@ struct Node {
 }
 
 const EMPTY: Node = Node {
-    user: None,
+    origin: None,
     parent: NONE,
     child: NONE,
     sibling: NONE,
@@ -65,15 +73,15 @@ impl Prefixes {
         &mut self.nodes[page as usize]
     }
 
-    /// The page of `user` that holds these tokens, behind the page `parent` or at the beginning.
-    pub(super) fn find(&self, user: User, parent: Option<u32>, tokens: &[u32]) -> Option<u32> {
+    /// The page of `origin` that holds these tokens, behind the page `parent` or at the beginning.
+    pub(super) fn find(&self, origin: Origin, parent: Option<u32>, tokens: &[u32]) -> Option<u32> {
         let mut page = match parent {
             None => self.roots,
             Some(parent) => self.nodes[parent as usize].child,
         };
         while page != NONE {
             let node = &self.nodes[page as usize];
-            if node.user == Some(user) && node.tokens == *tokens {
+            if node.origin == Some(origin) && node.tokens == *tokens {
                 return Some(page);
             }
             page = node.sibling;
@@ -82,14 +90,20 @@ impl Prefixes {
     }
 
     /// Makes a page known, behind `parent`, which is known.
-    pub(super) fn insert(&mut self, page: u32, user: User, parent: Option<u32>, tokens: &[u32]) {
+    pub(super) fn insert(
+        &mut self,
+        page: u32,
+        origin: Origin,
+        parent: Option<u32>,
+        tokens: &[u32],
+    ) {
         let beside = match parent {
             None => std::mem::replace(&mut self.roots, page),
             Some(parent) => std::mem::replace(&mut self.node(parent).child, page),
         };
         let node = self.node(page);
-        debug_assert!(node.user.is_none(), "page {page} is known already");
-        node.user = Some(user);
+        debug_assert!(node.origin.is_none(), "page {page} is known already");
+        node.origin = Some(origin);
         node.parent = parent.unwrap_or(NONE);
         node.sibling = beside;
         node.tokens.copy_from_slice(tokens);
@@ -118,14 +132,14 @@ impl Prefixes {
 
     /// Whether a page can be found.
     pub(super) fn knows(&self, page: u32) -> bool {
-        self.nodes[page as usize].user.is_some()
+        self.nodes[page as usize].origin.is_some()
     }
 
     /// Records that nobody uses a known page any more.
     pub(super) fn rest(&mut self, page: u32, now: Duration) {
         let newest = std::mem::replace(&mut self.newest, page);
         let node = self.node(page);
-        debug_assert!(node.user.is_some() && node.idle_since.is_none());
+        debug_assert!(node.origin.is_some() && node.idle_since.is_none());
         node.idle_since = Some(now);
         node.older = newest;
         match newest {
@@ -176,7 +190,7 @@ impl Prefixes {
         let mut page = self.oldest;
         while page != NONE {
             let node = &self.nodes[page as usize];
-            if node.user == Some(user) {
+            if node.origin.is_some_and(|origin| origin.user == user) {
                 let (first, count) = found.unwrap_or((page, 0));
                 found = Some((first, count + 1));
             }

@@ -32,7 +32,7 @@ fn seconds(n: u64) -> Duration {
 
 /// Opens a place and takes all pages for `positions`.
 fn reserve(cache: &mut KvCache, positions: usize) -> Option<Slot> {
-    let (slot, _) = cache.open(None, &[], seconds(0))?;
+    let (slot, _) = cache.open(None, None, &[], seconds(0))?;
     assert!(cache.ensure(slot, 0, positions));
     Some(slot)
 }
@@ -44,7 +44,7 @@ fn text(name: u32, pages: usize) -> Vec<u32> {
 
 /// A sequence that reads `tokens` and ends; returns how many positions it found.
 fn read(cache: &mut KvCache, user: Option<User>, tokens: &[u32], now: Duration) -> usize {
-    let (slot, found) = cache.open(user, tokens, now).unwrap();
+    let (slot, found) = cache.open(user, None, tokens, now).unwrap();
     assert!(cache.ensure(slot, found, tokens.len()));
     cache.know(slot, tokens.len(), |at| tokens[at]);
     cache.release(slot, now);
@@ -86,7 +86,7 @@ fn pages_have_one_owner_and_come_back() {
     owned.sort_unstable();
     assert_eq!(owned, [0, 1, 2, 3, 4]);
     assert_eq!(cache.bytes_used(), 5 * PAGE_BYTES);
-    let (c, _) = cache.open(None, &[], seconds(0)).unwrap();
+    let (c, _) = cache.open(None, None, &[], seconds(0)).unwrap();
     assert_eq!(cache.writable(c, 0), 0);
     assert!(!cache.ensure(c, 0, 1), "no page is left");
     cache.release(a, seconds(0));
@@ -104,7 +104,7 @@ fn slots_limit_the_batch() {
     let mut cache = sized(2, 2, 1);
     reserve(&mut cache, 1).unwrap();
     reserve(&mut cache, 1).unwrap();
-    assert_eq!(cache.open(None, &[], seconds(0)), None);
+    assert_eq!(cache.open(None, None, &[], seconds(0)), None);
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn evicted_and_expired_pages_forget_their_values() {
     for expire in [false, true] {
         // A user may leave one page of two behind, and another sequence wants both.
         let mut cache = sized(2, 2, 2);
-        let (slot, _) = cache.open(A, &tokens, seconds(0)).unwrap();
+        let (slot, _) = cache.open(A, None, &tokens, seconds(0)).unwrap();
         assert!(cache.ensure(slot, 0, PAGE));
         assert_eq!(seen(&mut cache, slot, 0, Some(5.0)), [5.0; 4]);
         cache.know(slot, PAGE, |at| tokens[at]);
@@ -164,7 +164,7 @@ fn evicted_and_expired_pages_forget_their_values() {
         for position in [0, PAGE] {
             assert_eq!(seen(&mut cache, both, position, None), [0.0; 4]);
         }
-        assert_eq!(cache.find(A, &tokens, seconds(0)), Found::default());
+        assert_eq!(cache.find(A, None, &tokens, seconds(0)), Found::default());
         assert!(cache.prefixes.oldest().is_none());
     }
 }
@@ -176,13 +176,13 @@ fn a_page_whose_time_is_over_is_not_found_although_it_is_there() {
     read(&mut cache, A, &tokens[..=PAGE], seconds(1));
     read(&mut cache, A, &tokens, seconds(3));
     // The whole text was used at 3, so nothing of it is older.
-    let pages = |cache: &KvCache, now| cache.find(A, &tokens, seconds(now)).pages;
+    let pages = |cache: &KvCache, now| cache.find(A, None, &tokens, seconds(now)).pages;
     assert_eq!((pages(&cache, 12), pages(&cache, 13)), (3, 0));
-    let (slot, found) = cache.open(A, &tokens, seconds(13)).unwrap();
+    let (slot, found) = cache.open(A, None, &tokens, seconds(13)).unwrap();
     assert_eq!((found, cache.bytes_kept()), (0, 3 * PAGE_BYTES));
     cache.release(slot, seconds(13));
     // What somebody uses has no age.
-    let (slot, found) = cache.open(A, &tokens, seconds(12)).unwrap();
+    let (slot, found) = cache.open(A, None, &tokens, seconds(12)).unwrap();
     assert_eq!(found, 3 * PAGE);
     assert_eq!(pages(&cache, 100), 3);
     cache.release(slot, seconds(100));
@@ -194,7 +194,7 @@ fn a_shared_page_is_copied_before_it_is_written() {
     let (a, b, c) = (
         reserve(&mut cache, 3).unwrap(),
         reserve(&mut cache, PAGE + 1).unwrap(),
-        cache.open(None, &[], seconds(0)).unwrap().0,
+        cache.open(None, None, &[], seconds(0)).unwrap().0,
     );
     seen(&mut cache, a, 0, Some(5.0));
     seen(&mut cache, a, 1, Some(6.0));
@@ -237,28 +237,39 @@ fn only_the_same_user_finds_the_same_beginning() {
     assert_eq!(read(&mut cache, A, &tokens, seconds(0)), 0);
     assert_eq!(cache.bytes_kept(), 3 * PAGE_BYTES);
     for other in [B, None] {
-        assert_eq!(cache.find(other, &tokens, seconds(0)), Found::default());
-        let (slot, found) = cache.open(other, &tokens, seconds(0)).unwrap();
+        assert_eq!(
+            cache.find(other, None, &tokens, seconds(0)),
+            Found::default()
+        );
+        let (slot, found) = cache.open(other, None, &tokens, seconds(0)).unwrap();
         assert_eq!((found, cache.pages_of(slot)), (0, 0));
         cache.release(slot, seconds(0));
     }
     let all = Found { pages: 3, idle: 3 };
-    assert_eq!(cache.find(A, &tokens, seconds(0)), all);
+    assert_eq!(cache.find(A, None, &tokens, seconds(0)), all);
     // One token is left to compute, and a page counts as a whole.
-    assert_eq!(cache.find(A, &tokens[..3 * PAGE], seconds(0)).pages, 2);
-    assert_eq!(cache.find(A, &tokens[..2 * PAGE + 5], seconds(0)).pages, 2);
+    assert_eq!(
+        cache.find(A, None, &tokens[..3 * PAGE], seconds(0)).pages,
+        2
+    );
+    assert_eq!(
+        cache
+            .find(A, None, &tokens[..2 * PAGE + 5], seconds(0))
+            .pages,
+        2
+    );
     for at in [0, PAGE - 1, PAGE, 2 * PAGE + 7] {
         let mut changed = tokens.clone();
         changed[at] += 1;
         assert_eq!(
-            cache.find(A, &changed, seconds(0)).pages,
+            cache.find(A, None, &changed, seconds(0)).pages,
             at / PAGE,
             "changed at {at}"
         );
     }
     // Page two is not found behind another page one.
     let moved = [&tokens[PAGE..], &tokens[..PAGE]].concat();
-    assert_eq!(cache.find(A, &moved, seconds(0)).pages, 0);
+    assert_eq!(cache.find(A, None, &moved, seconds(0)).pages, 0);
     assert_eq!(read(&mut cache, B, &tokens, seconds(1)), 0);
     assert_eq!(read(&mut cache, A, &tokens, seconds(1)), 3 * PAGE);
     // Without an age there is nothing to find.
@@ -266,7 +277,10 @@ fn only_the_same_user_finds_the_same_beginning() {
         KvCache::new(&small_config(), KvType::F32, 256, 2, None, Duration::ZERO).unwrap();
     read(&mut none, A, &tokens, seconds(0));
     assert_eq!(
-        (none.bytes_kept(), none.find(A, &tokens, seconds(0)).pages),
+        (
+            none.bytes_kept(),
+            none.find(A, None, &tokens, seconds(0)).pages
+        ),
         (0, 0)
     );
 }
@@ -276,7 +290,7 @@ fn running_sequences_are_found_and_use_one_page_for_the_same_text() {
     let mut cache = sized(8, 3, 4);
     let tokens = text(3, 2);
     let open = |cache: &mut KvCache| {
-        let (slot, found) = cache.open(A, &tokens, seconds(0)).unwrap();
+        let (slot, found) = cache.open(A, None, &tokens, seconds(0)).unwrap();
         assert!(cache.ensure(slot, found, tokens.len()));
         (slot, found)
     };
@@ -311,12 +325,12 @@ fn the_page_unused_for_longest_goes_first_and_nobody_keeps_more_than_a_share() {
     read(&mut cache, B, &text(200, 2), seconds(2));
     read(&mut cache, A, &text(100, 1), seconds(3));
     // Four free ones are taken, then the last page of A's text, unused since 1.
-    let (slot, _) = cache.open(None, &[], seconds(0)).unwrap();
+    let (slot, _) = cache.open(None, None, &[], seconds(0)).unwrap();
     assert!(cache.ensure(slot, 0, 5 * PAGE));
     let pages = |cache: &KvCache| {
         [A, B].map(|user| {
             let name = if user == A { 100 } else { 200 };
-            cache.find(user, &text(name, 2), seconds(0)).pages
+            cache.find(user, None, &text(name, 2), seconds(0)).pages
         })
     };
     assert_eq!(pages(&cache), [1, 2]);
@@ -330,7 +344,7 @@ fn the_page_unused_for_longest_goes_first_and_nobody_keeps_more_than_a_share() {
     read(&mut cache, A, &text(400, 2), seconds(7));
     assert_eq!(cache.bytes_kept(), 6 * PAGE_BYTES);
     let of_a = [(100, 1), (300, 3), (400, 2)]
-        .map(|(n, len)| cache.find(A, &text(n, len), seconds(0)).pages);
+        .map(|(n, len)| cache.find(A, None, &text(n, len), seconds(0)).pages);
     assert_eq!((pages(&cache)[1], of_a), (2, [0, 2, 2]));
 }
 
@@ -377,8 +391,8 @@ proptest! {
                         .map(|i| if i < 64 { name } else { name + which as u32 % 2 + i })
                         .collect();
                     let user = [A, B, None][which % 3];
-                    let hit = cache.find(user, &tokens, seconds(0));
-                    if let Some((slot, found)) = cache.open(user, &tokens, seconds(0)) {
+                    let hit = cache.find(user, None, &tokens, seconds(0));
+                    if let Some((slot, found)) = cache.open(user, None, &tokens, seconds(0)) {
                         prop_assert_eq!(hit.pages * PAGE, found);
                         prop_assert!(found < tokens.len());
                         running.push((slot, tokens, found));

@@ -42,7 +42,7 @@ struct Room {
 impl Room {
     /// Whether `request` can start.
     fn fits(&self, kv: &KvCache, request: &Sequence) -> bool {
-        let found = kv.find(request.user, request.text(), self.now);
+        let found = kv.find(request.user, request.adapter, request.text(), self.now);
         // Alone it fits: that was checked when it came.
         let reserve = match self.alone {
             true => 0,

@@ -6,6 +6,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::adapters::AdapterIndex;
 use crate::error::SubmitError;
 use crate::request::{RequestId, User};
 use crate::sequence::Sequence;
@@ -30,6 +31,7 @@ impl Command {
 /// Logits for every position of a text, teacher-forced.
 pub(crate) struct Evaluation {
     pub(crate) tokens: Vec<u32>,
+    pub(crate) adapter: Option<AdapterIndex>,
     /// Receives one row of logits per position, in order.
     pub(crate) rows: SyncSender<Vec<f32>>,
 }

@@ -306,7 +306,7 @@ impl Scheduler {
     }
 
     fn evaluate(&mut self, evaluation: &Evaluation) {
-        let Some((slot, _)) = self.kv.open(None, &[], (self.clock)()) else {
+        let Some((slot, _)) = self.kv.open(None, evaluation.adapter, &[], (self.clock)()) else {
             return;
         };
         let mut first = 0;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::adapters::Adapters;
 use crate::error::SubmitError;
 use crate::linear::{F32Linear, LinearLayer, LinearScratch};
 use crate::request::{Event, Request, User};
@@ -111,7 +112,7 @@ fn fragile_model(batch: usize) -> (Model, KvCache) {
         memory: None,
     };
     let kv = KvCache::new(&config(), KvType::F32, 64, batch, None, Duration::ZERO).unwrap();
-    let model = Model::new(weights, &config(), 64, 64, batch, team).unwrap();
+    let model = Model::new(weights, Arc::default(), &config(), 64, 64, batch, team).unwrap();
     (model, kv)
 }
 
@@ -137,7 +138,9 @@ fn request_of(
         user,
         ..Request::default()
     };
+    let adapters = Adapters::default();
     let limits = Limits {
+        adapters: &adapters,
         context: 64,
         vocab: VOCAB as u32,
         end_tokens: &[],

@@ -14,7 +14,10 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::channel;
 
 use casemate_container::signing::SigningKey;
-use casemate_container::{DataKey, Model, ModelSource, SealOptions, SealedFile, Silent, seal};
+use casemate_container::{
+    Adapter, AdapterSource, DataKey, Model, ModelSource, SealOptions, SealedFile, Silent, seal,
+    seal_adapter,
+};
 use casemate_engine::{Compute, Engine, EngineOptions, Event, FinishReason, LoadError, Request};
 
 /// Opens a source as the enclave would: sealed, unlocked and verified.
@@ -38,6 +41,23 @@ pub fn open_with(source: &dyn ModelSource, public_tensors: Vec<String>) -> Model
         .unlock(&data_key, &provider.verifying_key())
         .unwrap();
     unlocked.load(2, &Silent).unwrap()
+}
+
+/// As [`open`], of an adapter.
+pub fn open_adapter(source: &dyn AdapterSource) -> Adapter {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.casemate");
+    let (data_key, provider) = (DataKey::generate(), SigningKey::generate());
+    let options = SealOptions {
+        version: 1,
+        ..SealOptions::default()
+    };
+    seal_adapter(source, &options, &data_key, &provider, &file, &Silent).unwrap();
+    let unlocked = SealedFile::open(&file)
+        .unwrap()
+        .unlock(&data_key, &provider.verifying_key())
+        .unwrap();
+    unlocked.load_adapter(2, &Silent).unwrap()
 }
 
 pub fn options(compute: Compute) -> EngineOptions {
