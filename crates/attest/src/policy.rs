@@ -49,6 +49,8 @@ pub struct ModelPolicy {
     pub digests: BTreeSet<[u8; 32]>,
     /// The lowest model version accepted.
     pub minimum_version: u64,
+    /// Digests of the adapters that may be loaded beside a model.
+    pub adapters: BTreeSet<[u8; 32]>,
 }
 
 /// Whose service a user accepts.

@@ -366,12 +366,7 @@ impl Broker {
         decision.model = Some(keyset.model_digest.into());
         decision.content = Some(keyset_digest.0.into());
 
-        let judged = judgement::still_stored(&inner.store, &released)
-            .and_then(|()| {
-                Ok(judgement::keyset(
-                    &request, &keyset, &released, &policy, now,
-                )?)
-            })
+        let judged = judgement::keyset(&inner.store, &request, &keyset, &released, &policy, now)
             .and_then(|()| Ok(appraise(&request.evidence, &expected, &policy, now).outcome?));
         let appraised = self.settle(&mut inner, now, session, &decision, judged)?;
         let life = self

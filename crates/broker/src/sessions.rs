@@ -63,14 +63,14 @@ pub struct Attested {
     pub recipient: PublicKey,
 }
 
-/// A model key that was released in a session.
+/// The key of a model or an adapter that was released in a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Released {
     /// Which resource.
     pub path: ResourcePath,
     /// SHA-256 of what was released, by which a credential finds out whether it was replaced since.
     pub content: [u8; 32],
-    /// The model it opens.
+    /// The model or adapter it opens.
     pub model_digest: ModelDigest,
     /// The lowest version that may be served.
     pub minimum_version: u64,
@@ -84,7 +84,8 @@ struct AttestedSession {
     attested: Arc<Attested>,
     /// How many resources it may still ask for.
     releases_left: u32,
-    released: Option<Released>,
+    /// What was released, each resource once.
+    released: Vec<Released>,
     challenge: Option<([u8; 32], UnixTime)>,
     expires_at: UnixTime,
 }
@@ -202,7 +203,7 @@ impl Sessions {
             let weakest = self
                 .attested
                 .iter()
-                .min_by_key(|(_, s)| (s.released.is_some(), s.expires_at));
+                .min_by_key(|(_, s)| (!s.released.is_empty(), s.expires_at));
             let weakest = *weakest.ok_or(SessionFault::Full)?.0;
             self.attested.remove(&weakest);
         }
@@ -211,7 +212,7 @@ impl Sessions {
         let session = AttestedSession {
             attested,
             releases_left: self.limits.max_releases,
-            released: None,
+            released: Vec::new(),
             challenge: None,
             expires_at,
         };
@@ -238,7 +239,7 @@ impl Sessions {
         self.attested.remove(&session_digest(id));
     }
 
-    /// Notes that a model key was released.
+    /// Notes that the key of a model or adapter was released.
     ///
     /// # Errors
     /// As [`Sessions::attested`].
@@ -248,7 +249,9 @@ impl Sessions {
         released: Released,
         now: UnixTime,
     ) -> Result<(), SessionFault> {
-        self.find(id, now)?.released = Some(released);
+        let session = self.find(id, now)?;
+        session.released.retain(|other| other.path != released.path);
+        session.released.push(released);
         Ok(())
     }
 
@@ -264,7 +267,7 @@ impl Sessions {
     ) -> Result<UnixTime, SessionFault> {
         let expires_at = now.saturating_add(self.limits.nonce_life);
         let session = self.find(id, now)?;
-        if session.released.is_none() {
+        if session.released.is_empty() {
             return Err(SessionFault::NothingReleased);
         }
         session.challenge = Some((nonce, expires_at));
@@ -281,12 +284,12 @@ impl Sessions {
         id: &str,
         nonce: &[u8; 32],
         now: UnixTime,
-    ) -> Result<Released, SessionFault> {
+    ) -> Result<Vec<Released>, SessionFault> {
         let session = self.find(id, now)?;
-        let released = session
-            .released
-            .clone()
-            .ok_or(SessionFault::NothingReleased)?;
+        if session.released.is_empty() {
+            return Err(SessionFault::NothingReleased);
+        }
+        let released = session.released.clone();
         let (expected, expires_at) = session.challenge.take().ok_or(SessionFault::Nonce)?;
         if expected != *nonce || now >= expires_at {
             return Err(SessionFault::Nonce);

@@ -484,10 +484,13 @@ impl Judge {
         );
         self.check(
             "model.adapters",
-            keyset.adapter_digests.is_empty(),
-            format!("{} adapters", keyset.adapter_digests.len()),
-            "none, since a policy cannot name adapters yet",
-            "ask for a service without adapters",
+            keyset
+                .adapter_digests
+                .iter()
+                .all(|adapter| model.adapters.contains(adapter)),
+            listed(&keyset.adapter_digests),
+            format!("of these only: {}", listed(&model.adapters)),
+            "the service applies other adapters; list their digests in the policy if you accept them",
         );
 
         let age = now.saturating_since(challenge.issued_at).as_secs();
@@ -676,11 +679,9 @@ impl Judge {
         let same = *credential.model_digest.as_bytes() == keyset.model_digest
             && credential.model_version == keyset.model_version
             && credential.adapter_digests == keyset.adapter_digests;
-        let show = |digest: &[u8; 32], version: u64, adapters: usize| {
-            format!(
-                "{} version {version} with {adapters} adapters",
-                hex::encode(digest)
-            )
+        let show = |digest: &[u8; 32], version: u64, adapters: &[[u8; 32]]| {
+            let (digest, adapters) = (hex::encode(digest), listed(adapters));
+            format!("{digest} version {version} with adapters {adapters}")
         };
         self.check(
             "credential.model",
@@ -688,14 +689,23 @@ impl Judge {
             show(
                 credential.model_digest.as_bytes(),
                 credential.model_version,
-                credential.adapter_digests.len(),
+                &credential.adapter_digests,
             ),
             show(
                 &keyset.model_digest,
                 keyset.model_version,
-                keyset.adapter_digests.len(),
+                &keyset.adapter_digests,
             ),
             "the issuer vouches for another model than the enclave serves; do not use this service",
         );
+    }
+}
+
+/// Digests of adapters in words.
+pub(crate) fn listed<'d>(adapters: impl IntoIterator<Item = &'d [u8; 32]>) -> String {
+    let all: Vec<String> = adapters.into_iter().map(hex::encode).collect();
+    match all.is_empty() {
+        true => "none".to_owned(),
+        false => all.join(", "),
     }
 }

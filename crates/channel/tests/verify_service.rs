@@ -291,10 +291,15 @@ fn refuses_a_model_that_is_too_old() {
 }
 
 #[test]
-fn refuses_adapters_while_a_policy_cannot_name_them() {
+fn refuses_adapters_that_the_policy_does_not_list() {
     let mut service = Service::new();
     service.keyset.adapter_digests = vec![[1; 32]];
     service.credential.adapter_digests = vec![[1; 32]];
+    service.denied(Class::Refused, "model.adapters");
+    service.adapters = vec![[1; 32], [2; 32]];
+    assert!(service.verify_at(NOW).1.is_ok());
+    service.keyset.adapter_digests = vec![[1; 32], [3; 32]];
+    service.credential.adapter_digests = vec![[1; 32], [3; 32]];
     service.denied(Class::Refused, "model.adapters");
 }
 

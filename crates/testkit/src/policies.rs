@@ -17,6 +17,8 @@ pub struct PolicyFile {
     pub measurements: Vec<(String, Measurement)>,
     /// Accepted models, as digests in hexadecimal, and their lowest version.
     pub models: Option<(Vec<String>, u64)>,
+    /// Accepted adapters, as digests in hexadecimal; only beside models.
+    pub adapters: Vec<String>,
     /// Accepted issuer of credentials, in hexadecimal, and service name.
     pub service: Option<(String, String)>,
     /// How old evidence of the service may become, in seconds.
@@ -31,6 +33,7 @@ impl PolicyFile {
             development_root: Some(development_root),
             measurements: vec![("casemate-enclave".into(), measurement)],
             models: None,
+            adapters: Vec::new(),
             service: None,
             maximum_evidence_age: 300,
         }
@@ -68,6 +71,9 @@ impl PolicyFile {
             line(format!(
                 "\n[model]\ndigests = {digests:?}\nminimum_version = {minimum_version}"
             ));
+            if !self.adapters.is_empty() {
+                line(format!("adapters = {:?}", self.adapters));
+            }
         }
         if let Some((issuer, name)) = &self.service {
             line(format!(

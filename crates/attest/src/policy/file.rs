@@ -106,6 +106,7 @@ struct RawMeasurement {
 struct RawModel {
     digests: Spanned<Vec<Spanned<String>>>,
     minimum_version: u64,
+    adapters: Option<Spanned<Vec<Spanned<String>>>>,
 }
 
 #[derive(Deserialize)]
@@ -422,23 +423,40 @@ const RTMR_KEYS: [(&str, &str); 4] = [
 
 impl RawModel {
     fn check(self) -> Result<ModelPolicy, Fault> {
-        let key = "model.digests";
-        let start = self.digests.span().start;
+        let (key, start) = ("model.digests", self.digests.span().start);
         let list = self.digests.into_inner();
         if list.is_empty() || list.len() > MAX_ENTRIES {
             return Err(count(start, key, list.len(), "1 to 256"));
         }
-        let mut digests = BTreeSet::new();
-        for digest in &list {
-            if !digests.insert(hex_array(key, digest)?) {
-                return Err(repeated(key, digest));
+        let digests = check_digests(key, &list)?;
+        let adapters = match self.adapters {
+            None => BTreeSet::new(),
+            Some(list) => {
+                let (key, start) = ("model.adapters", list.span().start);
+                let list = list.into_inner();
+                if list.len() > MAX_ENTRIES {
+                    return Err(count(start, key, list.len(), "at most 256"));
+                }
+                check_digests(key, &list)?
             }
-        }
+        };
         Ok(ModelPolicy {
             digests,
             minimum_version: self.minimum_version,
+            adapters,
         })
     }
+}
+
+/// Digests, each once.
+fn check_digests(key: &'static str, list: &[Spanned<String>]) -> Result<BTreeSet<[u8; 32]>, Fault> {
+    let mut digests = BTreeSet::new();
+    for digest in list {
+        if !digests.insert(hex_array(key, digest)?) {
+            return Err(repeated(key, digest));
+        }
+    }
+    Ok(digests)
 }
 
 impl RawService {

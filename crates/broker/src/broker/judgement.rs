@@ -10,7 +10,7 @@ use casemate_release::rollback::sha256;
 
 use super::{Rejection, verdict};
 use crate::log::Decision;
-use crate::sessions::{Attested, Released};
+use crate::sessions::{Attested, Released, SessionFault};
 use crate::store::{Kind, Resource, Store, StoreError};
 
 /// Why a request is not allowed, or could not be judged.
@@ -55,7 +55,7 @@ pub(super) fn release(
     match &resource.kind {
         Kind::Grant(grant) => {
             decision.model = Some((*grant.model_digest.as_bytes()).into());
-            model_is_allowed(policy, &grant.model_digest)?;
+            key_is_allowed(policy, &grant.model_digest)?;
         }
         Kind::FormerGrant(grant) => {
             decision.model = Some((*grant.model_digest.as_bytes()).into());
@@ -98,7 +98,7 @@ pub(super) fn former_grant_remedy(path: &ResourcePath) -> String {
 }
 
 /// A grant that was replaced or deleted since its release vouches for nothing any more.
-pub(super) fn still_stored(store: &Store, released: &Released) -> Result<(), Refusal> {
+fn still_stored(store: &Store, released: &Released) -> Result<(), Refusal> {
     let stored = store.resource(&released.path)?;
     let same = stored.is_some_and(|stored| {
         sha256(&stored.bytes) == released.content && stored.service == released.service
@@ -117,6 +117,45 @@ pub(super) fn still_stored(store: &Store, released: &Released) -> Result<(), Ref
     )))
 }
 
+/// A grant names what its key opens, and not whether that is a model or an adapter: that is in the sealed file. Which of
+/// the two it may be used as is compared with the keyset.
+fn key_is_allowed(policy: &Policy, digest: &ModelDigest) -> Result<(), Denial> {
+    match policy.model()?.adapters.contains(digest.as_bytes()) {
+        true => Ok(()),
+        false => model_is_allowed(policy, digest),
+    }
+}
+
+/// Each adapter of a keyset is allowed, its key was released in this session, and its grant still stands.
+fn adapters_are_allowed(
+    store: &Store,
+    policy: &Policy,
+    keyset: &Keyset,
+    released: &[Released],
+) -> Result<(), Refusal> {
+    for adapter in &keyset.adapter_digests {
+        let digest = ModelDigest(*adapter);
+        if !policy.model()?.adapters.contains(adapter) {
+            return Err(Refusal::NotAllowed(Denial::refused(
+                "keyset.adapter",
+                digest.to_string(),
+                "a digest listed under [model] adapters",
+                "if this adapter may be applied, add its digest to the policy and raise the policy's version",
+            )));
+        }
+        let Some(grant) = released.iter().find(|r| r.model_digest == digest) else {
+            return Err(Refusal::NotAllowed(Denial::refused(
+                "keyset.adapter",
+                digest.to_string(),
+                "adapters whose keys were released in this session",
+                "receive the adapter's key in the session in which the credential is asked for",
+            )));
+        };
+        still_stored(store, grant)?;
+    }
+    Ok(())
+}
+
 fn model_is_allowed(policy: &Policy, digest: &ModelDigest) -> Result<(), Denial> {
     let model = policy.model()?;
     if model.digests.contains(digest.as_bytes()) {
@@ -126,12 +165,37 @@ fn model_is_allowed(policy: &Policy, digest: &ModelDigest) -> Result<(), Denial>
         "model.digest",
         digest.to_string(),
         "a digest listed under [model] digests",
-        "if this model may be served, add its digest to the policy and raise the policy's version",
+        "if this model may be served, add its digest to the policy and raise the policy's version; an adapter's goes under \
+         [model] adapters",
     ))
 }
 
-/// What a keyset must say to be credentialed in a session that received a model's key.
+/// What a keyset must say to be credentialed in a session that received these keys.
 pub(super) fn keyset(
+    store: &Store,
+    request: &CredentialRequest,
+    keyset: &Keyset,
+    released: &[Released],
+    policy: &Policy,
+    now: UnixTime,
+) -> Result<(), Refusal> {
+    let digest = ModelDigest(keyset.model_digest);
+    // Of several resources with one model, the one that stands for the service.
+    let models = || released.iter().filter(|r| r.model_digest == digest);
+    let model = models()
+        .find(|r| r.service == request.service)
+        .or_else(|| models().next())
+        // Nothing of this model: the first is told what was released.
+        .or(released.first());
+    let Some(model) = model else {
+        return Err(Refusal::Failed(SessionFault::NothingReleased.into()));
+    };
+    still_stored(store, model)?;
+    model_keyset(request, keyset, model, policy, now)?;
+    adapters_are_allowed(store, policy, keyset, released)
+}
+
+fn model_keyset(
     request: &CredentialRequest,
     keyset: &Keyset,
     released: &Released,

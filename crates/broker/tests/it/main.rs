@@ -3,6 +3,7 @@
 //! Evidence comes from the fake TEE, in Intel's format and through the real appraisal.
 
 mod access;
+mod adapters;
 mod crash;
 mod credentials;
 mod decisions;

@@ -23,6 +23,8 @@ pub(crate) struct Service {
     pub(crate) issuer: SigningKey,
     pub(crate) keyset: Keyset,
     pub(crate) credential: Credential,
+    /// The adapters that the user's policy lists.
+    pub(crate) adapters: Vec<[u8; 32]>,
     /// The issuer that the user's policy pins.
     pub(crate) pinned: VerifyingKey,
     /// Purpose that the quote is made for.
@@ -44,6 +46,7 @@ impl Service {
                 mr_config_id: [2; 48],
                 rtmr: [[3; 48]; 4],
             },
+            adapters: Vec::new(),
             pinned: issuer.verifying_key(),
             issuer,
             keyset: statements::keyset(config.encoded, NOW),
@@ -59,6 +62,7 @@ impl Service {
 
     pub(crate) fn policy_text(&self) -> String {
         let file = PolicyFile {
+            adapters: self.adapters.iter().map(hex::encode).collect(),
             version: 3,
             maximum_evidence_age: MAXIMUM_AGE,
             ..PolicyFile::new(self.tee.root_spki_sha256(), self.measurement)

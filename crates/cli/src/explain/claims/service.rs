@@ -84,10 +84,25 @@ pub(super) const TABLE: &[Explanation] = &[
         "Have the operator serve the newer version. Lower the minimum only if you know why the old one is back.",
     ),
     about(
-        &["model.adapters"],
-        "Nothing was added to the model.",
-        "The service applies adapters, which a policy cannot name yet.",
-        "Ask for a service without adapters.",
+        &["model.adapters", "keyset.adapter"],
+        "The adapters beside the model are among those that the policy names, and their keys were released.",
+        "The provider published a new adapter, or the operator configured one that nobody allowed.",
+        "Ask the provider for the digest of the adapter. If you accept it, add it to [model] adapters and raise the \
+         policy's version.",
+    ),
+    about(
+        &["adapter.base"],
+        "The adapter was made for the model that is served.",
+        "The model was sealed anew, which gave it another digest, and the adapter was not; or the two are of different \
+         models.",
+        "Seal the adapter again with the sealed model as --base, or serve the model that it is for.",
+    ),
+    about(
+        &["adapter.tensors", "adapter.twice"],
+        "Each adapter has tensors in the shapes of its model, and is there once.",
+        "It was sealed with only a digest as --base, so that nothing could be compared; or one file is configured under two \
+         names.",
+        "Seal it again with the sealed model as --base and its --base-key, which compares all shapes.",
     ),
     about(
         &["freshness"],
