@@ -10,6 +10,7 @@
 //! ```
 //! The boot key is never stored, so nothing made from it outlives the process.
 
+use aws_lc_rs::aead::{AES_256_GCM, LessSafeKey, UnboundKey};
 use aws_lc_rs::cipher::{AES_256, EncryptingKey, EncryptionContext, UnboundCipherKey};
 use aws_lc_rs::hkdf;
 use aws_lc_rs::iv::FixedLength;
@@ -41,6 +42,12 @@ impl BootKey {
             #[cfg(test)]
             broken: None,
         }
+    }
+
+    /// The key for what lies outside of the enclave's memory.
+    pub(crate) fn seal(&self) -> LessSafeKey {
+        let key = self.derive(b"spill");
+        LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &*key).expect("AES-256 takes 32 bytes"))
     }
 
     fn derive(&self, purpose: &[u8]) -> Zeroizing<[u8; 32]> {

@@ -14,6 +14,7 @@
 //! | `layers` (feature `engine`) | layers of the engine whose sums may come from a worker |
 //! | [`link`] | connections to workers: what goes out is masked, what comes in is checked |
 //! | `pad`, `pool` | pads, of which each is used once; W·r of those that wait |
+//! | `spill` | masks that memory has no room for, sealed |
 //! | `check` | two secret vectors for each matrix, and products that passed them |
 //! | [`tls`] | encrypted connections to a pinned key |
 //! | [`costs`] | what the parts take, for measurements |
@@ -37,6 +38,7 @@ mod pad;
 pub mod plan;
 mod pool;
 mod public;
+mod spill;
 pub mod tls;
 
 #[cfg(test)]

@@ -10,11 +10,13 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use aws_lc_rs::aead::LessSafeKey;
 use casemate_field::Field;
 use casemate_kernels::panels::Int8Rows;
 use casemate_kernels::team::Team;
@@ -26,6 +28,7 @@ use crate::link::{Connect, Fault, Link, Sent};
 use crate::pad::{Masked, Pad, Pads, Sequence};
 use crate::pool::{Pool, Shelf};
 use crate::public::PublicMatrix;
+use crate::spill::Spill;
 
 mod admission;
 
@@ -130,6 +133,10 @@ pub struct Metrics {
     pub masks_level: u64,
     /// Masks on a full shelf.
     pub masks_depth: u64,
+    /// Masks that lie sealed outside of memory, of all groups.
+    pub masks_outside: u64,
+    /// Masks that were not what was sealed when they came back, and were thrown away.
+    pub masks_lost: u64,
     /// Masks made, of all groups.
     pub masks_made: u64,
     /// Masks used, of all groups.
@@ -183,6 +190,9 @@ struct Shared {
     workers: Vec<Worker>,
     observer: Observer,
     pool: Pool,
+    /// What seals masks that lie outside, and where.
+    seal: Mutex<Option<LessSafeKey>>,
+    spill: Mutex<Option<(File, u64)>>,
     groups: Mutex<Vec<Arc<Group>>>,
     running: OnceLock<Running>,
     stop: AtomicBool,
@@ -241,6 +251,8 @@ impl Offload {
                 workers: connects.into_iter().map(Worker::new).collect(),
                 observer,
                 pool: Pool::new(config.step_operations, config.batch),
+                seal: Mutex::new(Some(boot.seal())),
+                spill: Mutex::default(),
                 groups: Mutex::default(),
                 running: OnceLock::new(),
                 stop: AtomicBool::new(false),
@@ -301,9 +313,16 @@ impl Offload {
                 return Ok(());
             }
             let outputs = groups.iter().map(|group| group.matrix.matrix().rows());
-            self.shared
-                .pool
-                .divide(self.shared.config.pool_bytes, outputs);
+            let outputs: Vec<usize> = outputs.collect();
+            let pool = &self.shared.pool;
+            pool.divide(self.shared.config.pool_bytes, outputs.iter().copied());
+            let (seal, spill) = (
+                lock(&self.shared.seal).take(),
+                lock(&self.shared.spill).take(),
+            );
+            if let (Some(key), Some((file, bytes)), 1) = (seal, spill, self.shared.workers.len()) {
+                pool.spill_to(Spill::new(key, file, bytes, &outputs));
+            }
         }
         for worker in 0..self.shared.workers.len() {
             let shared = Arc::clone(&self.shared);
@@ -313,6 +332,13 @@ impl Offload {
             lock(&self.threads).push(thread);
         }
         Ok(())
+    }
+
+    /// Lets masks for which `pool_bytes` have no room lie in a file that nobody else uses, up to so many
+    /// bytes, sealed under a key of this run. To be called before [`Offload::start`]; later, or a
+    /// second time, it does nothing.
+    pub fn spill_to(&self, file: File, bytes: u64) {
+        *lock(&self.shared.spill) = Some((file, bytes));
     }
 
     /// Waits until all workers hold all matrices, for as long as allowed; says whether they do.
@@ -433,6 +459,10 @@ impl Offload {
         if let Some(level) = level {
             metrics.masks_level = level as u64;
             metrics.masks_depth = self.shared.pool.depth() as u64;
+        }
+        if let Some(spill) = self.shared.pool.spill() {
+            metrics.masks_outside = spill.levels() as u64;
+            metrics.masks_lost = spill.lost.load(Relaxed);
         }
         metrics
     }

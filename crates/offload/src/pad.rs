@@ -26,6 +26,16 @@ pub struct Pad {
     index: u64,
 }
 
+impl Pad {
+    /// What no other pad of this run has.
+    pub(crate) fn place(&self) -> [u8; 12] {
+        let mut place = [0; 12];
+        place[..4].copy_from_slice(&self.group.to_be_bytes());
+        place[4..].copy_from_slice(&self.index.to_be_bytes());
+        place
+    }
+}
+
 /// The pads of one group, in order.
 pub(crate) struct Sequence {
     group: u32,

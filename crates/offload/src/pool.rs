@@ -6,11 +6,12 @@
 //! W·r is what is kept, 4 bytes an output.
 //!
 //! Each group of matrices has its own shelf, all of the same depth, because a token takes a pad from
-//! each. The emptiest is filled first.
+//! each. The emptiest is filled first. What memory has no room for may lie sealed in a
+//! file, and comes back before new ones are made.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use casemate_field::{Field, digits::DIGITS};
 use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8_sums};
@@ -18,6 +19,7 @@ use casemate_kernels::team::Team;
 use zeroize::Zeroizing;
 
 use crate::pad::{Pad, Pads, Sequence};
+use crate::spill::Spill;
 
 /// A pad and W·r of it.
 struct Prepared {
@@ -84,6 +86,11 @@ impl Shelf {
         Some(Taken { pads, products })
     }
 
+    /// Puts masks that were made, or made before and sealed.
+    fn put(&self, masks: impl Iterator<Item = Prepared>) {
+        self.stock().ready.extend(masks);
+    }
+
     fn stock(&self) -> MutexGuard<'_, Stock> {
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -97,6 +104,8 @@ pub(crate) struct Pool {
     step_operations: u64,
     /// Most pads made in one step.
     batch: usize,
+    /// Where masks go for which memory has no room, by the number of the shelf.
+    spill: OnceLock<Spill>,
     bench: Mutex<Bench>,
 }
 
@@ -116,6 +125,7 @@ impl Pool {
             depth: AtomicUsize::new(0),
             step_operations,
             batch: batch.max(1),
+            spill: OnceLock::new(),
             bench: Mutex::new(Bench {
                 elements: Zeroizing::default(),
                 digits: Zeroizing::default(),
@@ -133,12 +143,23 @@ impl Pool {
             .store(usize::try_from(depth).unwrap_or(usize::MAX), Relaxed);
     }
 
+    /// Where masks go from now on for which memory has no room. What was set first stays.
+    pub(crate) fn spill_to(&self, spill: Spill) {
+        let _ = self.spill.set(spill);
+    }
+
+    /// Where masks lie for which memory has no room.
+    pub(crate) fn spill(&self) -> Option<&Spill> {
+        self.spill.get()
+    }
+
     /// Pads that each shelf holds when it is full.
     pub(crate) fn depth(&self) -> usize {
         self.depth.load(Relaxed)
     }
 
-    /// Makes masks for the emptiest shelf; false if all are full.
+    /// Makes masks for the emptiest shelf, or fetches some that lie outside; once all are full, makes some
+    /// to lie outside. False if there is nothing to do.
     pub(crate) fn step<'a>(
         &self,
         team: &Team,
@@ -146,20 +167,49 @@ impl Pool {
         shelves: impl Iterator<Item = (&'a Shelf, &'a Int8Matrix)>,
     ) -> bool {
         let mut bench = self.bench.lock().unwrap_or_else(PoisonError::into_inner);
-        let levels = shelves.map(|(shelf, weights)| (shelf.level(), shelf, weights));
-        let emptiest = levels.min_by_key(|(level, ..)| *level);
-        let Some((level, shelf, weights)) = emptiest else {
+        let shelves: Vec<_> = shelves.enumerate().collect();
+        let emptiest = shelves.iter().min_by_key(|(_, (shelf, _))| shelf.level());
+        let Some(&(group, (shelf, weights))) = emptiest else {
             return false;
         };
-        let missing = self.depth().saturating_sub(level);
-        if missing == 0 {
-            return false;
+        let missing = self.depth().saturating_sub(shelf.level());
+        if missing > 0 {
+            let outside = || self.spill.get()?.take(group);
+            let count = missing.min(self.batch);
+            let fetched: Vec<_> = std::iter::from_fn(outside).take(count).collect();
+            if fetched.is_empty() {
+                let count = self.affordable(weights).min(missing);
+                shelf.put(make(team, pads, shelf, weights, count, &mut bench));
+            } else {
+                shelf.put(
+                    fetched
+                        .into_iter()
+                        .map(|(pad, product)| Prepared { pad, product }),
+                );
+            }
+            return true;
         }
+        let Some(spill) = self.spill.get() else {
+            return false;
+        };
+        let with_room = shelves.iter().filter(|(group, _)| spill.room(*group) > 0);
+        let Some(&(group, (shelf, weights))) =
+            with_room.min_by_key(|(group, _)| spill.level(*group))
+        else {
+            return false;
+        };
+        let count = self.affordable(weights).min(spill.room(group));
+        for mask in make(team, pads, shelf, weights, count, &mut bench) {
+            spill.put(group, mask.pad, &mask.product);
+        }
+        true
+    }
+
+    /// Masks of a matrix that are made in one step.
+    fn affordable(&self, weights: &Int8Matrix) -> usize {
         let one = 2 * (DIGITS * weights.rows() * weights.columns()) as u64;
         let affordable = usize::try_from(self.step_operations / one).unwrap_or(usize::MAX);
-        let count = missing.min(self.batch).min(affordable.max(1));
-        make(team, pads, shelf, weights, count, &mut bench);
-        true
+        affordable.clamp(1, self.batch)
     }
 }
 
@@ -176,7 +226,7 @@ fn make(
     weights: &Int8Matrix,
     count: usize,
     bench: &mut Bench,
-) {
+) -> impl Iterator<Item = Prepared> {
     let (outputs, columns) = (weights.rows(), weights.columns());
     let fresh: Vec<Pad> = {
         let mut stock = shelf.stock();
@@ -202,7 +252,7 @@ fn make(
         ready.push(Prepared { pad, product });
     }
     shelf.made.fetch_add(count as u64, Relaxed);
-    shelf.stock().ready.extend(ready);
+    ready.into_iter()
 }
 
 #[cfg(test)]
@@ -311,5 +361,49 @@ mod tests {
             assert!(!pool.step(&team, &pads, [(&shelf, &weights)].into_iter()));
         }
         assert!(!pool.step(&team, &pads, std::iter::empty()));
+    }
+
+    #[test]
+    fn masks_beyond_the_memory_lie_outside_and_come_back_before_new_ones_are_made() {
+        let (team, mut random) = (Team::new(1).unwrap(), Random::new(5));
+        let boot = BootKey::of([9; 32]);
+        let pads = Pads::new(&boot, b"pads");
+        let weights = matrix(&mut random, 6, 50);
+        let shelf = Shelf::new(Field::P29, pads.sequence());
+        let pool = Pool::new(u64::MAX, 4);
+        pool.divide(3 * kept(6) as u64, [6].into_iter());
+        let file = tempfile::tempfile().unwrap();
+        pool.spill_to(Spill::new(boot.seal(), file, 7 * (6 * 4 + 16), &[6]));
+        let step = || pool.step(&team, &pads, [(&shelf, &weights)].into_iter());
+        let spilled = || pool.spill().unwrap().level(0);
+        while step() {}
+        assert_eq!(
+            (shelf.level(), spilled(), shelf.made.load(Relaxed)),
+            (3, 7, 10)
+        );
+        let mut places = std::collections::BTreeSet::new();
+        let mut r = vec![0; 50];
+        let mut take = || {
+            let taken = shelf.take(3, 0).unwrap();
+            for (pad, made) in taken.pads.iter().zip(taken.products.chunks(6)) {
+                pads.elements(Field::P29, pad, &mut r);
+                assert!(made == product(Field::P29, &weights, &r));
+                assert!(places.insert(pad.place()), "a pad came twice");
+            }
+        };
+        take();
+        assert!(step());
+        assert_eq!(
+            (shelf.level(), spilled(), shelf.made.load(Relaxed)),
+            (3, 4, 10)
+        );
+        for _ in 0..5 {
+            take();
+            while step() {}
+        }
+        assert_eq!(
+            (shelf.level(), spilled(), shelf.made.load(Relaxed)),
+            (3, 7, 28)
+        );
     }
 }

@@ -1,10 +1,12 @@
 //! Products with the help of honest workers: the same sums, what the worker sees, masks that run out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use casemate_container::Access;
 use casemate_field::Field;
-use casemate_kernels::panels::Int8Rows;
+use casemate_kernels::panels::{Int8Rows, matmul_int8_sums};
+use casemate_kernels::team::Team;
 use casemate_offload::offload::{Unsuited, Workers};
 use casemate_offload::{BootKey, Config, Event, Metrics, Offload, PublicMatrix};
 
@@ -150,6 +152,41 @@ fn without_masks_the_enclave_computes_and_prompts_leave_some_for_answers() {
     enclave.fill();
     assert_eq!(enclave.offload.metrics().masks_level, 10);
     assert!(enclave.product(0, &row[..20]));
+}
+
+#[test]
+fn masks_that_lay_outside_restore_the_same_sums() {
+    let mut random = Random::new(8);
+    let boot = BootKey::new([3; 32].into());
+    // Memory for one mask of 30 outputs, and a file for some tens.
+    let config = Config {
+        pool_bytes: 250,
+        ..config()
+    };
+    let offload = Offload::new(config, boot, workers(1), Box::new(|_| {}));
+    let matrix = Arc::new(random.matrix(30, 20));
+    let public = PublicMatrix::new(Access::Public, Arc::clone(&matrix) as _).unwrap();
+    let group = offload.add(public).unwrap();
+    offload.spill_to(tempfile::tempfile().unwrap(), 5000);
+    offload.start().unwrap();
+    assert!(offload.wait(Duration::from_secs(60)));
+    let team = Team::new(1).unwrap();
+    let mut outside = u64::MAX;
+    for _ in 0..20 {
+        while offload.metrics().masks_outside < 30 && offload.step(&team) {}
+        assert_eq!(offload.metrics().masks_depth, 1);
+        outside = offload.metrics().masks_outside.min(outside);
+        let mut rows = Int8Rows::with_capacity(1, 20);
+        rows.assign(&team, &random.row(20), 20);
+        let (mut sums, mut expected) = ([0; 30], [0; 30]);
+        matmul_int8_sums(&team, &rows, &matrix, &mut expected);
+        assert!(offload.outside(&team, &group, &rows, &mut sums));
+        assert_eq!(sums, expected);
+        // The next comes from there.
+        assert!(offload.step(&team));
+    }
+    assert!(outside >= 30);
+    assert_eq!(offload.metrics().masks_lost, 0);
 }
 
 /// Frames of a recording: header and, of MULTIPLY, what follows it before the elements, and the elements.
