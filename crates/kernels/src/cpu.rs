@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::Neon;
 use crate::isa::{Scalar, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{amx, amx::Amx, avx2::Avx2, avx512::Avx512};
@@ -26,6 +28,8 @@ enum Level {
     Amx(Amx),
     #[cfg(all(test, target_arch = "x86_64"))]
     Interpreted(Scalar),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Isa {
@@ -51,6 +55,10 @@ impl Isa {
             found[3] = Avx512::<true>::detect().map(|token| Isa(Level::Avx512Bf16(token)));
             found[4] = Amx::detect().map(|token| Isa(Level::Amx(token)));
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            found[1] = Neon::detect().map(|token| Isa(Level::Neon(token)));
+        }
         found.into_iter().flatten()
     }
 
@@ -59,8 +67,8 @@ impl Isa {
         Isa::available().find(|isa| isa.name() == name)
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512-vnni"`, `"avx512-bf16"` or `"amx"`, of which the last two include the one
-    /// before.
+    /// `"scalar"`; `"avx2"`, `"avx512-vnni"`, `"avx512-bf16"` or `"amx"`, of which the last two include the one
+    /// before; `"neon-dotprod"`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Scalar(_) => "scalar",
@@ -74,6 +82,8 @@ impl Isa {
             Level::Amx(_) => "amx",
             #[cfg(all(test, target_arch = "x86_64"))]
             Level::Interpreted(_) => "interpreted",
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon(_) => "neon-dotprod",
         }
     }
 
@@ -107,6 +117,8 @@ impl Isa {
             Level::Amx(token) => token.enter(kernel),
             #[cfg(all(test, target_arch = "x86_64"))]
             Level::Interpreted(token) => kernel.run(token),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon(token) => token.enter(kernel),
         }
     }
 
@@ -171,6 +183,10 @@ pub(crate) trait Kernel {
 
     /// Whether it multiplies pairs of bf16. One that does not is compiled for AVX-512 only once, with or
     /// without BF16.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "bf16 has instructions of its own on x86-64 alone")
+    )]
     const BF16: bool = false;
 
     fn run<V: Simd>(self, v: V) -> Self::Output;
@@ -197,5 +213,13 @@ mod tests {
         }
         assert_eq!(Isa::named("AVX2"), None);
         assert_eq!(Isa::named("neon"), None);
+    }
+
+    /// Where tests run in an emulator, whoever started it says which instruction set its processor has.
+    #[test]
+    fn the_instruction_set_of_an_emulated_processor_is_found() {
+        if let Ok(expected) = std::env::var("CASEMATE_EMULATED") {
+            assert_eq!(Isa::detect().name(), expected);
+        }
     }
 }

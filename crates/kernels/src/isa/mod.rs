@@ -11,7 +11,11 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 mod scalar;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use scalar::Scalar;
 

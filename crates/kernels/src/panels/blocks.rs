@@ -136,6 +136,7 @@ impl Blocks {
     }
 
     /// Whether they are laid out for tile registers.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn tiled(&self) -> bool {
         self.tiled
     }

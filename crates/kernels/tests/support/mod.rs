@@ -38,6 +38,11 @@ pub(crate) fn teams() -> Vec<Team> {
         .collect()
 }
 
+/// Whether this runs in an emulator (`cargo xtask test --only neon`), where everything takes a hundred times as long.
+pub(crate) fn emulated() -> bool {
+    std::env::var_os("CASEMATE_EMULATED").is_some()
+}
+
 pub(crate) fn describe(team: &Team) -> String {
     format!("{} x {}", team.isa(), team.members())
 }
