@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arm;
 mod demo;
 mod fetch;
 mod fuzz;

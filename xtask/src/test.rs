@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{fetch, licences, process, rooms, threats, workspace};
+use crate::{arm, fetch, licences, process, rooms, threats, workspace};
 
 /// Debian packages that tests use, each with a command that succeeds where it is there. Rust, Python 3 and pip are
 /// expected.
@@ -26,7 +26,8 @@ const PYTHON: &[&str] = &["openai==3.52.0"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Only run tests whose name contains this; format, lints and licences are skipped
+    /// Only run tests whose name contains this; format, lints and licences are skipped. `neon` runs the kernels' tests for
+    /// aarch64 in an emulator
     #[arg(long)]
     only: Option<String>,
 }
@@ -35,6 +36,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let started = Instant::now();
     let data = data_folder();
     let mut skipped = BTreeSet::new();
+    if options.only.as_deref() == Some(arm::NAME) {
+        let outcome = emulated(&arm::Toolchain::obtain()?, &mut skipped)?;
+        return report(&outcome, &skipped, &data, started);
+    }
     step("tools and models");
     let python = prepare(&mut skipped)?;
     if !data.is_dir() {
@@ -86,8 +91,34 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     cargo.arg("--");
     cargo.args(&options.only).arg("--show-output");
-    let outcome = run_tests(&mut cargo, &mut skipped)?;
+    let mut outcome = run_tests(&mut cargo, "casemate-test.log", &mut skipped)?;
+    if options.only.is_none() {
+        match arm::Toolchain::obtain() {
+            Ok(toolchain) => outcome.add(emulated(&toolchain, &mut skipped)?),
+            Err(error) => {
+                skipped.insert(format!("tests of NEON kernels in an emulator: {error:#}"));
+            }
+        }
+    }
     report(&outcome, &skipped, &data, started)
+}
+
+/// The kernels' tests as programs for aarch64.
+fn emulated(toolchain: &arm::Toolchain, skipped: &mut BTreeSet<String>) -> Result<Outcome> {
+    step("kernels for aarch64 in an emulator");
+    let mut sum = Outcome {
+        ok: true,
+        ..Outcome::default()
+    };
+    for (at, mut cargo) in toolchain.tests().into_iter().enumerate() {
+        let log = format!("casemate-test-neon-{at}.log");
+        let outcome = run_tests(&mut cargo, &log, skipped)?;
+        if outcome.passed == 0 {
+            bail!("no test ran in the emulator");
+        }
+        sum.add(outcome);
+    }
+    Ok(sum)
 }
 
 fn step(name: &str) {
@@ -175,11 +206,26 @@ struct Outcome {
     ok: bool,
 }
 
+impl Outcome {
+    fn add(&mut self, other: Outcome) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.ok &= other.ok;
+    }
+}
+
 /// Runs cargo test, shows one line per test program, keeps the whole output in a file, and collects what tests say
 /// they skipped.
-fn run_tests(cargo: &mut Command, skipped: &mut BTreeSet<String>) -> Result<Outcome> {
+fn run_tests(
+    cargo: &mut Command,
+    log_name: &str,
+    skipped: &mut BTreeSet<String>,
+) -> Result<Outcome> {
     println!("$ {}", process::display(cargo));
-    let log_path = workspace().join("target/casemate-test.log");
+    let folder = workspace().join("target");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let log_path = folder.join(log_name);
     let mut log = fs::File::create(&log_path)
         .with_context(|| format!("cannot write {}", log_path.display()))?;
     // One pipe for both streams keeps their order: the name of a test program, then its results.
