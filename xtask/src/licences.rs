@@ -29,6 +29,8 @@ const ALLOWED: &[&str] = &[
 pub(crate) fn check() -> Result<usize> {
     let output = process::cargo()
         .args(["metadata", "--format-version", "1", "--locked"])
+        // Also what is built only when asked for.
+        .arg("--all-features")
         .output()
         .context("cannot start cargo metadata")?;
     if !output.status.success() {

@@ -21,15 +21,36 @@ const DEBIAN: &[(&str, &[&str])] = &[
     ("python3-venv", &["python3", "-c", "import ensurepip, venv"]),
 ];
 
+/// Vulkan in software, for tests of a GPU's arithmetic.
+const VULKAN: (&str, &[&str]) = (
+    "mesa-vulkan-drivers",
+    &["sh", "-c", "ls /usr/share/vulkan/icd.d/*.json"],
+);
+
 /// Packages of the virtual environment for the client tests.
 const PYTHON: &[&str] = &["openai==3.52.0"];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Only run tests whose name contains this; format, lints and licences are skipped. `neon` runs the kernels' tests for
-    /// aarch64 in an emulator
+    /// aarch64 in an emulator, `wgpu` those of products on a GPU or on Vulkan in software, whose libraries are built for
+    /// nothing else
     #[arg(long)]
     only: Option<String>,
+}
+
+impl Options {
+    fn wgpu(&self) -> bool {
+        self.only.as_deref() == Some("wgpu")
+    }
+
+    /// Features beyond those of every build.
+    fn features(&self) -> &'static [&'static str] {
+        match self.wgpu() {
+            true => &["--features", "casemate-worker/wgpu"],
+            false => &[],
+        }
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -41,7 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return report(&outcome, &skipped, &data, started);
     }
     step("tools and models");
-    let python = prepare(&mut skipped)?;
+    let python = prepare(&mut skipped, options.wgpu())?;
     if !data.is_dir() {
         skipped.insert(format!(
             "data folder {} is absent: tests of captured evidence, tokenizers and texts (set CASEMATE_DATA)",
@@ -79,11 +100,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     step("build");
     // End-to-end tests start the real programs, which lie beside the test binaries.
-    process::run(process::cargo().args(["build", "--locked", "--workspace", "--bins", "--quiet"]))?;
+    let mut build = process::cargo();
+    build.args(["build", "--locked", "--workspace", "--bins", "--quiet"]);
+    process::run(build.args(options.features()))?;
     step("tests");
     let mut cargo = process::cargo();
     cargo
         .args(["test", "--locked", "--workspace", "--no-fail-fast"])
+        .args(options.features())
         .env("CASEMATE_DATA", &data)
         .env("CASEMATE_CACHE", fetch::cache());
     if let Some(python) = python {
@@ -131,9 +155,10 @@ fn data_folder() -> PathBuf {
 }
 
 /// Installs what is missing; what cannot be had is written into `skipped` and its tests skip themselves.
-fn prepare(skipped: &mut BTreeSet<String>) -> Result<Option<PathBuf>> {
+fn prepare(skipped: &mut BTreeSet<String>, wgpu: bool) -> Result<Option<PathBuf>> {
     let missing: Vec<_> = DEBIAN
         .iter()
+        .chain(wgpu.then_some(&VULKAN))
         .filter(|(_, probe)| !process::succeeds(probe))
         .map(|(package, _)| *package)
         .collect();

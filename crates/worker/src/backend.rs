@@ -1,6 +1,8 @@
 //! What multiplies.
 
 pub mod cpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 use casemate_field::Field;
 use casemate_wire::Shape;
@@ -9,6 +11,11 @@ use casemate_wire::Shape;
 pub trait Device: Send + Sync {
     /// What it is, for WELCOME and logs: 1 to 32 visible ASCII characters.
     fn name(&self) -> String;
+
+    /// Whether it is more than a processor in disguise.
+    fn is_hardware(&self) -> bool {
+        true
+    }
 
     /// Bytes that a matrix takes, as it is kept; none if it cannot be kept.
     fn bytes(&self, shape: Shape) -> Option<u64>;

@@ -61,6 +61,8 @@ enum Backend {
     Auto,
     /// The processor
     Cpu,
+    /// A GPU through Vulkan, or Vulkan in software
+    Wgpu,
 }
 
 fn main() -> ExitCode {
@@ -86,12 +88,12 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let memory = Share::of(arguments.memory, arguments.connections.into())?;
-    let device = device(arguments)?;
-    // Before anything is accepted, so that no signal is missed.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
         .context("cannot wait for signals")?;
+    let device = runtime.block_on(device(arguments))?;
+    // Before anything is accepted, so that no signal is missed.
     let mut ends = runtime.block_on(async {
         Ok::<_, std::io::Error>([
             signal(SignalKind::terminate())?,
@@ -130,15 +132,32 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn device(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
+async fn device(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
     match arguments.backend {
-        Backend::Auto | Backend::Cpu => {
-            let cores = || thread::available_parallelism().ok();
-            let threads = arguments
-                .threads
-                .or_else(cores)
-                .map_or(1, NonZeroUsize::get);
-            Ok(Arc::new(Cpu::new(threads).context("cannot start threads")?))
-        }
+        Backend::Cpu => cpu(arguments),
+        Backend::Wgpu => gpu().await,
+        Backend::Auto => match gpu().await {
+            Ok(gpu) if gpu.is_hardware() => Ok(gpu),
+            _ => cpu(arguments),
+        },
     }
+}
+
+fn cpu(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
+    let cores = || thread::available_parallelism().ok();
+    let threads = arguments.threads.or_else(cores);
+    let threads = threads.map_or(1, NonZeroUsize::get);
+    Ok(Arc::new(Cpu::new(threads).context("cannot start threads")?))
+}
+
+#[cfg(feature = "wgpu")]
+async fn gpu() -> anyhow::Result<Arc<dyn Device>> {
+    use casemate_worker::backend::wgpu::Wgpu;
+
+    Ok(Arc::new(Wgpu::new().await?))
+}
+
+#[cfg(not(feature = "wgpu"))]
+async fn gpu() -> anyhow::Result<Arc<dyn Device>> {
+    anyhow::bail!("this worker was built without wgpu; `--features wgpu` builds one with it")
 }
