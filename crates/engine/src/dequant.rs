@@ -22,7 +22,7 @@ const K: usize = 256;
 /// # Panics
 /// If `bytes` is not exactly the encoding of `out.len()` weights; callers have checked the tensor's
 /// size.
-pub(crate) fn dequantise(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+pub fn dequantise(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(
         dtype.bytes_for(&[out.len() as u64]),
         Some(bytes.len() as u64),

@@ -41,6 +41,7 @@ pub use casemate_kernels::attention::KvType;
 pub use chat::{CallFormat, ChatError, ChatMessage, ChatTemplate, FunctionCall, ToolCall};
 pub use constrain::{CallGrammar, Grammar, MaskMeter, OfferError, Offered, SchemaError};
 pub use control::{ControlNameError, ControlNames, Prompt};
+pub use dequant::dequantise;
 pub use engine::{Engine, EngineOptions, Stats};
 pub use error::{LoadError, RequestError, SubmitError};
 pub use logprobs::{MAXIMUM_TOP, TokenLogprobs};
