@@ -35,7 +35,7 @@ const UNREACHABLE: &[(&str, &[&str], &str)] = &[
     ),
     (
         "casemate-cli",
-        &["casemate-engine", "casemate-bench"],
+        &["casemate-engine", "casemate-audit", "casemate-bench"],
         "who reviews the proxy reads no engine",
     ),
     (

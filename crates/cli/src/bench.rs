@@ -2,12 +2,11 @@
 //! reviews this program should not have to read one.
 
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::anyhow;
 
+use crate::companion::become_program;
 use crate::exit::{Class, Failure};
 
 /// The program that measures.
@@ -29,14 +28,7 @@ pub(crate) struct Args {
 
 /// Becomes the other program; returns only where that fails.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let own = std::env::current_exe().map_err(Failure::io)?;
-    let program = own.with_file_name(PROGRAM);
-    if !program.is_file() {
-        return Err(absent(&program));
-    }
-    Err(Failure::io(
-        Command::new(program).args(&args.arguments).exec(),
-    ))
+    become_program(PROGRAM, &args.arguments, absent)
 }
 
 fn absent(program: &Path) -> Failure {

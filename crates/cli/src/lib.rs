@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod apikey;
+mod audit;
 mod bench;
 mod check;
+mod companion;
 mod direct;
 mod exit;
 pub mod explain;
@@ -62,6 +64,7 @@ enum Command {
     Proxy(proxy::Args),
     Receipt(receipt::Args),
     Explain(explain::Args),
+    Audit(audit::Args),
     Bench(bench::Args),
 }
 
@@ -85,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Proxy(args) => proxy::run(&args, granted),
         Command::Receipt(args) => receipt::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Audit(args) => audit::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     exit::report(done)

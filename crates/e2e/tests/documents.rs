@@ -22,11 +22,12 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
 /// Programs whose arguments are checked.
-const OURS: [&str; 6] = [
+const OURS: [&str; 7] = [
     "casemate",
     "casemate-broker",
     "casemate-enclave",
     "casemate-fake-tee",
+    "casemate-audit",
     "casemate-bench",
     "xtask",
 ];

@@ -245,6 +245,12 @@ pub(super) const TABLE: &[Explanation] = &[
         "Build it, `cargo build --release -p casemate-bench`, or copy casemate-bench into the same directory.",
     ),
     about(
+        &["no-audit-program"],
+        "The program that attacks models to measure them lies beside this one.",
+        "Only `casemate` was built or copied. What runs models is a program of its own, so that `casemate` need not hold an engine.",
+        "Build it, `cargo build --release -p casemate-audit`, or copy casemate-audit into the same directory.",
+    ),
+    about(
         &["key-exists"],
         "Each API key has a name of its own.",
         "The list has a key of that name already.",

@@ -1,4 +1,4 @@
-//! `casemate bench` is another program, which lies beside this one or is missed by name.
+//! `casemate bench` and `casemate audit` are other programs, which lie beside this one or are missed by name.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,17 +10,24 @@ fn run(program: &std::path::Path, arguments: &[&str]) -> Output {
 
 #[test]
 fn everything_is_passed_on_to_the_program_beside() {
+    for command in ["bench", "audit"] {
+        is_passed_on(command);
+    }
+}
+
+fn is_passed_on(command: &str) {
     let folder = tempfile::tempdir().unwrap();
     let casemate = folder.path().join("casemate");
     fs::copy(env!("CARGO_BIN_EXE_casemate"), &casemate).unwrap();
 
-    let output = run(&casemate, &["bench", "--quick"]);
+    let output = run(&casemate, &[command, "--quick"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(40), "{said}");
-    let missed = folder.path().canonicalize().unwrap().join("casemate-bench");
+    let name = format!("casemate-{command}");
+    let missed = folder.path().canonicalize().unwrap().join(&name);
     assert!(said.contains(missed.to_str().unwrap()), "{said}");
     assert!(
-        said.contains("cargo build --release -p casemate-bench"),
+        said.contains(&format!("cargo build --release -p {name}")),
         "the remedy: {said}"
     );
 
@@ -32,7 +39,7 @@ fn everything_is_passed_on_to_the_program_beside() {
         "kernels -h",
         "model.gguf --json --unknown=1 -- -x",
     ] {
-        let words: Vec<&str> = ["bench"]
+        let words: Vec<&str> = [command]
             .into_iter()
             .chain(arguments.split_whitespace())
             .collect();
