@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Event, Shared, lock};
+use super::{Event, Running, Shared, lock};
 use crate::check::Challenge;
 use crate::link::{Connect, Fault, Link};
 use crate::public::PublicMatrix;
@@ -142,7 +142,7 @@ struct Drawn {
     challenges: Arc<[Challenge]>,
 }
 
-/// Connects, draws secret vectors unless there are some, and uploads.
+/// Draws secret vectors unless there are some, connects, and uploads.
 fn open(
     shared: &Shared,
     which: usize,
@@ -150,24 +150,17 @@ fn open(
     drawn: &mut Option<Drawn>,
 ) -> Result<Link, Fault> {
     let running = shared.running.get().ok_or(Fault::Unreachable)?;
-    let transport = (shared.workers[which].connect)().map_err(Fault::of_connecting)?;
+    // Before there is a connection, which would wait for seconds with large matrices.
     let challenges = match drawn.take() {
         Some(drawn) if drawn.round == round => drawn.challenges,
         // What was tried against other vectors is of no use against these.
-        _ => {
-            let draw = |(group, matrix): (usize, &PublicMatrix)| {
-                // Groups are fewer than 2^16.
-                let place = (which << 16 | group) as u32;
-                let weights = matrix.matrix();
-                shared.challenges.draw(running.field, place, round, weights)
-            };
-            running.matrices.iter().enumerate().map(draw).collect()
-        }
+        _ => draw(shared, running, which, round).ok_or(Fault::Unreachable)?,
     };
     *drawn = Some(Drawn {
         round,
         challenges: Arc::clone(&challenges),
     });
+    let transport = (shared.workers[which].connect)().map_err(Fault::of_connecting)?;
     Link::open(
         transport,
         running.field,
@@ -176,6 +169,18 @@ fn open(
         shared.config.patience,
         || !shared.stop.load(Relaxed),
     )
+}
+
+/// Draws secret vectors for all matrices, unless everything ends meanwhile.
+fn draw(shared: &Shared, running: &Running, which: usize, round: u32) -> Option<Arc<[Challenge]>> {
+    let draw = |(group, matrix): (usize, &PublicMatrix)| {
+        // Groups are fewer than 2^16.
+        let place = (which << 16 | group) as u32;
+        let goes_on = !shared.stop.load(Relaxed);
+        let (challenges, weights) = (&shared.challenges, matrix.matrix());
+        goes_on.then(|| challenges.draw(running.field, place, round, weights))
+    };
+    running.matrices.iter().enumerate().map(draw).collect()
 }
 
 /// Waits; false if everything ends instead.
@@ -204,5 +209,47 @@ fn until_it_ends(shared: &Shared, worker: &Worker) -> Option<Fault> {
     match *state {
         State::Ended(fault) => fault,
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use casemate_container::Access;
+
+    use super::*;
+    use crate::keys::BootKey;
+    use crate::offload::{Config, Offload, Workers};
+    use crate::testing::{Random, matrix};
+
+    #[test]
+    fn vectors_are_drawn_before_connecting_and_anew_for_each_round() {
+        let nobody: Connect = Box::new(|| Err(ErrorKind::ConnectionRefused.into()));
+        let config = Config {
+            retry: Duration::from_secs(3600),
+            ..Config::default()
+        };
+        let boot = BootKey::of([4; 32]);
+        let offload = Offload::new(config, boot, Workers::One(nobody), Box::new(|_| {}));
+        let weights = Arc::new(matrix(&mut Random::new(1), 3, 5));
+        offload
+            .add(PublicMatrix::new(Access::Public, weights).unwrap())
+            .unwrap();
+        offload.start().unwrap();
+        let mut drawn = None;
+        let mut open = |round| {
+            let fault = open(&offload.shared, 0, round, &mut drawn).err();
+            assert_eq!(fault, Some(Fault::Unreachable));
+            let drawn = drawn.as_ref().expect("though nobody was there");
+            assert_eq!(drawn.round, round);
+            Arc::clone(&drawn.challenges)
+        };
+        let (first, again, next) = (open(0), open(0), open(1));
+        assert!(
+            Arc::ptr_eq(&first, &again),
+            "nothing was tried against them"
+        );
+        assert!(!Arc::ptr_eq(&first, &next));
     }
 }
