@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Arithmetic of the linear layers, by name; several separated by commas [default: every one that fits].
     #[arg(long, value_delimiter = ',', value_name = "FORMAT")]
     compute: Vec<String>,
-    /// How keys and values are stored [default: f32 beside the arithmetic of f32, otherwise f16].
+    /// How keys and values are stored [default: f32 beside f32, bf16 beside bf16 and int8-row, otherwise f16].
     #[arg(long, value_name = "TYPE", value_parser = kv_types())]
     kv_type: Option<KvType>,
     /// Compute threads [default: as many as the machine runs at once].

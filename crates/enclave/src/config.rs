@@ -131,7 +131,7 @@ pub struct Model {
     #[serde(default = "default_compute")]
     pub compute: ComputeName,
     /// How keys and values are stored: `"f32"`, `"f16"`, `"bf16"` or `"int8"`; absent: f32 beside
-    /// the arithmetic of f32, otherwise f16.
+    /// the arithmetic of f32, bf16 beside those of bf16 and int8-row, otherwise f16.
     pub kv_type: Option<KvTypeName>,
     /// Compute threads; absent or 0 takes one per core.
     #[serde(default)]

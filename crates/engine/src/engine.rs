@@ -44,7 +44,8 @@ pub struct EngineOptions {
     /// Memory for keys and values, in bytes. `None`: enough for `max_batch` full contexts, but at
     /// most 1 GiB or one full context, whichever is more.
     pub kv_bytes: Option<u64>,
-    /// How keys and values are stored. `None`: f32 beside the arithmetic of f32, otherwise f16.
+    /// How keys and values are stored. `None`: f32 beside the arithmetic of f32, bf16 beside those of bf16
+    /// and of int8 by rows, otherwise f16.
     pub kv_type: Option<KvType>,
     /// How long keys and values of a user's prompts and answers stay after their last use, for that
     /// user's next requests; they go sooner where memory is needed. Zero: nothing is reused.
@@ -67,7 +68,8 @@ impl EngineOptions {
 fn usual_kv_type(compute: Compute) -> KvType {
     match compute {
         Compute::F32 => KvType::F32,
-        _ => KvType::F16,
+        Compute::Bf16 | Compute::Int8Row => KvType::Bf16,
+        Compute::Int8 | Compute::Q4G32 => KvType::F16,
     }
 }
 

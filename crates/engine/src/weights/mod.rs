@@ -31,7 +31,7 @@ use tensors::{EMBEDDING, OUTPUT, check_tensors};
 pub enum Compute {
     /// Weights, activations and KV cache in f32.
     F32,
-    /// Weights and activations rounded to bf16, sums in f32; KV cache in f16.
+    /// Weights and activations rounded to bf16, sums in f32; KV cache in bf16.
     Bf16,
     /// Weights and activations in int8 with a scale per group of 32 (`Q8_0` weights exactly as they
     /// are, others rounded from f32), KV cache in f16.
@@ -40,7 +40,7 @@ pub enum Compute {
     /// [`Compute::Int8`] has them; activations as there, KV cache in f16.
     Q4G32,
     /// Weights and activations in int8 with a scale per row, both rotated, rounded from f32
-    /// whatever they were; KV cache in f16.
+    /// whatever they were; KV cache in bf16.
     Int8Row,
 }
 
