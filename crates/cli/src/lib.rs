@@ -18,6 +18,7 @@ mod inspect;
 mod keygen;
 mod keys;
 mod measure;
+mod offload;
 mod progress;
 mod proxy;
 mod receipt;
@@ -60,6 +61,8 @@ enum Command {
     Apikey(apikey::Command),
     Rollback(rollback::Args),
     Measure(measure::Args),
+    #[command(subcommand)]
+    Offload(offload::Command),
     Verify(verify::Args),
     Proxy(proxy::Args),
     Receipt(receipt::Args),
@@ -84,6 +87,7 @@ pub fn main() -> ExitCode {
         Command::Apikey(command) => apikey::run(&command),
         Command::Rollback(args) => rollback::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Offload(command) => offload::run(&command),
         Command::Verify(args) => verify::run(&args),
         Command::Proxy(args) => proxy::run(&args, granted),
         Command::Receipt(args) => receipt::run(&args),

@@ -53,5 +53,5 @@ pub use manifest::{Access, AssetEntry, Kind, Manifest, ManifestError, TensorEntr
 pub use model::{Adapter, Model, TensorRef};
 pub use open::{Inspected, SealedFile, Unlocked};
 pub use progress::{Progress, Silent, Stage};
-pub use seal::{SealOptions, Sealed, seal, seal_adapter};
+pub use seal::{SealOptions, Sealed, fits_pattern, seal, seal_adapter};
 pub use source::{AdapterSource, ModelSource, SourceError, SourceTensor};

@@ -361,7 +361,7 @@ impl<'a> Plan<'a> {
         let mut access = |name: &str| {
             let mut access = Access::Private;
             for (pattern, used) in options.public_tensors.iter().zip(&mut used) {
-                if fits(pattern, name) {
+                if fits_pattern(pattern, name) {
                     (*used, access) = (true, Access::Public);
                 }
             }
@@ -480,11 +480,12 @@ impl<'a> Plan<'a> {
 }
 
 /// Whether `name` is `pattern`, in which `*` stands for any run of characters.
-fn fits(pattern: &str, name: &str) -> bool {
+#[must_use]
+pub fn fits_pattern(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
         Some((head, tail)) => name.strip_prefix(head).is_some_and(|rest| {
-            (0..=rest.len()).any(|i| rest.is_char_boundary(i) && fits(tail, &rest[i..]))
+            (0..=rest.len()).any(|i| rest.is_char_boundary(i) && fits_pattern(tail, &rest[i..]))
         }),
     }
 }
@@ -505,7 +506,7 @@ mod tests {
             ("*", "anything", true),
             ("", "x", false),
         ] {
-            assert_eq!(fits(pattern, name), want, "{pattern} {name}");
+            assert_eq!(fits_pattern(pattern, name), want, "{pattern} {name}");
         }
     }
 }

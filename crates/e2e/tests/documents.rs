@@ -22,13 +22,14 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
 /// Programs whose arguments are checked.
-const OURS: [&str; 7] = [
+const OURS: [&str; 8] = [
     "casemate",
     "casemate-broker",
     "casemate-enclave",
     "casemate-fake-tee",
     "casemate-audit",
     "casemate-bench",
+    "casemate-worker",
     "xtask",
 ];
 /// Programs in documents that are not ours: neither run nor checked where a block is not run.

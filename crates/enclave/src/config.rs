@@ -11,7 +11,9 @@ use axum::http::uri::Authority;
 use casemate_attest::TomlFault;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::{Compute, KvType};
+use casemate_offload::plan::Preset;
 use casemate_release::api_key;
+use casemate_wire::Address;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
@@ -58,6 +60,41 @@ pub struct Config {
     /// What answers tell of the model; absent, nothing.
     #[serde(default)]
     pub extraction: Extraction,
+    /// Which products a worker computes; absent, none.
+    pub offload: Option<Offload>,
+}
+
+/// `[offload]`
+#[derive(Deserialize, Clone)]
+#[serde(deny_unknown_fields)]
+pub struct Offload {
+    /// Which matrices go to the worker: `"secureinfer"` or `"full-linear"`.
+    #[serde(deserialize_with = "preset")]
+    pub plan: Preset,
+    /// Where `casemate-worker` listens: `tcp:IP:PORT` or `unix:PATH`. Nobody has to trust it.
+    #[serde(deserialize_with = "worker")]
+    pub worker: Address,
+    /// Memory for masks, in bytes.
+    #[serde(default = "default_pool")]
+    pub pool_bytes: u64,
+}
+
+fn default_pool() -> u64 {
+    1 << 30
+}
+
+fn preset<'de, D: Deserializer<'de>>(d: D) -> Result<Preset, D::Error> {
+    let preset: Preset = String::deserialize(d)?.parse().map_err(D::Error::custom)?;
+    match preset {
+        Preset::None => Err(D::Error::custom(
+            "a plan of `none` sends nothing: leave [offload] out",
+        )),
+        preset => Ok(preset),
+    }
+}
+
+fn worker<'de, D: Deserializer<'de>>(d: D) -> Result<Address, D::Error> {
+    String::deserialize(d)?.parse().map_err(D::Error::custom)
 }
 
 /// `[service]`
@@ -277,12 +314,19 @@ impl MeasuredConfig {
         }
         let text = std::str::from_utf8(&bytes)
             .map_err(|_| ConfigError::Malformed("it is not UTF-8".into()))?;
-        let config = toml::from_str(text).map_err(|error| {
+        let config: Config = toml::from_str(text).map_err(|error| {
             ConfigError::Malformed(match api_key::is_in(text) {
                 true => "this is an API key, or holds one".into(),
                 false => TomlFault::new(text, &error).to_string(),
             })
         })?;
+        if config.offload.is_some() && !matches!(config.model.compute, ComputeName::Int8Row) {
+            return Err(ConfigError::Malformed(
+                "[offload] needs compute = \"int8-row\" in [model]: only its products are exact, \
+                 whoever computes them"
+                    .into(),
+            ));
+        }
         Ok(Self { config, bytes })
     }
 }
@@ -316,6 +360,51 @@ mod tests {
         assert!(matches!(measured.config.model.compute, ComputeName::Int8));
         assert_eq!(measured.config.broker.issuer.to_string(), KEY);
         assert_eq!(measured.bytes, text().into_bytes());
+    }
+
+    #[test]
+    fn offload_names_a_plan_and_a_worker_and_needs_exact_products() {
+        let parsed = |compute: &str, offload: &str| {
+            let path = "path = \"m.casemate\"\n";
+            let model = format!("{path}compute = \"{compute}\"\n");
+            MeasuredConfig::parse((text().replace(path, &model) + offload).into_bytes())
+        };
+        let section = "[offload]\nplan = \"full-linear\"\nworker = \"tcp:10.0.0.9:8600\"\n";
+        let offload = parsed("int8-row", section).map(|found| found.config.offload);
+        let offload = offload.unwrap_or_else(|e| panic!("{e}")).unwrap();
+        assert_eq!(offload.plan, Preset::FullLinear);
+        assert_eq!(offload.worker.to_string(), "tcp:10.0.0.9:8600");
+        assert_eq!(offload.pool_bytes, 1 << 30);
+
+        for (compute, section, why) in [
+            ("int8", section.to_owned(), "needs compute = \"int8-row\""),
+            (
+                "int8-row",
+                section.replace("full-linear", "none"),
+                "leave [offload] out",
+            ),
+            (
+                "int8-row",
+                section.replace("full-linear", "all"),
+                "a preset is",
+            ),
+            (
+                "int8-row",
+                section.replace("tcp:", "http://"),
+                "tcp:IP:PORT",
+            ),
+            (
+                "int8-row",
+                format!("{section}token = \"x\"\n"),
+                "unknown field",
+            ),
+        ] {
+            match parsed(compute, &section) {
+                Err(ConfigError::Malformed(text)) => assert!(text.contains(why), "{text}"),
+                Err(other) => panic!("{other}"),
+                Ok(_) => panic!("accepted: {section}"),
+            }
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub mod gateway;
 pub mod grammars;
 pub mod linger;
 pub mod metrics;
+pub mod offload;
 pub mod provision;
 pub mod quotes;
 pub mod receipts;

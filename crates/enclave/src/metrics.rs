@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use casemate_engine::Stats;
 use casemate_listen::Counters;
+use casemate_offload::Offload;
 
 use crate::bodies::Bodies;
 use crate::grammars::Grammars;
@@ -61,6 +62,7 @@ pub struct Metrics {
     connections: OnceLock<Arc<Counters>>,
     bodies_waiting: OnceLock<Arc<Bodies>>,
     grammars: OnceLock<Arc<Grammars>>,
+    offload: OnceLock<Arc<Offload>>,
     relayed: AtomicU64,
     relays_running: AtomicU64,
     key_release: OnceLock<Duration>,
@@ -119,6 +121,11 @@ impl Metrics {
     pub fn relay_runs(self: &Arc<Self>) -> RelayRuns {
         self.relays_running.fetch_add(1, Ordering::Relaxed);
         RelayRuns(Arc::clone(self))
+    }
+
+    /// Whose products a worker computes.
+    pub fn offload(&self, offload: Arc<Offload>) {
+        let _ = self.offload.set(offload);
     }
 
     /// How long obtaining the key took, at start.
@@ -191,6 +198,60 @@ impl Metrics {
                 "gauge",
                 "What answers under way must be, each and all of it rounded up to a power of two.",
                 coarse(grammars.held() as u64) as f64,
+            );
+        }
+        if let Some(offload) = self.offload.get() {
+            let found = offload.metrics();
+            let rows = |count: u64| (count / ROWS * ROWS) as f64;
+            for (name, help, value) in [
+                (
+                    "offload_rows_total",
+                    "Rows of products that a worker computed, in full 1024s.",
+                    rows(found.rows_outside),
+                ),
+                (
+                    "offload_rows_without_masks_total",
+                    "Rows computed here because no masks were left, likewise.",
+                    rows(found.rows_without_masks),
+                ),
+                (
+                    "offload_rows_without_worker_total",
+                    "Rows computed here because there was no worker, likewise.",
+                    rows(found.rows_without_worker),
+                ),
+                (
+                    "offload_rows_recomputed_total",
+                    "Rows computed here again because a worker failed, likewise.",
+                    rows(found.rows_recomputed),
+                ),
+                (
+                    "offload_masks_made_total",
+                    "Masks made, likewise.",
+                    rows(found.masks_made),
+                ),
+                (
+                    "offload_masks_used_total",
+                    "Masks used, likewise.",
+                    rows(found.masks_used),
+                ),
+                (
+                    "offload_failures_total",
+                    "Faults of workers that an honest one may have.",
+                    found.failures as f64,
+                ),
+                (
+                    "offload_misconduct_total",
+                    "Answers of workers that no honest one gives, all of them noticed.",
+                    found.misconduct as f64,
+                ),
+            ] {
+                metric(name, "counter", help, value);
+            }
+            metric(
+                "offload_masks_level",
+                "gauge",
+                "How full the pool of masks is at its emptiest, in eighths, rounded down.",
+                (found.masks_level * 8 / found.masks_depth.max(1)) as f64 / 8.0,
             );
         }
         if let Some(connections) = self.connections.get() {
@@ -280,6 +341,9 @@ impl Metrics {
         out
     }
 }
+
+/// Rows are counted in steps: one by one they would tell how long whose prompt and answer are.
+const ROWS: u64 = 1024;
 
 /// Zero, or the next power of two.
 fn coarse(bytes: u64) -> u64 {

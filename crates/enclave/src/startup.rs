@@ -17,6 +17,7 @@ use anyhow::{Context, Result};
 use axum::serve::ListenerExt as _;
 use casemate_attest::measure::FileDigest;
 use casemate_container::{SealedFile, Silent};
+use casemate_engine::outsource::Outsource;
 use casemate_engine::{Engine, EngineOptions};
 use casemate_kernels::hardening;
 use casemate_kernels::mem::Granted;
@@ -37,6 +38,7 @@ use crate::config::{MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
 use crate::linger::Lingering;
 use crate::metrics::Metrics;
+use crate::offload;
 use crate::provision::{Provisioner, Session};
 use crate::receipts::{self, Receipts};
 use crate::relay::{self, Peers};
@@ -225,11 +227,13 @@ async fn prepare(
     );
 
     let started = Instant::now();
-    let model = config.model.clone();
-    let (mut served, engine, session) =
-        tokio::task::spawn_blocking(move || unlock_and_pack(file, &model, session))
-            .await
-            .context("loading the model was interrupted")??;
+    let (model, offload) = (config.model.clone(), config.offload.clone());
+    let counted = Arc::clone(&metrics);
+    let (mut served, engine, session) = tokio::task::spawn_blocking(move || {
+        unlock_and_pack(file, &model, offload.as_ref(), &counted, session)
+    })
+    .await
+    .context("loading the model was interrupted")??;
     served.attested_tls = config.service.attested_tls.is_some();
     metrics.model_loaded(started.elapsed());
 
@@ -298,6 +302,8 @@ fn open(config: &crate::config::Model) -> Result<SealedFile> {
 fn unlock_and_pack(
     file: SealedFile,
     config: &crate::config::Model,
+    offload: Option<&crate::config::Offload>,
+    metrics: &Metrics,
     session: Session,
 ) -> Result<(Served, Engine, Session)> {
     let threads = match config.threads {
@@ -334,7 +340,18 @@ fn unlock_and_pack(
         reuse: Duration::from_secs(config.reuse_seconds.into()),
         ..EngineOptions::default()
     };
-    let engine = Engine::load(model, &options, &Silent)?;
+    let engine = match offload {
+        None => Engine::load(model, &options, &Silent)?,
+        Some(offload) => {
+            let (offload, layers) = offload::prepare(offload, model.manifest())?;
+            let layers = Arc::new(layers);
+            let outsource = Arc::clone(&layers) as Arc<dyn Outsource>;
+            let engine = Engine::load_outsourced(model, &options, outsource, &Silent)?;
+            layers.start().context("cannot start the worker's thread")?;
+            metrics.offload(offload);
+            engine
+        }
+    };
     info!(
         compute = engine.compute_name(),
         threads,

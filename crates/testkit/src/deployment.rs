@@ -13,6 +13,7 @@ mod http;
 mod program;
 mod recorder;
 mod replicas;
+mod workers;
 
 pub use http::{HttpReply, http_get};
 pub use program::{Launch, Program};
@@ -95,6 +96,9 @@ pub struct Deployment {
     broker: Option<BrokerFacts>,
     keys: Option<KeyFacts>,
     sealed: Option<SealFacts>,
+    /// Patterns of tensors that are sealed as public.
+    public: Vec<String>,
+    worker: Option<String>,
     config: Option<PathBuf>,
     measurement: Option<MeasurementFacts>,
     policies: Option<PolicyFacts>,
@@ -119,6 +123,8 @@ pub enum Role {
     Gateway,
     /// `casemate proxy`.
     Proxy,
+    /// `casemate-worker`.
+    Worker,
 }
 
 /// A running fake TEE.
@@ -224,6 +230,8 @@ pub struct EnclaveSettings {
     pub extraction: &'static str,
     /// Whether attested TLS is served too, on a free port.
     pub attested_tls: bool,
+    /// By which plan the worker computes products, if it does.
+    pub offload: Option<&'static str>,
 }
 
 impl Default for EnclaveSettings {
@@ -236,6 +244,7 @@ impl Default for EnclaveSettings {
             max_batch: 8,
             extraction: "",
             attested_tls: false,
+            offload: None,
         }
     }
 }
@@ -262,6 +271,8 @@ impl Deployment {
             broker: None,
             keys: None,
             sealed: None,
+            public: Vec::new(),
+            worker: None,
             config: None,
             measurement: None,
             policies: None,
@@ -428,7 +439,7 @@ impl Deployment {
             .option("--data-key", &keys.data_key)
             .option("--signing-key", &keys.signing_key)
             .option("--out", &path);
-        let sealed = self.run_json(launch)?;
+        let sealed = self.run_json(self.with_public(launch))?;
         let program = "casemate seal";
         let seconds = sealed["seconds"]
             .as_f64()
@@ -463,10 +474,14 @@ impl Deployment {
              max_context = {max_context}\nmax_batch = {max_batch}\n\n\
              [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
              resource = {resource}\n\n\
-             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n{extraction}",
+             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n{extraction}{offload}",
             extraction = match settings.extraction {
                 "" => String::new(),
                 lines => format!("\n[extraction]\n{lines}\n"),
+            },
+            offload = match settings.offload {
+                Some(plan) => self.offload(plan)?,
+                None => String::new(),
             },
             attested_tls = match settings.attested_tls {
                 true => "attested_tls = \"127.0.0.1:0\"\n",
