@@ -62,6 +62,11 @@ def body(complete: bool, steering: dict | None = None) -> dict:
     return value
 
 
+def adapted() -> dict:
+    """The complete receipt, of an answer that the second of the two loaded adapters gave."""
+    return body(True) | {15: b"\x65" * 32}
+
+
 def envelope(value: dict) -> bytes:
     encoded = cbor2.dumps(value, canonical=True)
     signature = Ed25519PrivateKey.from_private_bytes(SEED).sign(DOMAIN + encoded)
@@ -79,6 +84,7 @@ def make() -> dict:
         "receipt": envelope(body(True)).hex(),
         "incomplete": envelope(body(False)).hex(),
         "steered": [envelope(body(False, steering)).hex() for steering in FURTHER],
+        "adapted": envelope(adapted()).hex(),
     }
 
 
@@ -96,6 +102,7 @@ def check(vectors: dict) -> None:
     receipts = [("receipt", vectors["receipt"], body(True)), ("incomplete", vectors["incomplete"], body(False))]
     assert len(vectors["steered"]) == len(FURTHER)
     receipts += [("steered", found, body(False, steering)) for found, steering in zip(vectors["steered"], FURTHER)]
+    receipts.append(("adapted", vectors["adapted"], adapted()))
     for name, found, expected in receipts:
         outer = decode(bytes.fromhex(found))
         key.verify(outer[1], DOMAIN + outer[0])
@@ -121,7 +128,7 @@ def main() -> int:
         return 0
     with open(sys.argv[1], encoding="utf-8") as file:
         check(json.load(file))
-    print(f"all {2 + len(FURTHER)} receipts verify, and nothing near them")
+    print(f"all {3 + len(FURTHER)} receipts verify, and nothing near them")
     return 0
 
 

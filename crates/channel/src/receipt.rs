@@ -5,7 +5,8 @@
 //! body     = { 0: 2, 1: request id tstr, 2: counter uint, 3: keyset digest bstr32,
 //!              4: evidence digest bstr32, 5: model digest bstr32, 6: model version uint,
 //!              7: [* adapter digest bstr32], 8: compute tstr, 9: parameters, 10: request hash bstr32,
-//!              11: status uint, 12: answer hash bstr32, ? 13: [prompt, completion tokens], 14: time uint }
+//!              11: status uint, 12: answer hash bstr32, ? 13: [prompt, completion tokens], 14: time uint,
+//!              ? 15: adapter digest bstr32 }
 //! ```
 //! Both are deterministic CBOR; the signature covers the domain [`DOMAIN`] and the body's bytes. `docs/receipts.md` is
 //! the specification and says what each field shows. [`Receipt::sign`] is the enclave's part; [`SignedReceipt::verify`]
@@ -132,6 +133,8 @@ pub struct Receipt {
     pub model_version: u64,
     /// The loaded adapters, ascending.
     pub adapter_digests: Vec<[u8; 32]>,
+    /// The one of them that was applied; nothing where the model answered as it is.
+    pub adapter: Option<[u8; 32]>,
     /// Arithmetic, such as `int8-g32`.
     pub compute: String,
     /// How tokens were drawn, and what steered them.
@@ -232,6 +235,13 @@ impl Receipt {
             "receipt.adapter_digests",
             &adapters.len(),
             "at most 64, ascending",
+        )?;
+        rule(
+            self.adapter
+                .is_none_or(|adapter| adapters.contains(&adapter)),
+            "receipt.adapter",
+            &self.adapter.map(hex::encode).unwrap_or_default(),
+            "one of the loaded adapters",
         )?;
         let compute = &self.compute;
         rule(

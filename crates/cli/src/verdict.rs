@@ -52,8 +52,13 @@ impl Trusted {
     pub(crate) fn service(service: &VerifiedService) -> Trusted {
         let (keyset, credential) = (service.keyset(), service.credential());
         let until = service.valid_until();
+        let adapters = match keyset.adapter_digests.len() {
+            0 => String::new(),
+            1 => " with one adapter".to_owned(),
+            more => format!(" with {more} adapters"),
+        };
         let sentence = format!(
-            "{}; service {} of issuer {} serves {} version {} in {}, until {until}",
+            "{}; service {} of issuer {} serves {} version {}{adapters} in {}, until {until}",
             service.appraised(),
             credential.service,
             service.issuer(),

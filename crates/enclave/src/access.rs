@@ -23,6 +23,7 @@ use axum::response::IntoResponse;
 use casemate_engine::User;
 use casemate_release::api_key;
 use futures::StreamExt;
+use subtle::{Choice, ConstantTimeEq};
 use tower::ServiceExt;
 use tracing::{info, warn};
 
@@ -87,6 +88,19 @@ impl Caller {
     #[must_use]
     pub fn user(&self) -> Option<User> {
         self.0.as_ref().map(|holder| User::new(holder.key))
+    }
+
+    /// Whether its key is one of these.
+    #[must_use]
+    pub fn has_one_of(&self, keys: &[api_key::ApiKey]) -> bool {
+        let Some(holder) = &self.0 else {
+            return false;
+        };
+        // Every entry is compared, whichever fits.
+        let found = keys.iter().fold(Choice::from(0), |found, key| {
+            found | key.hash.ct_eq(&holder.key)
+        });
+        found.into()
     }
 
     /// The name of the API key, as the provider wrote it into the grant.

@@ -53,6 +53,9 @@ pub struct Config {
     pub service: Service,
     /// The sealed model and how to run it.
     pub model: Model,
+    /// Adapters to the model, which requests name as theirs.
+    #[serde(default, rename = "adapter", deserialize_with = "adapters")]
+    pub adapters: Vec<Adapter>,
     /// Who releases the key.
     pub broker: Broker,
     /// Where evidence comes from.
@@ -95,6 +98,43 @@ fn preset<'de, D: Deserializer<'de>>(d: D) -> Result<Preset, D::Error> {
 
 fn worker<'de, D: Deserializer<'de>>(d: D) -> Result<Address, D::Error> {
     String::deserialize(d)?.parse().map_err(D::Error::custom)
+}
+
+/// Most adapters: a session with the broker brings 16 keys, one of them the model's.
+const MAX_ADAPTERS: usize = 15;
+
+/// `[[adapter]]`
+#[derive(Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Adapter {
+    /// What requests call it: 1 to 128 visible ASCII characters.
+    pub name: String,
+    /// The sealed container.
+    pub path: PathBuf,
+    /// Resource that holds its key grant, `repository/type/tag`.
+    pub resource: String,
+}
+
+fn adapters<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Adapter>, D::Error> {
+    let adapters = Vec::<Adapter>::deserialize(d)?;
+    if adapters.len() > MAX_ADAPTERS {
+        let text = format!("at most {MAX_ADAPTERS} adapters");
+        return Err(D::Error::custom(text));
+    }
+    for (i, adapter) in adapters.iter().enumerate() {
+        let name = &adapter.name;
+        let visible = name.bytes().all(|byte| byte.is_ascii_graphic());
+        if !visible || name.is_empty() || name.len() > 128 {
+            let rule = "an adapter's name has 1 to 128 visible ASCII characters";
+            return Err(D::Error::custom(rule));
+        }
+        let twice = |other: &Adapter| other.name == *name || other.resource == adapter.resource;
+        if adapters[..i].iter().any(twice) {
+            let text = format!("the name or the resource of the adapter {name:?} is there twice");
+            return Err(D::Error::custom(text));
+        }
+    }
+    Ok(adapters)
 }
 
 /// `[service]`
@@ -327,6 +367,19 @@ impl MeasuredConfig {
                     .into(),
             ));
         }
+        let Config {
+            service,
+            adapters,
+            broker,
+            ..
+        } = &config;
+        let same = |a: &&Adapter| a.name == service.name || a.resource == broker.resource;
+        if let Some(adapter) = adapters.iter().find(same) {
+            return Err(ConfigError::Malformed(format!(
+                "the adapter {:?} has the service's name or the model's resource",
+                adapter.name
+            )));
+        }
         Ok(Self { config, bytes })
     }
 }
@@ -440,6 +493,33 @@ mod tests {
         }
         let message = refused(text().replace("[model]", "[model]\ncompute = \"bf8\""));
         assert!(message.contains("bf16"), "{message}");
+    }
+
+    #[test]
+    fn adapters_have_names_and_resources_of_their_own() {
+        let adapter = |name: &str, resource: &str| {
+            format!(
+                "[[adapter]]\nname = {name:?}\npath = \"a.casemate\"\nresource = {resource:?}\n"
+            )
+        };
+        let with = |adapters: String| MeasuredConfig::parse((text() + &adapters).into_bytes());
+        let two = adapter("a", "default/model/a") + &adapter("b", "default/model/b");
+        let parsed = with(two).ok().unwrap().config.adapters;
+        assert_eq!((parsed.len(), parsed[1].name.as_str()), (2, "b"));
+        for (adapters, said) in [
+            (adapter("m", "default/model/a"), "service's name"),
+            (adapter("a", "default/model/m"), "model's resource"),
+            (adapter("a", "x/y/z") + &adapter("a", "x/y/w"), "twice"),
+            (adapter("a", "x/y/z") + &adapter("b", "x/y/z"), "twice"),
+            (adapter("", "x/y/z"), "visible ASCII"),
+            (adapter("a b", "x/y/z"), "visible ASCII"),
+            (adapter("a", "x/y/z") + "rank = 4\n", "rank"),
+        ] {
+            let message = refused(text() + &adapters);
+            assert!(message.contains(said), "{message}");
+        }
+        let many = (0..16).map(|i| adapter(&format!("a{i}"), &format!("x/y/{i}")));
+        assert!(refused(text() + &many.collect::<String>()).contains("at most 15 adapters"));
     }
 
     #[test]

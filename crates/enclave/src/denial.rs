@@ -3,6 +3,7 @@
 //! no denials.
 
 use casemate_container::{Malformed, NotAuthentic, OpenError};
+use casemate_engine::LoadError;
 use casemate_release::rcar::{DenialInformation, ErrorInformation};
 use casemate_release::{Refused, ReleaseError, Unverified};
 use serde::Serialize;
@@ -32,6 +33,9 @@ impl StartDenial {
             }
             if let Some(ServingError::Provision(error)) = cause.downcast_ref() {
                 return provisioning(error);
+            }
+            if let Some(error) = cause.downcast_ref::<LoadError>() {
+                return loading(error);
             }
             releasing(cause.downcast_ref::<ReleaseError>()?)
         })
@@ -73,6 +77,34 @@ fn opening(error: &OpenError) -> Option<StartDenial> {
     };
     let remedy = "copy the sealed model from the provider again; `casemate check` examines a file";
     Some(enclave(class, error.code(), found, expected, remedy))
+}
+
+fn loading(error: &LoadError) -> Option<StartDenial> {
+    let found = error.to_string();
+    Some(match error {
+        LoadError::OtherBase { model, .. } => enclave(
+            "refused",
+            "adapter.base",
+            found,
+            &format!("adapters to the model {model}"),
+            "take the adapter that its provider sealed for this model, or serve the model that it is for",
+        ),
+        LoadError::Adapter(_) => enclave(
+            "malformed",
+            "adapter.tensors",
+            found,
+            "tensors in the shapes of the model",
+            "have the provider seal the adapter again, with the sealed model as --base",
+        ),
+        LoadError::AdapterTwice { .. } => enclave(
+            "refused",
+            "adapter.twice",
+            found,
+            "each adapter under one name",
+            "take one of the two out of the configuration",
+        ),
+        _ => return None,
+    })
 }
 
 fn provisioning(error: &ProvisionError) -> Option<StartDenial> {

@@ -30,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 pub mod access;
+pub mod adapters;
 pub mod api;
 pub mod arrival;
 pub mod attested_tls;

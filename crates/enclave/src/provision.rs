@@ -98,6 +98,8 @@ pub struct Provisioner {
     http: reqwest::Client,
     url: String,
     resource: String,
+    /// Of the adapters, in the order of the configuration.
+    adapters: Vec<String>,
     provider: VerifyingKey,
     issuer: VerifyingKey,
     service: String,
@@ -110,6 +112,8 @@ pub struct Session {
     attested: Attested,
     /// The grant, verified under the provider's key.
     pub grant: VerifiedGrant,
+    /// Those of the adapters, in the order of the configuration.
+    pub adapters: Vec<VerifiedGrant>,
     /// Version of the broker's policy under which it was released, in the broker's words; the broker compares it again
     /// before it signs a credential.
     pub policy_version: u64,
@@ -133,6 +137,7 @@ impl Provisioner {
             http,
             url: broker.url.trim_end_matches('/').to_owned(),
             resource: broker.resource.clone(),
+            adapters: config.adapters.iter().map(|a| a.resource.clone()).collect(),
             provider: broker.provider,
             issuer: broker.issuer,
             service: config.service.name.clone(),
@@ -171,7 +176,7 @@ impl Provisioner {
         }
     }
 
-    /// Attests and receives the key grant.
+    /// Attests once, and receives the key grants of the model and of all adapters.
     pub async fn obtain_key(&self) -> Result<Session, ProvisionError> {
         let exchange = Exchange::new(TeeKind::Tdx, &SystemRandom)?;
         let response = self.post(AUTH_PATH, None, exchange.request()).await?;
@@ -190,21 +195,38 @@ impl Provisioner {
         let response = self.post(ATTEST_PATH, Some(&cookie), attestation).await?;
         let attested = challenged.attested(&read("the evidence", response).await?)?;
 
-        let url = format!("{}{RESOURCE_PATH}/{}", self.url, self.resource);
-        let request = self.http.get(&url).header(COOKIE, attested.cookie());
-        let response = request
-            .send()
-            .await
-            .map_err(|source| ProvisionError::Unreachable { url, source })?;
-        let grant = attested.grant(&read("the key", response).await?, &self.provider)?;
+        let grant = self
+            .obtain_grant(&attested, &self.resource, "the key")
+            .await?;
+        let mut adapters = Vec::with_capacity(self.adapters.len());
+        for resource in &self.adapters {
+            let what = "the key of an adapter";
+            adapters.push(self.obtain_grant(&attested, resource, what).await?);
+        }
         let policy_version = attested
             .policy_version()
             .ok_or(ProvisionError::NoPolicyVersion)?;
         Ok(Session {
             attested,
             grant,
+            adapters,
             policy_version,
         })
+    }
+
+    async fn obtain_grant(
+        &self,
+        attested: &Attested,
+        resource: &str,
+        what: &'static str,
+    ) -> Result<VerifiedGrant, ProvisionError> {
+        let url = format!("{}{RESOURCE_PATH}/{resource}", self.url);
+        let request = self.http.get(&url).header(COOKIE, attested.cookie());
+        let response = request
+            .send()
+            .await
+            .map_err(|source| ProvisionError::Unreachable { url, source })?;
+        Ok(attested.grant(&read(what, response).await?, &self.provider)?)
     }
 
     /// Has the broker sign that `keyset` belongs to its deployment; returns the credential's bytes and contents.

@@ -12,6 +12,7 @@ use casemate_container::signing::SigningKey;
 use thiserror::Error;
 
 use crate::access::Access;
+use crate::adapters::Offered;
 use crate::provision::{ProvisionError, Provisioner, Session};
 use crate::quotes::{Quotes, TooManyWait};
 use crate::receipts::{KeysetFacts, Signer};
@@ -33,6 +34,8 @@ pub struct Served {
     pub name: String,
     /// Version in the manifest.
     pub version: u64,
+    /// The adapters beside it, in the order of the configuration.
+    pub adapters: Arc<[Arc<Offered>]>,
     /// Arithmetic of the linear layers, such as `int8-g32`.
     pub compute: String,
     /// Whether users may connect by attested TLS, so that keysets need a key for it.
@@ -51,8 +54,8 @@ pub enum ServingError {
     /// A key could not be made or a keyset not be encoded.
     #[error("cannot make a keyset: {0}")]
     Keyset(String),
-    /// The broker released another model's key than the one loaded.
-    #[error("the broker released a key for another model, or for a newer version only")]
+    /// The broker released another model's or adapter's key than the one loaded.
+    #[error("the broker released a key for another model or adapter, or for a newer version only")]
     ModelChanged,
 }
 
@@ -230,8 +233,17 @@ impl Serving {
             .grant
             .check_model(&self.served.digest, self.served.version)
             .map_err(|_| ServingError::ModelChanged)?;
+        let adapters = &self.served.adapters;
+        for (adapter, grant) in adapters.iter().zip(&session.adapters) {
+            grant
+                .check_model(&adapter.digest, adapter.version)
+                .map_err(|_| ServingError::ModelChanged)?;
+        }
         // Whom the provider lets in now, even if the credential cannot be had.
         self.access.replace(session.grant.access());
+        for (adapter, grant) in adapters.iter().zip(&session.adapters) {
+            adapter.replace_users(grant.access());
+        }
         // A fresh credential needs a keyset that outlives it, so both are renewed together.
         let (renewed, signer) = new_identity(
             &self.keyring,
@@ -336,6 +348,8 @@ async fn new_identity(
         true => Some(ServerKey::generate().map_err(|e| ServingError::Keyset(e.to_string()))?),
         false => None,
     };
+    let mut adapter_digests: Vec<_> = served.adapters.iter().map(|a| a.digest.0).collect();
+    adapter_digests.sort_unstable();
     let keyset = Keyset {
         ohttp_config: config.encoded,
         receipt_key: *receipt_key.verifying_key().as_bytes(),
@@ -343,7 +357,7 @@ async fn new_identity(
         model_name: served.name.clone(),
         model_digest: served.digest.0,
         model_version: served.version,
-        adapter_digests: Vec::new(),
+        adapter_digests,
         compute: served.compute.clone(),
         policy_version: session.policy_version,
         not_before: now,

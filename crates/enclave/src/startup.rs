@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use axum::serve::ListenerExt as _;
 use casemate_attest::measure::FileDigest;
-use casemate_container::{SealedFile, Silent};
+use casemate_container::{Adapter, SealedFile, Silent};
 use casemate_engine::outsource::Outsource;
 use casemate_engine::{Engine, EngineOptions};
 use casemate_kernels::hardening;
@@ -29,12 +29,13 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::access::{self, Access};
+use crate::adapters::Offered;
 use crate::api::{self, Api};
 use crate::arrival::{self, Arrivals};
 use crate::attested_tls::AttestedTls;
 use crate::bodies::Bodies;
 use crate::clock::SteadyClock;
-use crate::config::{MeasuredConfig, Tee};
+use crate::config::{self, MeasuredConfig, Tee};
 use crate::gateway::{self, Gateway};
 use crate::linger::Lingering;
 use crate::metrics::Metrics;
@@ -212,8 +213,8 @@ async fn prepare(
     let provisioner = Provisioner::new(&config, FileDigest::of(&bytes), quoter)?;
 
     // Nobody is asked for the key of a file that is not there, or is no sealed model.
-    let model = config.model.clone();
-    let file = tokio::task::spawn_blocking(move || open(&model))
+    let (model, adapters) = (config.model.clone(), config.adapters.clone());
+    let files = tokio::task::spawn_blocking(move || Files::open(&model, &adapters))
         .await
         .context("opening the model was interrupted")??;
 
@@ -225,12 +226,30 @@ async fn prepare(
         minimum_version = session.grant.minimum_version(),
         "key received, and the provider's signature on it holds"
     );
+    for (adapter, grant) in config.adapters.iter().zip(&session.adapters) {
+        let digest = grant.model_digest();
+        info!(name = adapter.name, adapter = %digest, "key of an adapter received");
+        if session.grant.access().is_open() && !grant.access().is_open() {
+            warn!(
+                name = adapter.name,
+                "the adapter is for API keys, but the model's grant asks for none: nobody can use it"
+            );
+        }
+    }
 
     let started = Instant::now();
-    let (model, offload) = (config.model.clone(), config.offload.clone());
+    let (model, adapters) = (config.model.clone(), config.adapters.clone());
+    let offload = config.offload.clone();
     let counted = Arc::clone(&metrics);
     let (mut served, engine, session) = tokio::task::spawn_blocking(move || {
-        unlock_and_pack(file, &model, offload.as_ref(), &counted, session)
+        unlock_and_pack(
+            files,
+            &model,
+            &adapters,
+            offload.as_ref(),
+            &counted,
+            session,
+        )
     })
     .await
     .context("loading the model was interrupted")??;
@@ -238,6 +257,7 @@ async fn prepare(
     metrics.model_loaded(started.elapsed());
 
     let digest = served.digest.to_string();
+    let adapters = Arc::clone(&served.adapters);
     let access = Arc::new(Access::new(
         session.grant.access(),
         access::monotonic(),
@@ -266,6 +286,7 @@ async fn prepare(
     let perturbation =
         api::PerturbationKey::derive(session.grant.data_key(), session.grant.model_digest());
     let api = Api::new(engine, config.service.name, fingerprint, system_clock)
+        .with_adapters(adapters)
         .with_extraction(config.extraction, perturbation)
         .with_metrics(Arc::clone(&metrics));
     let receipts = Arc::new(Receipts::new(receipts::Limits::default(), system_clock));
@@ -292,17 +313,76 @@ async fn prepare(
     })
 }
 
-/// Opens the container and checks its header.
-fn open(config: &crate::config::Model) -> Result<SealedFile> {
-    SealedFile::open(&config.path)
-        .with_context(|| format!("cannot open the model {}", config.path.display()))
+/// Containers whose headers are in order.
+struct Files {
+    model: SealedFile,
+    /// In the order of the configuration.
+    adapters: Vec<SealedFile>,
 }
 
-/// Unlocks the container with the granted key, compares the model with the grant, and packs it for computing.
+impl Files {
+    fn open(model: &config::Model, adapters: &[config::Adapter]) -> Result<Files> {
+        let opened = adapters.iter().map(|adapter| {
+            SealedFile::open(&adapter.path).with_context(|| cannot_open_adapter(adapter))
+        });
+        Ok(Files {
+            model: SealedFile::open(&model.path)
+                .with_context(|| format!("cannot open the model {}", model.path.display()))?,
+            adapters: opened.collect::<Result<_>>()?,
+        })
+    }
+}
+
+fn cannot_open_adapter(adapter: &config::Adapter) -> String {
+    let path = adapter.path.display();
+    format!("cannot open the adapter {:?}, {path}", adapter.name)
+}
+
+/// Unlocks adapters with their granted keys and compares each with its grant.
+fn unlock_adapters(
+    files: Vec<SealedFile>,
+    adapters: &[config::Adapter],
+    session: &Session,
+    threads: usize,
+) -> Result<(Vec<Adapter>, Vec<Arc<Offered>>)> {
+    let (mut containers, mut offered) = (Vec::new(), Vec::new());
+    for ((file, adapter), grant) in files.into_iter().zip(adapters).zip(&session.adapters) {
+        let context = || cannot_open_adapter(adapter);
+        let unlocked = file
+            .unlock(grant.data_key(), grant.provider())
+            .with_context(context)?;
+        let version = unlocked.manifest().version();
+        grant.check_model(&unlocked.digest(), version)?;
+        let container = unlocked
+            .load_adapter(threads, &Silent)
+            .with_context(context)?;
+        let digest = container.digest();
+        info!(
+            name = adapter.name,
+            adapter = %digest,
+            version,
+            rank = container.config().rank,
+            "adapter opened, every digest recomputed"
+        );
+        let users = grant.access().clone();
+        offered.push(Arc::new(Offered::new(
+            adapter.name.clone(),
+            digest,
+            version,
+            users,
+            api::PerturbationKey::derive(grant.data_key(), &digest),
+        )));
+        containers.push(container);
+    }
+    Ok((containers, offered))
+}
+
+/// Unlocks the containers with the granted keys, compares them with the grants, and packs them for computing.
 fn unlock_and_pack(
-    file: SealedFile,
-    config: &crate::config::Model,
-    offload: Option<&crate::config::Offload>,
+    files: Files,
+    config: &config::Model,
+    adapters: &[config::Adapter],
+    offload: Option<&config::Offload>,
     metrics: &Metrics,
     session: Session,
 ) -> Result<(Served, Engine, Session)> {
@@ -311,7 +391,8 @@ fn unlock_and_pack(
         threads => threads,
     };
     let context = || format!("cannot open the model {}", config.path.display());
-    let unlocked = file
+    let unlocked = files
+        .model
         .unlock(session.grant.data_key(), session.grant.provider())
         .with_context(context)?;
     let manifest = unlocked.manifest();
@@ -340,13 +421,14 @@ fn unlock_and_pack(
         reuse: Duration::from_secs(config.reuse_seconds.into()),
         ..EngineOptions::default()
     };
+    let (adapters, offered) = unlock_adapters(files.adapters, adapters, &session, threads)?;
     let engine = match offload {
-        None => Engine::load(model, &options, &Silent)?,
+        None => Engine::load_with_adapters(model, adapters, &options, &Silent)?,
         Some(offload) => {
             let (offload, layers) = offload::prepare(offload, model.manifest())?;
             let layers = Arc::new(layers);
             let outsource = Arc::clone(&layers) as Arc<dyn Outsource>;
-            let engine = Engine::load_outsourced(model, &options, outsource, &Silent)?;
+            let engine = Engine::load_with(model, adapters, &options, Some(outsource), &Silent)?;
             layers.start().context("cannot start the worker's thread")?;
             metrics.offload(offload);
             engine
@@ -357,6 +439,7 @@ fn unlock_and_pack(
         threads,
         context = engine.context(),
         weight_bytes = engine.weight_bytes(),
+        adapter_bytes = engine.adapter_bytes(),
         kv_bytes = engine.stats().kv_bytes,
         "engine ready"
     );
@@ -366,6 +449,7 @@ fn unlock_and_pack(
         digest,
         name,
         version,
+        adapters: offered.into(),
         compute: engine.compute_name().to_owned(),
         attested_tls: false,
     };

@@ -36,6 +36,7 @@ fn honest() -> Receipt {
         model_digest: [5; 32],
         model_version: 6,
         adapter_digests: vec![[7; 32]],
+        adapter: Some([7; 32]),
         compute: "int8-g32".into(),
         parameters: Parameters {
             temperature: 0.5,
@@ -92,6 +93,7 @@ pub(crate) fn receipt_seeds() -> Vec<Vec<u8>> {
     incomplete.parameters.max_tokens = None;
     incomplete.parameters.steering = Steering::default();
     incomplete.adapter_digests.clear();
+    incomplete.adapter = None;
     let mut constrained = incomplete.clone();
     constrained.parameters.steering.format = Some(AnswerFormat::JsonSchema);
     let mut calling = incomplete.clone();

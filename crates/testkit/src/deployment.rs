@@ -9,12 +9,14 @@
 //! configuration comes before the policies, because they name its measurement. A step that lacks an earlier one
 //! says which. Programs end when the deployment is dropped; what they wrote stays in `work_dir/logs`.
 
+mod adapters;
 mod http;
 mod program;
 mod recorder;
 mod replicas;
 mod workers;
 
+pub use adapters::AdapterFacts;
 pub use http::{HttpReply, http_get};
 pub use program::{Launch, Program};
 pub use recorder::{Recorder, Recording, TlsEnds};
@@ -96,6 +98,7 @@ pub struct Deployment {
     broker: Option<BrokerFacts>,
     keys: Option<KeyFacts>,
     sealed: Option<SealFacts>,
+    adapters: Vec<AdapterFacts>,
     /// Patterns of tensors that are sealed as public.
     public: Vec<String>,
     worker: Option<String>,
@@ -271,6 +274,7 @@ impl Deployment {
             broker: None,
             keys: None,
             sealed: None,
+            adapters: Vec::new(),
             public: Vec::new(),
             worker: None,
             config: None,
@@ -474,7 +478,8 @@ impl Deployment {
              max_context = {max_context}\nmax_batch = {max_batch}\n\n\
              [broker]\nurl = \"{url}\"\nissuer = \"{issuer}\"\nprovider = \"{provider}\"\n\
              resource = {resource}\n\n\
-             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n{extraction}{offload}",
+             [tee]\nbackend = \"quoting-service\"\nsocket = {socket}\n{extraction}{offload}{adapters}",
+            adapters = self.configured_adapters(),
             extraction = match settings.extraction {
                 "" => String::new(),
                 lines => format!("\n[extraction]\n{lines}\n"),
@@ -539,7 +544,8 @@ impl Deployment {
              dangerous_development_root = \"{root}\"\n\n\
              [tcb]\nminimum_evaluation_data_number = 17\n\n\
              {measurement}\n\n\
-             [model]\ndigests = [\"{digest}\"]\nminimum_version = {version}\n",
+             [model]\ndigests = [\"{digest}\"]\nminimum_version = {version}\n{adapters}",
+            adapters = self.accepted_adapters(),
             root = tee.root_spki,
             measurement = measurement.toml.trim_end(),
             digest = sealed.digest,
@@ -611,6 +617,7 @@ impl Deployment {
             "--service".as_ref(),
             sealed.name.as_ref(),
         ])?;
+        self.admit_adapters()?;
         Ok(grant)
     }
 

@@ -55,6 +55,7 @@ pub fn receipt(keyset: &Keyset, request: RequestHash, answer: AnswerHash, time: 
         model_digest: keyset.model_digest,
         model_version: keyset.model_version,
         adapter_digests: keyset.adapter_digests.clone(),
+        adapter: None,
         compute: keyset.compute.clone(),
         parameters: Parameters::default(),
         request_hash: request,

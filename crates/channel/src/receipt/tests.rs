@@ -83,6 +83,14 @@ fn incomplete() -> Receipt {
     receipt
 }
 
+/// Of an answer that the second of the loaded adapters gave.
+fn adapted() -> Receipt {
+    Receipt {
+        adapter: Some([0x65; 32]),
+        ..receipt()
+    }
+}
+
 fn receipt() -> Receipt {
     let (request_salt, answer_salt) = salts();
     let mut hasher = AnswerHasher::new(&answer_salt);
@@ -95,6 +103,7 @@ fn receipt() -> Receipt {
         model_digest: [0x63; 32],
         model_version: 4,
         adapter_digests: vec![[0x64; 32], [0x65; 32]],
+        adapter: None,
         compute: "int8-g32".into(),
         parameters: Parameters {
             temperature: 0.7,
@@ -144,6 +153,8 @@ fn signs_the_vector_byte_for_byte() {
     assert_eq!(bytes(&vectors["answer"]["body"]), ANSWER);
     let envelope = incomplete().sign(&key()).unwrap();
     assert_eq!(hex::encode(envelope), vectors["incomplete"]);
+    let envelope = adapted().sign(&key()).unwrap();
+    assert_eq!(hex::encode(envelope), vectors["adapted"]);
     let steered = vectors["steered"].as_array().unwrap();
     assert_eq!(steered.len(), further().len());
     for (expected, steering) in steered.iter().zip(further()) {
@@ -158,7 +169,7 @@ fn signs_the_vector_byte_for_byte() {
 
 #[test]
 fn reads_what_it_signed_and_keeps_every_field() {
-    for receipt in [receipt(), incomplete()] {
+    for receipt in [receipt(), incomplete(), adapted()] {
         let signed = SignedReceipt::parse(&receipt.sign(&key()).unwrap()).unwrap();
         assert_eq!(signed.unverified(), &receipt);
     }
@@ -178,7 +189,7 @@ fn refuses_other_encodings_of_the_same_receipt() {
     // An unknown key at the end.
     let unknown = resigned(|body| {
         body[0] += 1;
-        body.extend([0x0f, 0x00]);
+        body.extend([0x10, 0x00]);
     });
     assert_eq!(SignedReceipt::parse(&unknown), refused("receipt.body"));
     // top_p, 1.0, in single precision where half is enough.
@@ -198,13 +209,18 @@ fn refuses_other_encodings_of_the_same_receipt() {
 #[test]
 fn neither_signs_nor_reads_fields_that_break_their_rule() {
     type Break = (&'static str, fn(&mut Receipt));
-    let broken: [Break; 11] = [
+    let broken: [Break; 13] = [
         ("receipt.counter", |r| r.counter = 0),
         ("receipt.status", |r| r.status = 199),
         ("receipt.status", |r| r.status = 600),
         ("receipt.adapter_digests", |r| r.adapter_digests.reverse()),
         ("receipt.adapter_digests", |r| {
             r.adapter_digests = vec![[1; 32]; 2];
+        }),
+        ("receipt.adapter", |r| r.adapter = Some([0x63; 32])),
+        ("receipt.adapter", |r| {
+            r.adapter = Some([0x64; 32]);
+            r.adapter_digests.clear();
         }),
         ("receipt.compute", |r| r.compute = "a b".into()),
         ("receipt.parameters.choices", |r| r.parameters.choices = 0),

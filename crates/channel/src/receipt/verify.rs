@@ -5,7 +5,7 @@ use casemate_attest::{Denial, Policy, Transcript, UnixTime};
 
 use super::{Bundle, Receipt, ReceiptError, SignedReceipt, VerifiedReceipt};
 use crate::keyset::ChannelBinding;
-use crate::verify::{Judge, VerifiedService, verify_bound};
+use crate::verify::{Judge, VerifiedService, listed, verify_bound};
 
 /// A request as its client sent it.
 #[derive(Clone, Copy, Debug)]
@@ -194,9 +194,9 @@ impl Judge {
             hex::encode(service.credential().evidence_digest),
             "the service contradicts its own credential; tell its provider",
         );
-        let show = |digest: &[u8; 32], version: u64, adapters: usize, compute: &str| {
-            let digest = hex::encode(digest);
-            format!("{digest} version {version} with {adapters} adapters in {compute}")
+        let show = |digest: &[u8; 32], version: u64, adapters: &[[u8; 32]], compute: &str| {
+            let (digest, adapters) = (hex::encode(digest), listed(adapters));
+            format!("{digest} version {version} with adapters {adapters} in {compute}")
         };
         self.claim(
             "receipt.model",
@@ -204,13 +204,13 @@ impl Judge {
             show(
                 &receipt.model_digest,
                 receipt.model_version,
-                receipt.adapter_digests.len(),
+                &receipt.adapter_digests,
                 &receipt.compute,
             ),
             show(
                 &keyset.model_digest,
                 keyset.model_version,
-                keyset.adapter_digests.len(),
+                &keyset.adapter_digests,
                 &keyset.compute,
             ),
             "the service contradicts its own keyset; tell its provider",

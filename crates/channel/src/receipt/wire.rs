@@ -54,6 +54,8 @@ pub(super) struct Body {
     usage: Option<UsageArray>,
     #[n(14)]
     time: u64,
+    #[n(15)]
+    adapter: Option<ByteArray<32>>,
 }
 
 #[derive(Encode, Decode)]
@@ -194,6 +196,7 @@ impl From<&Receipt> for Body {
                 completion_tokens: usage.completion_tokens,
             }),
             time: receipt.time,
+            adapter: receipt.adapter.map(Into::into),
         }
     }
 }
@@ -220,6 +223,7 @@ impl TryFrom<Body> for Receipt {
             model_digest: body.model_digest,
             model_version: body.model_version,
             adapter_digests: body.adapter_digests.into_iter().map(Into::into).collect(),
+            adapter: body.adapter.map(Into::into),
             compute: body.compute,
             parameters: body.parameters.into(),
             request_hash: RequestHash(body.request_hash),

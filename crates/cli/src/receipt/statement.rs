@@ -42,13 +42,23 @@ impl Statement {
             credential.service
         ));
         statement.proven.push(format!(
-            "It served model {:?} version {}, digest {}, with {} adapters, in {}.",
+            "It served model {:?} version {}, digest {}, in {}.",
             keyset.model_name,
             keyset.model_version,
             hex::encode(keyset.model_digest),
-            keyset.adapter_digests.len(),
             keyset.compute
         ));
+        statement.proven.push(match receipt.adapter {
+            Some(adapter) => format!(
+                "The adapter {} was applied to the model for this answer; {} loaded.",
+                hex::encode(adapter),
+                adapters(&keyset.adapter_digests)
+            ),
+            None => format!(
+                "No adapter was applied for this answer; {} loaded.",
+                adapters(&keyset.adapter_digests)
+            ),
+        });
         statement.exchange(verified);
         if let Some(usage) = receipt.usage {
             statement.proven.push(format!(
@@ -178,6 +188,14 @@ fn dictation(in_force: &Steering) -> String {
     text
 }
 
+fn adapters(loaded: &[[u8; 32]]) -> String {
+    match loaded.len() {
+        0 => "none was".to_owned(),
+        1 => "one was".to_owned(),
+        more => format!("{more} were"),
+    }
+}
+
 /// What a receipt says, for machines.
 pub(super) fn claims(receipt: &Receipt) -> Value {
     let p = &receipt.parameters;
@@ -190,6 +208,7 @@ pub(super) fn claims(receipt: &Receipt) -> Value {
         "model_digest": hex::encode(receipt.model_digest),
         "model_version": receipt.model_version,
         "adapters": adapters,
+        "adapter": receipt.adapter.map(hex::encode),
         "compute": receipt.compute,
         "parameters": {
             "temperature": p.temperature,

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use casemate_channel::receipt::{self, Parameters, RequestId};
 
+use casemate_container::ModelDigest;
 use casemate_engine::{TokenLogprobs, Tokenizer};
 use serde_json::{Map, Value, json};
 
@@ -35,6 +36,8 @@ impl Usage {
 pub struct Served {
     /// The answer's id.
     pub id: RequestId,
+    /// The adapter that was applied, if one was.
+    pub adapter: Option<ModelDigest>,
     /// How tokens are drawn, defaults filled in.
     pub parameters: Parameters,
     /// Whether it has ended.

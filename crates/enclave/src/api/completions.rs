@@ -47,7 +47,8 @@ fn prepare(
     body: &[u8],
 ) -> Result<Prepared, ApiError> {
     let mut fields = Fields::parse(body, OWN_FIELDS)?;
-    api.check_model(&fields.common.model)?;
+    let caller = caller.map(|Extension(caller)| caller);
+    let chosen = api.choose(&fields.common.model, caller.as_ref())?;
     let prompt: Prompt = fields
         .take("prompt")?
         .ok_or_else(|| ApiError::missing("prompt"))?;
@@ -95,10 +96,11 @@ fn prepare(
         logprobs,
         constraint: None,
         reading: None,
-        user: caller.and_then(|Extension(caller)| caller.user()),
+        adapter: chosen.adapter(),
+        user: caller.and_then(|caller| caller.user()),
         meter: meter.map(|Extension(meter)| meter).unwrap_or_default(),
     };
-    let mut answer = api.answer(Shape::Text, job.sampling.seed);
+    let mut answer = api.answer(Shape::Text, job.sampling.seed, chosen);
     answer.logprobs = job.logprobs.is_some();
     Ok(Prepared {
         generation: api.generate(job)?,

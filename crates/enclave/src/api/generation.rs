@@ -10,6 +10,7 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use casemate_channel::receipt::{Bias, Functions, Parameters, Steering};
+use casemate_container::ModelDigest;
 use casemate_engine::{
     Event, FinishReason, Request, RequestId, Sampling, Sink, TokenLogprobs, User,
 };
@@ -45,6 +46,8 @@ pub(super) struct Job {
     pub(super) constraint: Option<Constraint>,
     /// How calls of functions are found in answers.
     pub(super) reading: Option<Reading>,
+    /// What is applied to the model.
+    pub(super) adapter: Option<ModelDigest>,
     /// Who asks, if one asker can be told from another.
     pub(super) user: Option<User>,
     /// Counts what is used.
@@ -121,6 +124,7 @@ pub(super) struct Generation {
     usage: Usage,
     /// For each prompt, the fewest tokens that one of its answers did not compute.
     cached: Vec<Option<u64>>,
+    adapter: Option<ModelDigest>,
     parameters: Parameters,
     ending: Ending,
     readers: Vec<Reader>,
@@ -150,6 +154,7 @@ impl Api {
             choices: job.choices.max(1),
             usage: Usage::default(),
             cached: vec![None; job.prompts.len()],
+            adapter: job.adapter,
             parameters: job.parameters(),
             ending: Ending::default(),
             readers: Vec::new(),
@@ -158,7 +163,7 @@ impl Api {
         let mut together = Vec::new();
         for prompt in job.prompts {
             generation.usage.prompt_tokens += prompt.len() as u64;
-            let perturbation = self.perturbation(job.logprobs, &prompt)?;
+            let perturbation = self.perturbation(job.adapter, job.logprobs, &prompt)?;
             for choice in 0..job.choices {
                 let sampling = Sampling {
                     // Each choice is its own draw, and the whole request repeats for one seed.
@@ -174,6 +179,7 @@ impl Api {
                     logprobs: job.logprobs.map(|shown| shown.known),
                     grammar: job.constraint.as_ref().map(|c| c.grammar.clone()),
                     user: job.user,
+                    adapter: job.adapter,
                     ..Request::default()
                 };
                 let sender = sender.clone();
@@ -374,6 +380,7 @@ impl Generation {
     fn served(&self, answer: &Answer) -> Served {
         Served {
             id: answer.id.clone(),
+            adapter: self.adapter,
             parameters: self.parameters.clone(),
             ending: self.ending.clone(),
         }

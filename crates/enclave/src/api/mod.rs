@@ -14,6 +14,7 @@ mod format;
 mod generation;
 mod length;
 mod messages;
+mod models;
 mod parameters;
 mod perturbation;
 mod tools;
@@ -21,17 +22,20 @@ mod tools;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, State};
-use axum::response::{IntoResponse, Response};
+use axum::extract::DefaultBodyLimit;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
+use casemate_container::ModelDigest;
 use casemate_engine::{Engine, User};
-use serde::Serialize;
 
 use answer::{Answer, Shape};
 use casemate_channel::receipt::RequestId;
 use extraction::Shown;
 use perturbation::Perturbation;
 
+use models::Chosen;
+
+use crate::adapters::Offered;
 use crate::grammars::{Grammars, Share};
 use crate::metrics::{Denied, Metrics};
 
@@ -47,6 +51,7 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 #[derive(Clone)]
 pub struct Api {
     inner: Arc<Inner>,
+    adapters: Arc<[Arc<Offered>]>,
     extraction: Extraction,
     /// There is one under every policy but the default's.
     perturbation: Option<Arc<PerturbationKey>>,
@@ -75,6 +80,7 @@ impl Api {
                 loaded_at,
                 clock,
             }),
+            adapters: Arc::new([]),
             extraction: Extraction::default(),
             perturbation: None,
             grammars: Arc::default(),
@@ -87,6 +93,13 @@ impl Api {
     pub fn with_metrics(mut self, metrics: Arc<Metrics>) -> Self {
         metrics.grammars(Arc::clone(&self.grammars));
         self.metrics = metrics;
+        self
+    }
+
+    /// The same API, in which requests may name these adapters of the engine's, too.
+    #[must_use]
+    pub fn with_adapters(mut self, adapters: Arc<[Arc<Offered>]>) -> Self {
+        self.adapters = adapters;
         self
     }
 
@@ -105,13 +118,22 @@ impl Api {
     /// The noise on what is shown of an answer to `prompt`, if there is to be any.
     fn perturbation(
         &self,
+        adapter: Option<ModelDigest>,
         shown: Option<Shown>,
         prompt: &[u32],
     ) -> Result<Option<Perturbation>, ApiError> {
         let Some(amplitude) = shown.and_then(|shown| shown.perturbation) else {
             return Ok(None);
         };
-        let key = self.perturbation.as_ref();
+        // An adapter has noise of its own: with the model's, the difference of the two would be told exactly.
+        let key = match adapter {
+            None => self.perturbation.as_deref(),
+            Some(digest) => {
+                let mut adapters = self.adapters.iter();
+                let adapter = adapters.find(|adapter| adapter.digest == digest);
+                adapter.map(|adapter| &adapter.perturbation)
+            }
+        };
         let key = key.ok_or_else(|| ApiError::internal("there is no key for perturbations"))?;
         Ok(Some(Perturbation::new(key, amplitude, prompt)))
     }
@@ -145,7 +167,7 @@ impl Api {
             .unwrap_or(time::OffsetDateTime::UNIX_EPOCH)
     }
 
-    fn answer(&self, shape: Shape, seed: u64) -> Answer {
+    fn answer(&self, shape: Shape, seed: u64, chosen: Chosen<'_>) -> Answer {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
             Shape::Text => "cmpl",
@@ -156,18 +178,11 @@ impl Api {
             shape,
             id: RequestId::new(prefix, id),
             created: self.now(),
-            model: self.inner.model.clone(),
-            fingerprint: self.inner.fingerprint.clone(),
+            model: chosen.name.to_owned(),
+            fingerprint: chosen.fingerprint(&self.inner.fingerprint),
             seed: seed.cast_signed(),
             logprobs: false,
         }
-    }
-
-    fn check_model(&self, requested: &str) -> Result<(), ApiError> {
-        if requested == self.inner.model {
-            return Ok(());
-        }
-        Err(ApiError::model_not_found(requested, &self.inner.model))
     }
 }
 
@@ -180,53 +195,12 @@ pub fn known_fields() -> impl Iterator<Item = &'static str> {
 /// The routes of the API.
 pub fn router(api: Api) -> Router {
     Router::new()
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{model}", get(get_model))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{model}", get(models::get))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .fallback(|| async { ApiError::unknown_url().into_response() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed().into_response() })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
         .with_state(api)
-}
-
-#[derive(Serialize)]
-struct ModelObject {
-    id: String,
-    object: &'static str,
-    created: u64,
-    owned_by: &'static str,
-}
-
-#[derive(Serialize)]
-struct ModelList {
-    object: &'static str,
-    data: Vec<ModelObject>,
-}
-
-impl Api {
-    fn model_object(&self) -> ModelObject {
-        ModelObject {
-            id: self.inner.model.clone(),
-            object: "model",
-            created: self.inner.loaded_at,
-            owned_by: "casemate",
-        }
-    }
-}
-
-async fn list_models(State(api): State<Api>) -> Response {
-    axum::Json(ModelList {
-        object: "list",
-        data: vec![api.model_object()],
-    })
-    .into_response()
-}
-
-async fn get_model(
-    State(api): State<Api>,
-    axum::extract::Path(model): axum::extract::Path<String>,
-) -> Result<Response, ApiError> {
-    api.check_model(&model)?;
-    Ok(axum::Json(api.model_object()).into_response())
 }

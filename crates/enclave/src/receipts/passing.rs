@@ -58,6 +58,7 @@ impl Open {
         let now = (self.receipts.clock)();
         let statement = Statement {
             id: self.served.id.clone(),
+            adapter: self.served.adapter.map(|digest| digest.0),
             parameters: self.served.parameters.clone(),
             request_hash: self.request_hash,
             status: self.status.as_u16(),
@@ -164,6 +165,7 @@ mod tests {
         let id = RequestId::new("chatcmpl", [5; 16]);
         let served = Served {
             id: id.clone(),
+            adapter: None,
             parameters: Parameters::default(),
             ending: Ending::default(),
         };

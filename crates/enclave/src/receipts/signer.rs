@@ -31,6 +31,8 @@ pub struct KeysetFacts {
 pub struct Statement {
     /// The answer's id.
     pub id: RequestId,
+    /// The adapter that was applied, if one was.
+    pub adapter: Option<[u8; 32]>,
     /// How tokens were drawn.
     pub parameters: Parameters,
     /// Salted hash of the request.
@@ -96,6 +98,7 @@ impl Signer {
             model_digest: facts.model_digest,
             model_version: facts.model_version,
             adapter_digests: facts.adapter_digests.clone(),
+            adapter: statement.adapter,
             compute: facts.compute.clone(),
             parameters: statement.parameters,
             request_hash: statement.request_hash,
@@ -147,6 +150,7 @@ pub(crate) mod tests {
         let salt = Salt::random();
         Statement {
             id: RequestId::new("chatcmpl", [5; 16]),
+            adapter: None,
             parameters: Parameters {
                 choices,
                 ..Parameters::default()

@@ -66,6 +66,7 @@ pub(crate) fn until(ends_at: u64) -> Serving {
             digest: ModelDigest([3; 32]),
             name: "m".into(),
             version: 4,
+            adapters: Arc::new([]),
             compute: "f32".into(),
             attested_tls: true,
         },
