@@ -10,7 +10,7 @@ use std::str::FromStr;
 use axum::http::uri::Authority;
 use casemate_attest::TomlFault;
 use casemate_container::signing::VerifyingKey;
-use casemate_engine::{Compute, KvType};
+use casemate_engine::{Compute, KvType, Speculation};
 use casemate_offload::plan::Preset;
 use casemate_release::api_key;
 use casemate_wire::Address;
@@ -222,6 +222,10 @@ pub struct Model {
     /// How long what was computed for a user stays after its last use, for that user's next requests; 0: not at all.
     #[serde(default = "default_reuse")]
     pub reuse_seconds: u32,
+    /// How several tokens of an answer can be computed at once: `"none"` (default) or `"prompt-lookup"`. The times of
+    /// tokens, which the host sees, then tell how far an answer repeats itself and its prompt.
+    #[serde(default)]
+    pub speculation: SpeculationName,
 }
 
 /// Names of [`Compute`] in the file.
@@ -275,6 +279,26 @@ impl From<KvTypeName> for KvType {
             KvTypeName::F16 => KvType::F16,
             KvTypeName::Bf16 => KvType::Bf16,
             KvTypeName::Int8 => KvType::Int8,
+        }
+    }
+}
+
+/// Names of [`Speculation`] in the file.
+#[derive(Deserialize, Clone, Copy, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum SpeculationName {
+    /// Every token is computed by itself.
+    #[default]
+    None,
+    /// What followed the last tokens where they stood before is computed along.
+    PromptLookup,
+}
+
+impl From<SpeculationName> for Speculation {
+    fn from(name: SpeculationName) -> Self {
+        match name {
+            SpeculationName::None => Speculation::None,
+            SpeculationName::PromptLookup => Speculation::PromptLookup,
         }
     }
 }
@@ -520,6 +544,22 @@ mod tests {
         }
         let many = (0..16).map(|i| adapter(&format!("a{i}"), &format!("x/y/{i}")));
         assert!(refused(text() + &many.collect::<String>()).contains("at most 15 adapters"));
+    }
+
+    #[test]
+    fn nothing_is_guessed_unless_it_is_written() {
+        let parse = |text: String| match MeasuredConfig::parse(text.into_bytes()) {
+            Ok(measured) => Speculation::from(measured.config.model.speculation),
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!(parse(text()), Speculation::None);
+        let with =
+            |name: &str| text().replace("[model]", &format!("[model]\nspeculation = \"{name}\""));
+        for speculation in Speculation::ALL {
+            assert_eq!(parse(with(speculation.name())), speculation);
+        }
+        let message = refused(with("draft"));
+        assert!(message.contains("prompt-lookup"), "{message}");
     }
 
     #[test]

@@ -419,6 +419,7 @@ fn unlock_and_pack(
         max_batch: config.max_batch,
         max_waiting: WAITING,
         reuse: Duration::from_secs(config.reuse_seconds.into()),
+        speculation: config.speculation.into(),
         ..EngineOptions::default()
     };
     let (adapters, offered) = unlock_adapters(files.adapters, adapters, &session, threads)?;

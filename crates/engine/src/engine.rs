@@ -22,8 +22,9 @@ use crate::kv::KvCache;
 use crate::model::Model;
 use crate::outsource::Outsource;
 use crate::request::{Request, RequestId, Sink};
-use crate::scheduler::{Command, Evaluation, Mailbox, PROMPT_ROWS, Scheduler};
+use crate::scheduler::{Command, Evaluation, GUESSES, Mailbox, PROMPT_ROWS, Scheduler};
 use crate::sequence::{Limits, Sequence};
+use crate::speculation::Speculation;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Compute};
 
@@ -55,6 +56,8 @@ pub struct EngineOptions {
     /// How many `pause` instructions the team's threads wait for each other before they sleep: the
     /// longer, the fewer system calls, the more processor time.
     pub patience: u32,
+    /// How several tokens of an answer can come from one pass.
+    pub speculation: Speculation,
 }
 
 impl EngineOptions {
@@ -86,6 +89,7 @@ impl Default for EngineOptions {
             reuse: Duration::from_secs(600),
             clock: monotonic,
             patience: PATIENCE,
+            speculation: Speculation::None,
         }
     }
 }
@@ -142,6 +146,10 @@ pub struct Stats {
     pub preemptions: u64,
     /// Tokens generated.
     pub completion_tokens: u64,
+    /// Tokens that were guessed and computed along.
+    pub guessed_tokens: u64,
+    /// Those of them that were right: so many tokens came without a pass of their own.
+    pub accepted_tokens: u64,
     /// Prompt tokens of the requests that have ended, each request's rounded up to a power of two: for whom the exact
     /// length of somebody's prompt is none of their business.
     pub coarse_prompt_tokens: u64,
@@ -264,19 +272,22 @@ impl Engine {
         )?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
         let weight_memory = weights.memory;
+        let lookups = options.speculation.lookups(options.max_batch, context);
+        let guesses = if lookups.is_empty() { 0 } else { GUESSES };
         let model = Model::new(
             weights,
             Arc::clone(&adapters),
             &config,
             context,
             PROMPT_ROWS + options.max_batch,
-            options.max_batch,
+            options.max_batch + guesses,
             team,
         )?;
 
         let mailbox = Arc::new(Mailbox::new(options.max_waiting));
         let (batch, clock) = (options.max_batch, options.clock);
-        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock, outsource);
+        let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock, outsource)
+            .guessing_by(lookups);
         let thread = std::thread::Builder::new()
             .name("casemate-engine".into())
             .spawn(move || scheduler.serve())?;
@@ -509,6 +520,8 @@ impl Engine {
             failed: c.failed.load(Ordering::Relaxed),
             prompt_tokens: c.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens: c.completion_tokens.load(Ordering::Relaxed),
+            guessed_tokens: c.guessed_tokens.load(Ordering::Relaxed),
+            accepted_tokens: c.accepted_tokens.load(Ordering::Relaxed),
             cached_tokens: c.cached_tokens.load(Ordering::Relaxed),
             recomputed_tokens: c.recomputed_tokens.load(Ordering::Relaxed),
             preemptions: c.preemptions.load(Ordering::Relaxed),

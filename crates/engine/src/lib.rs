@@ -30,6 +30,7 @@ mod rope;
 pub mod sampler;
 mod scheduler;
 mod sequence;
+mod speculation;
 mod stop;
 #[cfg(test)]
 mod testing;
@@ -49,5 +50,6 @@ pub use request::{
     Event, FinishReason, MAXIMUM_STOP_BYTES, MAXIMUM_STOPS, Request, RequestId, Sink, User,
 };
 pub use sampler::{InvalidSampling, Sampling};
+pub use speculation::Speculation;
 pub use tokenizer::{StreamDecoder, Tokenizer, TokenizerError};
 pub use weights::Compute;

@@ -18,6 +18,7 @@ use crate::request::{
 };
 use crate::sampler::{Sampler, Scratch};
 use crate::scheduler::AccountId;
+use crate::speculation::Lookup;
 use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
@@ -81,6 +82,8 @@ pub(crate) struct Sequence {
     /// Tokens of the prompt that were there at the start.
     cached: Option<usize>,
     beams: Option<Box<Beams>>,
+    /// While it runs, if its next tokens are to be guessed.
+    lookup: Option<Lookup>,
     /// Largest length of `tokens`.
     limit: usize,
     end_tokens: Vec<u32>,
@@ -218,6 +221,7 @@ impl Sequence {
             reached: 0,
             cached: None,
             beams,
+            lookup: None,
             end_tokens: stop_tokens,
             sampler,
             decoder: tokenizer.stream(),
@@ -308,6 +312,23 @@ impl Sequence {
         first.then_some(found)
     }
 
+    /// Lends it what guesses its next tokens: of a request with one sequence, that of its answer.
+    pub(crate) fn guess_by(&mut self, lookup: Lookup) {
+        self.lookup = Some(lookup);
+    }
+
+    /// Takes what guessed its tokens; its text is forgotten.
+    pub(crate) fn guess_no_more(&mut self) -> Option<Lookup> {
+        let mut lookup = self.lookup.take()?;
+        lookup.forget();
+        Some(lookup)
+    }
+
+    /// Whether its tokens may be guessed.
+    pub(crate) fn guesses(&self) -> bool {
+        self.lookup.is_some()
+    }
+
     /// Gives its pages back. What was computed of it is known, so that it can go on another time.
     pub(crate) fn give_back(&mut self, kv: &mut KvCache, now: Duration) {
         for lane in self.lanes.drain(..).rev() {
@@ -384,6 +405,23 @@ impl Sequence {
             }
             _ => &self.tokens[fed..],
         }
+    }
+
+    /// Writes what to feed next of a request that is generating and has one sequence: its next token,
+    /// then at most `most` guesses of those that follow. They take no page, so what a wrong one leaves
+    /// lies behind the sequence's end in a page of its own, until that is written over or erased.
+    pub(crate) fn draft(&mut self, kv: &KvCache, most: usize, draft: &mut Vec<u32>) {
+        draft.clear();
+        draft.extend_from_slice(self.unfed(0));
+        let Some(lookup) = &mut self.lookup else {
+            return;
+        };
+        lookup.read(&self.tokens);
+        let known = self.tokens.len();
+        let room = (kv.pages_of(self.lanes[0].slot) * PAGE).saturating_sub(known);
+        // One token comes in any case.
+        let wanted = self.limit - known - 1;
+        lookup.guess(&self.tokens, most.min(room).min(wanted), draft);
     }
 
     /// Records that the next `count` tokens of one of its sequences are in the KV cache.

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use casemate_container::{DType, ModelConfig, ModelDigest, Silent};
-use casemate_engine::{Compute, Engine, EngineOptions, Event, KvType, Request, Sampling, User};
+use casemate_engine::{
+    Compute, Engine, EngineOptions, Event, KvType, Request, Sampling, Speculation, User,
+};
 use casemate_kernels::heap::CountingHeap;
 use casemate_testkit::adapters::TinyAdapter;
 use support::tiny::{Tiny, llama};
@@ -118,12 +120,17 @@ fn decoding_allocates_nothing() {
         } else {
             &plain
         };
-        for threads in [1, 3] {
+        for (threads, speculation) in [
+            (1, Speculation::None),
+            (3, Speculation::None),
+            (3, Speculation::PromptLookup),
+        ] {
             let options = EngineOptions {
                 threads,
                 kv_type,
                 // Parking allocates in no way that we know of, but it is not what this is about.
                 patience: u32::MAX,
+                speculation,
                 ..options(compute)
             };
             let container = open(model);
@@ -149,10 +156,13 @@ fn decoding_allocates_nothing() {
                 assert_eq!(
                     after - before,
                     0,
-                    "calls of the heap while request {i} got {COUNTED} tokens in {} with {threads} threads",
-                    engine.compute_name()
+                    "calls of the heap while request {i} got {COUNTED} tokens in {} with {threads} threads, speculation: {}",
+                    engine.compute_name(),
+                    speculation.name()
                 );
             }
+            let accepted = engine.stats().accepted_tokens;
+            assert_eq!(accepted > 0, speculation == Speculation::PromptLookup);
         }
     }
 }

@@ -15,24 +15,9 @@ use casemate_engine::{
 use support::tiny::{Tiny, llama};
 use support::{Answer, generate, greedy, load, options, start};
 
-/// A model that only ever generates printable ASCII (token id = byte + 3).
+/// A model that only ever generates printable ASCII.
 fn printable() -> Tiny {
-    printable_of(llama())
-}
-
-fn printable_of(config: ModelConfig) -> Tiny {
-    let hidden = config.hidden;
-    let mut model = Tiny::new(config, 21);
-    let index = model.index("output.weight");
-    let mut head = model.values[index].clone();
-    for (id, row) in head.chunks_mut(hidden as usize).enumerate() {
-        if !(b' ' as usize + 3..=b'~' as usize + 3).contains(&id) {
-            row.fill(0.0);
-        }
-    }
-    model.remove("output.weight");
-    model.push("output.weight", &[300, u64::from(hidden)], head);
-    model
+    Tiny::printable(llama(), 21)
 }
 
 /// One that this arithmetic is for.
@@ -45,7 +30,7 @@ fn printable_for(compute: Compute) -> Tiny {
         ffn: 96,
         ..llama()
     };
-    printable_of(config).encoded(&[DType::Q4_0, DType::Q8_0, DType::Q4_1])
+    Tiny::printable(config, 21).encoded(&[DType::Q4_0, DType::Q8_0, DType::Q4_1])
 }
 
 fn engine(compute: Compute) -> Engine {

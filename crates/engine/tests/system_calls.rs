@@ -10,13 +10,15 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::channel;
 
-use casemate_engine::{Compute, EngineOptions, Event, Request};
+use casemate_engine::{Compute, EngineOptions, Event, Request, Speculation};
 use casemate_kernels::team::PATIENCE;
 use support::tiny::{Tiny, llama};
 use support::{load, options};
 
 /// Tells the second run how many `pause` instructions the team may wait.
 const PATIENCE_OF_WATCHED: &str = "CASEMATE_TEST_PATIENCE";
+/// Tells it whether tokens are guessed.
+const SPECULATION_OF_WATCHED: &str = "CASEMATE_TEST_SPECULATION";
 /// Looking for this file marks the ends of what is counted.
 const MARK: &str = "/casemate-no-such-file";
 /// Tokens before counting begins, and while it lasts.
@@ -24,13 +26,14 @@ const FIRST: usize = 50;
 const COUNTED: usize = 200;
 
 /// Decodes, and marks in the list of system calls where counting begins and ends.
-fn decode(patience: u32) {
+fn decode(patience: u32, speculation: Speculation) {
     let model = Tiny::new(llama(), 32);
     let engine = load(
         &model,
         &EngineOptions {
             threads: 2,
             patience,
+            speculation,
             ..options(Compute::Int8)
         },
     );
@@ -55,6 +58,8 @@ fn decode(patience: u32) {
     engine.submit(request, Box::new(sink)).unwrap();
     // Closed when the sink is dropped.
     assert!(receiver.recv().is_err());
+    let accepted = engine.stats().accepted_tokens;
+    assert_eq!(accepted > 0, speculation == Speculation::PromptLookup);
 }
 
 /// How often the engine's threads made each system call while tokens were counted.
@@ -91,7 +96,7 @@ fn calls(log: &str) -> BTreeMap<String, usize> {
 }
 
 /// Runs this test again under `strace`.
-fn watched(test: &str, patience: u32) -> BTreeMap<String, usize> {
+fn watched(test: &str, patience: u32, speculation: Speculation) -> BTreeMap<String, usize> {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("calls");
     let run = Command::new("strace")
@@ -100,6 +105,7 @@ fn watched(test: &str, patience: u32) -> BTreeMap<String, usize> {
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test])
         .env(PATIENCE_OF_WATCHED, patience.to_string())
+        .env(SPECULATION_OF_WATCHED, speculation.name())
         .output()
         .unwrap();
     assert!(
@@ -114,19 +120,24 @@ fn watched(test: &str, patience: u32) -> BTreeMap<String, usize> {
 fn decoding_makes_hardly_any_system_call() {
     const NAME: &str = "decoding_makes_hardly_any_system_call";
     if let Ok(patience) = std::env::var(PATIENCE_OF_WATCHED) {
-        return decode(patience.parse().unwrap());
+        let name = std::env::var(SPECULATION_OF_WATCHED).unwrap();
+        let speculation = Speculation::ALL.into_iter().find(|s| s.name() == name);
+        return decode(patience.parse().unwrap(), speculation.unwrap());
     }
     if !Path::new("/usr/bin/strace").exists() {
         eprintln!("skipped: this system has no strace");
         return;
     }
     // On a busy machine members of a team lose patience with each other, so here they have no end of it.
-    let calls = watched(NAME, u32::MAX);
-    let all: usize = calls.values().sum();
-    eprintln!("{all} system calls in {COUNTED} tokens: {calls:?}");
-    assert!(all * 10 < COUNTED, "{calls:?}");
+    for speculation in Speculation::ALL {
+        let calls = watched(NAME, u32::MAX, speculation);
+        let all: usize = calls.values().sum();
+        let how = speculation.name();
+        eprintln!("{all} system calls in {COUNTED} tokens, speculation {how}: {calls:?}");
+        assert!(all * 10 < COUNTED, "{calls:?}");
+    }
     // With the usual patience they may sleep and wake each other, and nothing else.
-    let usual = watched(NAME, PATIENCE);
+    let usual = watched(NAME, PATIENCE, Speculation::None);
     eprintln!("with the usual patience: {usual:?}");
     let others = usual.keys().find(|name| *name != "futex");
     assert!(others.is_none(), "{usual:?}");

@@ -81,6 +81,12 @@ impl Scheduler {
                 let computed = prompt.saturating_sub(cached) as u64;
                 self.queue.charge(account, computed * PROMPT);
             }
+            // There is one for each place, and beams take several places.
+            if sequence.width() == 1
+                && let Some(lookup) = self.lookups.pop()
+            {
+                sequence.guess_by(lookup);
+            }
             self.running.push(sequence);
         }
     }
@@ -151,7 +157,7 @@ impl Scheduler {
     /// Takes a running request's pages. It waits for its turn again.
     pub(super) fn preempt(&mut self, at: usize) {
         let mut sequence = self.running.remove(at);
-        sequence.give_back(&mut self.kv, (self.clock)());
+        self.put_away(&mut sequence);
         Counters::add(&self.mailbox.counters.preemptions, 1);
         self.mailbox.waits_again(sequence.user);
         if let Some(account) = sequence.account {

@@ -92,6 +92,8 @@ pub(crate) struct Counters {
     pub(crate) cached_tokens: AtomicU64,
     pub(crate) recomputed_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
+    pub(crate) guessed_tokens: AtomicU64,
+    pub(crate) accepted_tokens: AtomicU64,
     pub(crate) coarse_prompt_tokens: AtomicU64,
     pub(crate) coarse_completion_tokens: AtomicU64,
     pub(crate) requests: AtomicU64,

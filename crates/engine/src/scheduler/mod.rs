@@ -14,6 +14,8 @@
 
 mod admission;
 mod fairness;
+#[cfg(test)]
+mod guess_tests;
 mod mailbox;
 mod plan;
 #[cfg(test)]
@@ -27,11 +29,12 @@ use std::time::Duration;
 
 use crate::error::RequestError;
 use crate::kv::KvCache;
-use crate::model::{Batch, Model, Span, Wanted};
+use crate::model::{Batch, Model, Wanted};
 use crate::outsource::Outsource;
 use crate::request::{FinishReason, RequestId};
 use crate::sampler::Scratch;
 use crate::sequence::{Advance, Sequence};
+use crate::speculation::Lookup;
 use fairness::{GENERATED, Queue};
 use mailbox::Mail;
 
@@ -42,6 +45,11 @@ pub(crate) use mailbox::{Command, Counters, Evaluation, Mailbox};
 pub(crate) const PROMPT_ROWS: usize = 256;
 /// Most rows of prompts in a step with requests that are generating.
 const PROMPT_ROWS_BESIDE_DECODE: usize = 64;
+/// Most rows of sequences that are generating in a step with guesses among them. So many go through the
+/// kernels' products in one block of rows, for which a weight is read once; more take time of their own.
+const GENERATING_ROWS: usize = 6;
+/// Most guesses in a step: rows of logits that are wanted besides one for each place.
+pub(crate) const GUESSES: usize = GENERATING_ROWS - 1;
 
 /// Time since any fixed moment.
 pub(crate) type Clock = fn() -> Duration;
@@ -72,6 +80,10 @@ pub(crate) struct Scheduler {
     /// Requests that are about to give way; kept for its memory.
     victims: Vec<usize>,
     scratch: Scratch,
+    /// For each place that is free, what guesses tokens; none where nothing is guessed.
+    lookups: Vec<Lookup>,
+    /// What a sequence is fed, with guesses; kept for its memory.
+    draft: Vec<u32>,
 }
 
 impl Scheduler {
@@ -97,7 +109,15 @@ impl Scheduler {
             members: Vec::with_capacity(maximum_batch),
             victims: Vec::with_capacity(maximum_batch),
             scratch: Scratch::default(),
+            lookups: Vec::new(),
+            draft: Vec::with_capacity(GENERATING_ROWS),
         }
+    }
+
+    /// With something that guesses tokens for each place.
+    pub(crate) fn guessing_by(mut self, lookups: Vec<Lookup>) -> Self {
+        self.lookups = lookups;
+        self
     }
 
     /// Serves until told to stop; then every unfinished request hears that it was cancelled.
@@ -211,14 +231,21 @@ impl Scheduler {
         while from < self.members.len() {
             let to = self.end_of_request(from);
             let spans = &self.batch.spans()[from..to];
-            let wanted = spans.iter().filter(|s| s.wanted != Wanted::None).count();
+            if spans[0].wanted == Wanted::All {
+                let count = spans[0].rows.len();
+                self.verify(from, row);
+                row += count;
+                from = to;
+                continue;
+            }
             let at = self.members[from].at;
+            let wanted = spans.iter().filter(|s| s.wanted != Wanted::None).count();
             let sequence = &mut self.running[at];
             for (span, member) in spans.iter().zip(&self.members[from..to]) {
                 account(
                     sequence,
                     member.lane,
-                    span,
+                    span.rows.len(),
                     &mut self.kv,
                     &mut self.queue,
                     &self.mailbox,
@@ -236,6 +263,25 @@ impl Scheduler {
             }
             row += wanted;
             from = to;
+        }
+    }
+
+    /// Gives a request its rows from `row` on, those of its next token and of the guesses behind it, one
+    /// after the other while each guess is what it chose. The others were never there: they are not
+    /// served tokens, their positions are not fed, and nobody finds a page by them.
+    fn verify(&mut self, span: usize, row: usize) {
+        let sequence = &mut self.running[self.members[span].at];
+        let counters = &self.mailbox.counters;
+        let tokens = self.batch.tokens(&self.batch.spans()[span]);
+        Counters::add(&counters.guessed_tokens, tokens.len() - 1);
+        for (row, guess) in (row..).zip(tokens[1..].iter().map(Some).chain([None])) {
+            account(sequence, 0, 1, &mut self.kv, &mut self.queue, &self.mailbox);
+            let logits = self.model.logits_mut(row, 1);
+            advance(sequence, logits, &mut self.scratch, &mut self.kv, counters);
+            if sequence.over || guess.is_none() || sequence.text().last() != guess {
+                break;
+            }
+            Counters::add(&counters.accepted_tokens, 1);
         }
     }
 
@@ -260,8 +306,12 @@ impl Scheduler {
                 if member.at != at {
                     break;
                 }
-                self.batch
-                    .push(span.slot, span.first, failed.tokens(span), span.wanted);
+                let (tokens, wanted) = match (failed.tokens(span), span.wanted) {
+                    // A guess fails nobody.
+                    (tokens, Wanted::All) => (&tokens[..1], Wanted::Last),
+                    of_span => of_span,
+                };
+                self.batch.push(span.slot, span.first, tokens, wanted);
                 self.members.push(*member);
             }
             from += self.members.len();
@@ -287,10 +337,16 @@ impl Scheduler {
     fn remove(&mut self, at: usize) {
         let mut sequence = self.running.remove(at);
         self.count(&sequence);
-        sequence.give_back(&mut self.kv, (self.clock)());
+        self.put_away(&mut sequence);
         if let Some(account) = sequence.account {
             self.queue.leave(account);
         }
+    }
+
+    /// Takes back what a request has while it runs.
+    fn put_away(&mut self, sequence: &mut Sequence) {
+        sequence.give_back(&mut self.kv, (self.clock)());
+        self.lookups.extend(sequence.guess_no_more());
     }
 
     /// Counts a request that was started and is over.
@@ -345,16 +401,16 @@ impl Scheduler {
     }
 }
 
-/// Records a computed span of a request.
+/// Records the next `count` tokens of a request, which were computed.
 fn account(
     sequence: &mut Sequence,
     lane: usize,
-    span: &Span,
+    count: usize,
     kv: &mut KvCache,
     queue: &mut Queue<Box<Sequence>>,
     mailbox: &Mailbox,
 ) {
-    let fed = sequence.feed(kv, lane, span.rows.len());
+    let fed = sequence.feed(kv, lane, count);
     Counters::add(&mailbox.counters.prompt_tokens, fed.of_prompt);
     Counters::add(&mailbox.counters.recomputed_tokens, fed.again);
     if let Some(account) = sequence.account {

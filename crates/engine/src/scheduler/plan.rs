@@ -1,8 +1,11 @@
 //! Whose rows the next step computes: one for each sequence that is generating, then prompts. The
 //! rows of prompts are bounded, so that they hold up nobody's next token for longer than those rows
 //! take; they are shared evenly among users, and a user's among its requests.
+//!
+//! **Guesses.** Where few sequences are generating, what is probably next in them takes rows that cost
+//! little ([`crate::speculation`]). They come out of those of prompts, so a step is no longer for them.
 
-use super::{Member, PROMPT_ROWS, PROMPT_ROWS_BESIDE_DECODE, Scheduler};
+use super::{GENERATING_ROWS, Member, PROMPT_ROWS, PROMPT_ROWS_BESIDE_DECODE, Scheduler};
 use crate::error::RequestError;
 use crate::model::Wanted;
 use crate::request::FinishReason;
@@ -15,8 +18,8 @@ impl Scheduler {
             self.batch.clear();
             self.members.clear();
             self.sort();
-            self.plan_generating();
-            self.plan_prompts();
+            let guesses = self.plan_generating();
+            self.plan_prompts(guesses);
             if !self.members.is_empty() || !self.give_way() {
                 return;
             }
@@ -47,7 +50,8 @@ impl Scheduler {
         self.remove(at);
     }
 
-    fn plan_generating(&mut self) {
+    /// Returns how many rows are guesses.
+    fn plan_generating(&mut self) -> usize {
         let mut at = 0;
         // The most deserving take pages first.
         while at < self.running.len() {
@@ -61,12 +65,31 @@ impl Scheduler {
             if took {
                 at += 1;
             } else if !self.give_way() {
-                return;
+                return 0;
             }
         }
-        for (at, sequence) in self.running.iter().enumerate() {
+        let generating = self.running.iter().filter(|s| s.generating());
+        let rows: usize = generating.clone().map(|s| s.active()).sum();
+        let mut spare = GENERATING_ROWS.saturating_sub(rows);
+        let mut guessing = generating.filter(|s| s.guesses()).count();
+        let mut guesses = 0;
+        for (at, sequence) in self.running.iter_mut().enumerate() {
             if !sequence.generating() {
                 continue;
+            }
+            if spare > 0 && sequence.guesses() {
+                // What the more deserving leave is for the others.
+                let most = spare.div_ceil(guessing);
+                guessing -= 1;
+                sequence.draft(&self.kv, most, &mut self.draft);
+                if let more @ 1.. = self.draft.len() - 1 {
+                    spare -= more;
+                    guesses += more;
+                    let (slot, fed) = (sequence.slot(0), sequence.fed(0));
+                    self.batch.push(slot, fed, &self.draft, Wanted::All);
+                    self.members.push(Member { at, lane: 0 });
+                    continue;
+                }
             }
             for lane in 0..sequence.active() {
                 let (slot, fed) = (sequence.slot(lane), sequence.fed(lane));
@@ -75,12 +98,13 @@ impl Scheduler {
                 self.members.push(Member { at, lane });
             }
         }
+        guesses
     }
 
-    fn plan_prompts(&mut self) {
+    fn plan_prompts(&mut self, guesses: usize) {
         let mut rows = match self.members.is_empty() {
             true => PROMPT_ROWS,
-            false => PROMPT_ROWS_BESIDE_DECODE,
+            false => PROMPT_ROWS_BESIDE_DECODE - guesses,
         };
         let reads = |at: usize| !self.running[at].generating();
         let user = |at: usize| self.running[at].account;

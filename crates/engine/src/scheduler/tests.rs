@@ -14,13 +14,13 @@ use casemate_kernels::team::Team;
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, channel};
 
-const HIDDEN: usize = 8;
-const VOCAB: usize = 16;
+pub(super) const HIDDEN: usize = 8;
+pub(super) const VOCAB: usize = 16;
 /// Its embedding is all that makes [`Fragile`] panic.
 const POISON: u32 = 13;
 
 /// Passes its input on, and panics for rows whose elements are all alike.
-struct Fragile;
+pub(super) struct Fragile;
 
 impl LinearLayer for Fragile {
     fn inputs(&self) -> usize {
@@ -68,7 +68,7 @@ impl LinearLayer for Doubled {
     }
 }
 
-fn config() -> ModelConfig {
+pub(super) fn config() -> ModelConfig {
     ModelConfig {
         hidden: HIDDEN as u32,
         layers: 1,
@@ -116,7 +116,7 @@ fn fragile_model(batch: usize) -> (Model, KvCache) {
     (model, kv)
 }
 
-fn tokenizer() -> Tokenizer {
+pub(super) fn tokenizer() -> Tokenizer {
     let json = r#"{"version":"1.0","added_tokens":[],"decoder":{"type":"Fuse"},
         "model":{"type":"BPE","vocab":{"a":0},"merges":[]}}"#;
     Tokenizer::from_json(json.as_bytes(), VOCAB as u32, None).unwrap()
@@ -207,8 +207,8 @@ fn a_panic_in_the_model_fails_only_the_request_that_causes_it() {
     assert_eq!(heard[2].len(), 4);
 }
 
-const A: Option<User> = Some(User::new([1; 32]));
-const B: Option<User> = Some(User::new([2; 32]));
+pub(super) const A: Option<User> = Some(User::new([1; 32]));
+pub(super) const B: Option<User> = Some(User::new([2; 32]));
 
 /// A scheduler that has found a request of each of these, and has started none.
 fn waiting(users: &[Option<User>], batch: usize) -> (Scheduler, Vec<Receiver<Event<'static>>>) {

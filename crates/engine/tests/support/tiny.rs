@@ -140,6 +140,22 @@ impl Tiny {
         tiny
     }
 
+    /// One that only ever generates printable ASCII (token id = byte + 3).
+    pub fn printable(config: ModelConfig, seed: u64) -> Self {
+        let (hidden, vocab) = (config.hidden, config.vocab);
+        let mut model = Self::new(config, seed);
+        let mut head = model.tensor("output.weight").to_vec();
+        for (id, row) in head.chunks_mut(hidden as usize).enumerate() {
+            if !(b' ' as usize + 3..=b'~' as usize + 3).contains(&id) {
+                row.fill(0.0);
+            }
+        }
+        model.remove("output.weight");
+        let shape = [u64::from(vocab), u64::from(hidden)];
+        model.push("output.weight", &shape, head);
+        model
+    }
+
     pub fn push(&mut self, name: &str, shape: &[u64], values: Vec<f32>) {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         let size = bytes.len() as u64;
