@@ -227,6 +227,62 @@ fn what_nobody_uses_is_gone_when_its_time_is_over() {
     assert_eq!(generate(&engine, of(A, greedy(&prompt, 2))).cached, 0);
 }
 
+/// Seconds of the engine of [`what_nobody_uses_goes_while_others_are_served`].
+static LATER: AtomicU64 = AtomicU64::new(0);
+
+#[test]
+fn what_nobody_uses_goes_while_others_are_served() {
+    let model = Tiny::new(
+        ModelConfig {
+            context: 100_000,
+            ..llama()
+        },
+        21,
+    );
+    let engine = load(
+        &model,
+        &EngineOptions {
+            reuse: Duration::from_secs(10),
+            clock: || Duration::from_secs(LATER.load(Ordering::Relaxed)),
+            kv_bytes: Some(2000 * PAGE),
+            ..options(Compute::F32)
+        },
+    );
+    // Nobody's answer, which goes on all the time: the engine never sleeps.
+    let (sender, receiver) = channel();
+    let sink = move |event: Event<'_>| {
+        sender.send(event.into_owned()).unwrap();
+        ControlFlow::Continue(())
+    };
+    let request = Request {
+        ignore_end: true,
+        ..greedy(&[1, 9], 90_000)
+    };
+    let id = engine.submit(request, Box::new(sink)).unwrap();
+    receiver.recv().unwrap();
+    generate(&engine, of(A, greedy(&model.prompt(200, 4), 2)));
+    wait_until(|| engine.stats().kv_bytes_kept == 3 * PAGE);
+    LATER.store(9, Ordering::Relaxed);
+    receiver.try_iter().for_each(drop);
+    receiver.iter().take(10).for_each(drop);
+    assert_eq!(engine.stats().kv_bytes_kept, 3 * PAGE);
+    LATER.store(10, Ordering::Relaxed);
+    wait_until(|| engine.stats().kv_bytes_kept == 0);
+    assert_eq!(engine.stats().running, 1);
+    engine.cancel(id);
+    let last = receiver.iter().last();
+    assert!(
+        matches!(
+            last,
+            Some(Event::Finished {
+                reason: FinishReason::Cancelled,
+                ..
+            })
+        ),
+        "{last:?}"
+    );
+}
+
 /// The order in which requests end, by name.
 fn order_of_ends(engine: &Engine, requests: Vec<(&'static str, Request)>) -> Vec<&'static str> {
     let (release, held) = channel::<()>();

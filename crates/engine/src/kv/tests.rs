@@ -54,27 +54,46 @@ fn read(cache: &mut KvCache, user: Option<User>, tokens: &[u32], now: Duration) 
 /// What attention over the first position of a sequence gives in the second layer; with `write`, that
 /// is written before.
 fn seen(cache: &mut KvCache, slot: Slot, position: usize, write: Option<f32>) -> [f32; 4] {
-    let team = Team::new(1).unwrap();
-    let attention = Attention {
-        layer: 1,
-        heads: 1,
-        scale: 1.0,
-        window: Some(1),
-    };
-    let span = Span {
-        slot,
-        first: position,
-        rows: 0..1,
-        wanted: Wanted::None,
-    };
-    let (pool, spans) = cache.locate(std::slice::from_ref(&span));
-    if let Some(value) = write {
-        pool.write(&team, 1, spans, &[1.0; 4], &[value; 4]);
+    Eye::new().seen(cache, slot, position, write)
+}
+
+/// What it takes to look.
+struct Eye(Team, AttentionScratch);
+
+impl Eye {
+    fn new() -> Self {
+        let scratch = AttentionScratch::new(1, 1, 4, PAGE).unwrap();
+        Self(Team::new(1).unwrap(), scratch)
     }
-    let mut out = [9.0; 4];
-    let mut scratch = AttentionScratch::new(1, 1, 4, PAGE).unwrap();
-    attention.run(&team, pool, &mut scratch, spans, &[1.0; 4], &mut out);
-    out
+
+    fn seen(
+        &mut self,
+        cache: &mut KvCache,
+        slot: Slot,
+        position: usize,
+        write: Option<f32>,
+    ) -> [f32; 4] {
+        let Self(team, scratch) = self;
+        let attention = Attention {
+            layer: 1,
+            heads: 1,
+            scale: 1.0,
+            window: Some(1),
+        };
+        let span = Span {
+            slot,
+            first: position,
+            rows: 0..1,
+            wanted: Wanted::None,
+        };
+        let (pool, spans) = cache.locate(std::slice::from_ref(&span));
+        if let Some(value) = write {
+            pool.write(team, 1, spans, &[1.0; 4], &[value; 4]);
+        }
+        let mut out = [9.0; 4];
+        attention.run(team, pool, scratch, spans, &[1.0; 4], &mut out);
+        out
+    }
 }
 
 #[test]
@@ -374,14 +393,27 @@ fn check(cache: &KvCache) {
     assert_eq!(cache.free.len() + idle, cache.available());
 }
 
+/// A running sequence: whose it is, its tokens, and how many are fed.
+struct Running {
+    slot: Slot,
+    user: Option<User>,
+    tokens: Vec<u32>,
+    fed: usize,
+}
+
+/// What is written at a position: all tokens up to it decide.
+fn value(tokens: &[u32], at: usize) -> f32 {
+    tokens[..=at].iter().sum::<u32>() as f32
+}
+
 proptest! {
     #[test]
     fn pages_are_free_used_or_unused_whatever_happens(
-        steps in prop::collection::vec((0u8..8, 0usize..4, 0u32..3, 1usize..300), 1..120),
+        steps in prop::collection::vec((0u8..10, 0usize..4, 0u32..3, 1usize..300), 1..120),
     ) {
         let mut cache = sized(9, 4, 8);
-        // Of each running sequence its tokens and how many are fed.
-        let mut running: Vec<(Slot, Vec<u32>, usize)> = Vec::new();
+        let mut eye = Eye::new();
+        let mut running: Vec<Running> = Vec::new();
         for (now, (what, which, name, length)) in steps.into_iter().enumerate() {
             let now = seconds(now as u64);
             match what {
@@ -395,29 +427,57 @@ proptest! {
                     if let Some((slot, found)) = cache.open(user, None, &tokens, seconds(0)) {
                         prop_assert_eq!(hit.pages * PAGE, found);
                         prop_assert!(found < tokens.len());
-                        running.push((slot, tokens, found));
+                        running.push(Running { slot, user, tokens, fed: found });
                     }
                 }
                 3..6 if which < running.len() => {
-                    let (slot, tokens, fed) = &mut running[which];
+                    let Running { slot, tokens, fed, .. } = &mut running[which];
                     let end = tokens.len().min(*fed + length % 100);
-                    let writable = cache.writable(*slot, *fed);
-                    let enough = cache.ensure(*slot, *fed, end);
+                    let (writable, have) = (cache.writable(*slot, *fed), cache.pages_of(*slot));
+                    let enough = end == *fed || cache.ensure(*slot, *fed, end);
                     prop_assert_eq!(enough, end - *fed <= writable);
                     if enough {
+                        for at in *fed..end {
+                            if at / PAGE >= have {
+                                // Nothing of whoever had the page before.
+                                prop_assert_eq!(eye.seen(&mut cache, *slot, at, None), [0.0; 4]);
+                            }
+                            eye.seen(&mut cache, *slot, at, Some(value(tokens, at)));
+                        }
+                        // Guesses that were wrong.
+                        for at in (end..end.next_multiple_of(PAGE)).take(if end > *fed { 2 } else { 0 }) {
+                            eye.seen(&mut cache, *slot, at, Some(-1.0));
+                        }
                         *fed = end;
                         cache.know(*slot, end, |at| tokens[at]);
                     }
                 }
                 6 if which < running.len() => {
-                    let (slot, ..) = running.swap_remove(which);
+                    let Running { slot, .. } = running.swap_remove(which);
                     cache.release(slot, now);
+                }
+                7 if which < running.len() => {
+                    // As beams: those after the first have no user.
+                    let Some(to) = (0..running.len()).find(|&i| i != which && running[i].user.is_none()) else {
+                        continue;
+                    };
+                    let fed = running[which].fed;
+                    let mut tokens = running[which].tokens[..fed].to_vec();
+                    tokens.extend((0..1 + length as u32 % 150).map(|i| 1000 + name + i));
+                    let slots = [which, to].map(|i| running[i].slot);
+                    cache.fork(slots.into_iter(), &[0, 0]);
+                    (running[to].tokens, running[to].fed) = (tokens, fed);
                 }
                 _ => cache.expire(now),
             }
             check(&cache);
+            for Running { slot, tokens, fed, .. } in &running {
+                for at in (0..*fed).rev().step_by(PAGE - 1) {
+                    prop_assert_eq!(eye.seen(&mut cache, *slot, at, None), [value(tokens, at); 4]);
+                }
+            }
         }
-        running.into_iter().for_each(|(slot, ..)| cache.release(slot, seconds(500)));
+        running.into_iter().for_each(|running| cache.release(running.slot, seconds(500)));
         check(&cache);
         cache.expire(seconds(1000));
         prop_assert_eq!(cache.available(), 9);
