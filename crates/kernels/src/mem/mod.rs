@@ -244,8 +244,9 @@ impl Region {
         self.view()
     }
 
-    /// Overwrites a range with zeros and keeps its memory, as it was granted. Pages that were never
-    /// touched stay so.
+    /// Overwrites a range with zeros and keeps its memory, as it was granted. Where it is locked, pages
+    /// that were never touched stay so. Where it is not, all are written: a page that is not in memory
+    /// may be in swap, and would come back with what it held.
     ///
     /// # Panics
     /// If the range does not lie in the region.
@@ -257,8 +258,10 @@ impl Region {
         );
         let first = range.start.next_multiple_of(PAGE);
         let last = range.end / PAGE * PAGE;
-        if first >= last {
+        if first >= last || !self.report.locked {
             self[range].fill(0);
+            // As in `wipe`: nobody may ever read these bytes again.
+            std::hint::black_box(self.start.as_ptr());
             return;
         }
         self[range.start..first].fill(0);
@@ -313,7 +316,9 @@ impl Region {
     }
 
     /// Overwrites resident pages in a page-aligned range with zeros. Pages that were never touched
-    /// are left alone: writing zeros to them would make the kernel find memory for them first.
+    /// are left alone: writing zeros to them would make the kernel find memory for them first. So are
+    /// pages in swap, which there are only where locking was refused: what was written there stays on
+    /// the disk whatever is done here, so a caller unmaps or drops them.
     fn wipe(&mut self, range: Range<usize>) {
         const WINDOW: usize = 4096;
         let mut resident = [0u8; WINDOW];
@@ -541,10 +546,26 @@ mod tests {
                 .all(|b| *b == 0xAB)
         );
         r.clear(3 * HUGE_PAGE..4 * HUGE_PAGE);
-        assert_eq!(resident_bytes(&r), 3 * HUGE_PAGE, "untouched pages stay so");
+        if r.report().locked {
+            assert_eq!(resident_bytes(&r), 3 * HUGE_PAGE, "untouched pages stay so");
+        }
         if let (Ok(before), Ok(after)) = (before, r.extent().granted()) {
             assert_eq!(after, before);
         }
+    }
+
+    /// As if it was in swap, which no test can bring about: it is not in memory.
+    #[test]
+    fn what_is_not_in_memory_is_cleared_unless_it_was_locked() {
+        let mut r = Region::zeroed(8 * PAGE + 100, Purpose::Public).unwrap();
+        assert!(!r.report().locked);
+        assert_eq!(resident_bytes(&r), 0);
+        r.clear(PAGE + 7..6 * PAGE + 9);
+        assert_eq!(resident_bytes(&r), 6 * PAGE);
+        let mut r = Region::zeroed(8 * PAGE + 100, Purpose::State).unwrap();
+        let locked = r.report().locked;
+        r.clear(PAGE..6 * PAGE);
+        assert_eq!(resident_bytes(&r), if locked { 0 } else { 5 * PAGE });
     }
 
     #[test]
