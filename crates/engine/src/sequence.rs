@@ -77,8 +77,8 @@ pub(crate) struct Sequence {
     prompt: usize,
     /// Empty while it waits.
     lanes: Vec<Lane>,
-    /// Positions that were fed at any time.
-    reached: usize,
+    /// For each of its sequences, positions that were fed at any time.
+    reached: Vec<usize>,
     /// Tokens of the prompt that were there at the start.
     cached: Option<usize>,
     beams: Option<Box<Beams>>,
@@ -218,7 +218,7 @@ impl Sequence {
             tokens,
             prompt,
             lanes: Vec::with_capacity(width),
-            reached: 0,
+            reached: vec![0; width],
             cached: None,
             beams,
             lookup: None,
@@ -275,19 +275,20 @@ impl Sequence {
         if self.generating() {
             return 0;
         }
-        let of_prompt = self.prompt / PAGE;
-        let mut have = self.lanes.first().map_or(0, |lane| kv.pages_of(lane.slot));
-        if self.active() > 1 {
-            let own = |lane: &Lane| kv.pages_of(lane.slot).saturating_sub(of_prompt);
-            have = of_prompt + self.lanes.iter().map(own).sum::<usize>();
-        }
-        self.pages_known().saturating_sub(have)
+        let end = match &self.beams {
+            None => self.tokens.len(),
+            Some(beams) => self.prompt + beams.length().max(1),
+        };
+        let lanes = self.lanes.iter().take(self.active());
+        let to_write = lanes.map(|lane| kv.pages_to_write(lane.slot, lane.fed, end));
+        // Those that wait for the prompt will share its full pages.
+        let waiting = self.width() - self.active();
+        to_write.sum::<usize>() + waiting * (end.div_ceil(PAGE) - self.prompt / PAGE)
     }
 
     /// Pages that would be had if it gave its own back.
     pub(crate) fn pages_to_give(&self, kv: &KvCache) -> usize {
-        let own = self.lanes.iter().map(|lane| kv.pages_of_its_own(lane.slot));
-        own.sum()
+        kv.pages_of_their_own(self.lanes.iter().map(|lane| lane.slot))
     }
 
     /// Opens its places in the KV cache. For the first time it tells how many tokens of the prompt
@@ -306,7 +307,7 @@ impl Sequence {
             found = found.max(fed);
             self.lanes.push(Lane { slot, fed });
         }
-        self.reached = self.reached.max(found);
+        self.reached[0] = self.reached[0].max(found);
         let first = self.cached.is_none();
         self.cached.get_or_insert(found);
         first.then_some(found)
@@ -431,19 +432,14 @@ impl Sequence {
         };
         let (slot, from, to) = (of.slot, of.fed, of.fed + count);
         of.fed = to;
-        let mut fed = Fed {
-            generated: count,
-            ..Fed::default()
+        let reached = &mut self.reached[lane];
+        let new = from.max(*reached);
+        let fed = Fed {
+            of_prompt: to.min(self.prompt).saturating_sub(new),
+            generated: to.saturating_sub(new.max(self.prompt)),
+            again: count.min(reached.saturating_sub(from)),
         };
-        if lane == 0 {
-            let new = from.max(self.reached);
-            fed = Fed {
-                of_prompt: to.min(self.prompt).saturating_sub(new),
-                generated: to.saturating_sub(new.max(self.prompt)),
-                again: count.min(self.reached.saturating_sub(from)),
-            };
-            self.reached = self.reached.max(to);
-        }
+        *reached = to.max(*reached);
         match &self.beams {
             None => kv.know(slot, to, |position| self.tokens[position]),
             Some(beams) if lane == 0 && from < self.prompt => {
@@ -471,6 +467,8 @@ impl Sequence {
         // All beams are as long as the first.
         let fed = self.fed(0);
         self.lanes.iter_mut().for_each(|lane| lane.fed = fed);
+        let reached = self.reached.iter_mut();
+        reached.for_each(|reached| *reached = fed.max(*reached));
     }
 
     /// Tokens of the prompt, and generated ones.

@@ -223,10 +223,29 @@ impl KvCache {
         self.tables[slot.0].pages.len()
     }
 
-    /// Pages of a sequence that would be free without it, or unused.
-    pub(crate) fn pages_of_its_own(&self, slot: Slot) -> usize {
-        let pages = self.tables[slot.0].pages.iter();
-        pages.filter(|&&page| self.uses[page as usize] == 1).count()
+    /// Pages that would be free without some sequences, which differ, or unused. Those that several of
+    /// them have, and nobody else, are counted once.
+    pub(crate) fn pages_of_their_own(&self, slots: impl Iterator<Item = Slot> + Clone) -> usize {
+        let mut own = 0;
+        for (i, slot) in slots.clone().enumerate() {
+            for (at, &page) in self.tables[slot.0].pages.iter().enumerate() {
+                // Whoever shares a page has it at the same position.
+                let has = |other: &Slot| self.tables[other.0].pages.get(at) == Some(&page);
+                let first = !slots.clone().take(i).any(|other| has(&other));
+                let among_them = slots.clone().filter(has).count() as u32;
+                own += usize::from(first && among_them == self.uses[page as usize]);
+            }
+        }
+        own
+    }
+
+    /// Pages that a sequence takes to write the positions from `first` up to `end`, as if those that it
+    /// shares stayed shared.
+    pub(crate) fn pages_to_write(&self, slot: Slot, first: usize, end: usize) -> usize {
+        let (pages, end) = (&self.tables[slot.0].pages, end.div_ceil(PAGE));
+        let own = pages.get(first / PAGE..end.min(pages.len())).unwrap_or(&[]);
+        let copied = own.iter().filter(|&&page| self.uses[page as usize] > 1);
+        end.saturating_sub(pages.len()) + copied.count()
     }
 
     /// Pages that can be had: free ones and unused ones.

@@ -219,7 +219,15 @@ fn a_shared_page_is_copied_before_it_is_written() {
     seen(&mut cache, a, 1, Some(6.0));
     cache.fork([a, b, c].into_iter(), &[0, 0, 0]);
     assert_eq!(cache.bytes_used(), PAGE_BYTES, "one page for three");
-    assert_eq!(cache.pages_of_its_own(b), 0);
+    let of_their_own =
+        |cache: &KvCache, slots: &[Slot]| cache.pages_of_their_own(slots.iter().copied());
+    assert_eq!(of_their_own(&cache, &[b]), 0);
+    assert_eq!(of_their_own(&cache, &[c, a]), 0);
+    assert_eq!(of_their_own(&cache, &[c, a, b]), 1);
+    // A copy, and those beyond.
+    assert_eq!(cache.pages_to_write(b, 1, 2), 1);
+    assert_eq!(cache.pages_to_write(b, 1, 2 * PAGE + 1), 3);
+    assert_eq!(cache.pages_to_write(b, PAGE, PAGE + 1), 1);
     for (slot, value) in [(b, 7.0), (c, 8.0), (a, 9.0)] {
         assert!(cache.ensure(slot, 1, 2));
         assert_eq!(seen(&mut cache, slot, 0, None), [5.0; 4], "copied");
@@ -228,6 +236,8 @@ fn a_shared_page_is_copied_before_it_is_written() {
     }
     // The last one had the page to itself.
     assert_eq!(cache.bytes_used(), 3 * PAGE_BYTES);
+    assert_eq!(of_their_own(&cache, &[b, a]), 2);
+    assert_eq!(cache.pages_to_write(b, 1, PAGE), 0);
     for (slot, value) in [(b, 7.0), (c, 8.0), (a, 9.0)] {
         assert_eq!(seen(&mut cache, slot, 1, None), [value; 4]);
     }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::adapters::Adapters;
+use crate::beam::BeamSearch;
 use crate::error::SubmitError;
 use crate::linear::{F32Linear, LinearLayer, LinearScratch};
 use crate::request::{Event, Request, User};
@@ -131,13 +132,17 @@ fn request_of(
     id: u64,
     prompt: &[u32],
 ) -> (Box<Sequence>, Receiver<Event<'static>>) {
-    let (sender, receiver) = channel();
     let request = Request {
         prompt: prompt.to_vec(),
         max_tokens: 3,
         user,
         ..Request::default()
     };
+    sequence_of(id, request)
+}
+
+fn sequence_of(id: u64, request: Request) -> (Box<Sequence>, Receiver<Event<'static>>) {
+    let (sender, receiver) = channel();
     let adapters = Adapters::default();
     let limits = Limits {
         adapters: &adapters,
@@ -268,6 +273,53 @@ fn who_was_served_a_little_less_does_not_get_all_free_places() {
         .map(|s| scheduler.queue.served(s.account.unwrap()))
         .sum();
     assert_eq!(all, 4 * (1 + 2 * 4 * 3));
+}
+
+/// What a search's user was served when it ends, which gives way after `gives_way` steps, if that is
+/// some, and how many tokens were computed again.
+fn served_for_a_search(gives_way: Option<usize>) -> (u64, u64) {
+    let (model, kv) = fragile_model(4);
+    let mailbox = Arc::new(Mailbox::new(8));
+    let request = Request {
+        prompt: vec![3, 4, 5],
+        max_tokens: 20,
+        user: A,
+        beams: Some(BeamSearch::new(3)),
+        ..Request::default()
+    };
+    let (sequence, heard) = sequence_of(1, request);
+    mailbox.post(Command::Run(sequence)).unwrap();
+    let clock = || Duration::ZERO;
+    let mut scheduler = Scheduler::new(model, kv, mailbox, 4, clock, None);
+    assert!(scheduler.collect_mail());
+    let (mut served, mut steps) = (0, 0);
+    loop {
+        if gives_way == Some(steps) {
+            scheduler.preempt(0);
+        }
+        scheduler.admit();
+        let Some(search) = scheduler.running.first() else {
+            break;
+        };
+        served = scheduler.queue.served(search.account.unwrap());
+        scheduler.step();
+        steps += 1;
+    }
+    assert_eq!(heard.try_iter().count(), 21);
+    let again = &scheduler.mailbox.counters.recomputed_tokens;
+    (served, again.load(Ordering::Relaxed))
+}
+
+#[test]
+fn a_search_that_gave_way_is_charged_for_its_tokens_once() {
+    // Before the last step 18 tokens of each beam were fed.
+    let (served, again) = served_for_a_search(None);
+    assert_eq!((served, again), (3 + 2 * 3 * 18, 0));
+    for steps in 1..20 {
+        let of_each = steps as u64 - 1;
+        let expected = (served, 3 + 3 * of_each);
+        assert_eq!(served_for_a_search(Some(steps)), expected, "{steps}");
+    }
 }
 
 #[test]
