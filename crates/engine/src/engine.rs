@@ -410,7 +410,8 @@ impl Engine {
     }
 
     /// As [`Self::submit`] for several requests, none of which starts before all of them wait: as far as there is room,
-    /// the same step begins them.
+    /// the same step begins them. Those with the same prompt, user and adapter read it once, also without a user, as far as they
+    /// run at the same time.
     ///
     /// # Errors
     /// [`SubmitError`], of any of them: none was started and no sink will be called.
@@ -418,12 +419,18 @@ impl Engine {
         &self,
         requests: Vec<(Request, Sink)>,
     ) -> Result<Vec<RequestId>, SubmitError> {
-        let (mut ids, mut commands) = (Vec::new(), Vec::new());
+        let mut together: Vec<Box<Sequence>> = Vec::new();
         for (request, sink) in requests {
-            let sequence = self.sequence(request, sink)?;
-            ids.push(sequence.id);
-            commands.push(Command::Run(sequence));
+            let mut sequence = self.sequence(request, sink)?;
+            let same = together.iter_mut().find(|s| s.can_share(&sequence));
+            if let Some(first) = same {
+                first.read_with(first.id);
+                sequence.read_with(first.id);
+            }
+            together.push(sequence);
         }
+        let ids = together.iter().map(|sequence| sequence.id).collect();
+        let commands: Vec<_> = together.into_iter().map(Command::Run).collect();
         self.mailbox.post_together(commands)?;
         Ok(ids)
     }

@@ -59,6 +59,8 @@ pub(crate) struct Chunk<'a> {
 pub(crate) struct Fed {
     /// Tokens of the prompt.
     pub(crate) of_prompt: usize,
+    /// Those of them that somebody else was expected to compute.
+    pub(crate) unexpected: usize,
     /// Generated tokens.
     pub(crate) generated: usize,
     /// Tokens that had been fed before their request gave its pages back.
@@ -72,6 +74,12 @@ pub(crate) struct Sequence {
     pub(crate) adapter: Option<AdapterIndex>,
     /// Whose turn it takes, once the scheduler has it.
     pub(crate) account: Option<AccountId>,
+    /// Names those with which it shares its prompt: one of them reads it.
+    pub(crate) readers: Option<RequestId>,
+    /// Another of them is at it.
+    pub(crate) waits: bool,
+    /// So many positions were expected of another one when it started, and not charged for.
+    expected: usize,
     /// The prompt and what was generated.
     tokens: Vec<u32>,
     prompt: usize,
@@ -214,6 +222,9 @@ impl Sequence {
             user,
             adapter,
             account: None,
+            readers: None,
+            waits: false,
+            expected: 0,
             limit: prompt + generate,
             tokens,
             prompt,
@@ -280,7 +291,13 @@ impl Sequence {
             Some(beams) => self.prompt + beams.length().max(1),
         };
         let lanes = self.lanes.iter().take(self.active());
-        let to_write = lanes.map(|lane| kv.pages_to_write(lane.slot, lane.fed, end));
+        let to_write = lanes.map(|lane| {
+            let own = kv.pages_to_write(lane.slot, lane.fed, end);
+            match self.waits {
+                true => own - (self.shared() / PAGE).saturating_sub(kv.pages_of(lane.slot)),
+                false => own,
+            }
+        });
         // Those that wait for the prompt will share its full pages.
         let waiting = self.width() - self.active();
         to_write.sum::<usize>() + waiting * (end.div_ceil(PAGE) - self.prompt / PAGE)
@@ -311,6 +328,41 @@ impl Sequence {
         let first = self.cached.is_none();
         self.cached.get_or_insert(found);
         first.then_some(found)
+    }
+
+    /// Whether another request with the same prompt can have the pages of this one's.
+    pub(crate) fn can_share(&self, other: &Self) -> bool {
+        let plain = self.beams.is_none() && other.beams.is_none();
+        let alike = self.user == other.user && self.adapter == other.adapter;
+        plain && self.shared() > 0 && alike && self.tokens == other.tokens
+    }
+
+    /// It may read its prompt with others, which have it in common.
+    pub(crate) fn read_with(&mut self, readers: RequestId) {
+        self.readers = Some(readers);
+    }
+
+    /// Positions of its prompt that those who share it compute once: whole pages, without its last token.
+    pub(crate) fn shared(&self) -> usize {
+        (self.prompt - 1) / PAGE * PAGE
+    }
+
+    /// It has started for the first time, and others may be at what is to be `shared` of its prompt: then
+    /// those positions are not charged for, unless it comes to compute them itself. Returns how many it
+    /// has to compute in any case.
+    pub(crate) fn expect(&mut self, shared: bool) -> usize {
+        self.expected = if shared { self.shared() } else { 0 };
+        self.prompt - self.cached().max(self.expected)
+    }
+
+    /// Takes what another one has read of the prompt that they share.
+    pub(crate) fn take_prompt(&mut self, kv: &mut KvCache, from: Slot) {
+        let shared = self.shared();
+        if let Some(lane) = self.lanes.first_mut() {
+            kv.share(lane.slot, from, shared / PAGE);
+            lane.fed = shared;
+            self.reached[0] = self.reached[0].max(shared);
+        }
     }
 
     /// Lends it what guesses its next tokens: of a request with one sequence, that of its answer.
@@ -436,6 +488,7 @@ impl Sequence {
         let new = from.max(*reached);
         let fed = Fed {
             of_prompt: to.min(self.prompt).saturating_sub(new),
+            unexpected: to.min(self.expected).saturating_sub(new),
             generated: to.saturating_sub(new.max(self.prompt)),
             again: count.min(reached.saturating_sub(from)),
         };

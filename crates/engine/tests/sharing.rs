@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use casemate_container::ModelConfig;
 use casemate_engine::{
-    Compute, Engine, EngineOptions, Event, FinishReason, Grammar, KvType, Request, Sampling, User,
+    Compute, Engine, EngineOptions, Event, FinishReason, Grammar, KvType, Request, Sampling, Sink,
+    User,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -195,6 +196,59 @@ fn it_does_not_matter_in_which_pieces_a_page_was_computed() {
                 assert_eq!(answer[..3], expected[..3], "{length} beside {company}");
             }
         }
+    }
+}
+
+#[test]
+fn answers_to_one_prompt_asked_for_together_read_it_once() {
+    let model = model();
+    // 400 tokens are 7 pages, of which 6 are full before the last token.
+    let engine = load(
+        &model,
+        &EngineOptions {
+            kv_bytes: Some(16 * PAGE),
+            reuse: Duration::ZERO,
+            ..options(Compute::F32)
+        },
+    );
+    let prompt = model.prompt(400, 4);
+    let request = |user, seed| Request {
+        sampling: Sampling {
+            temperature: 0.9,
+            seed,
+            ..Sampling::default()
+        },
+        ignore_end: true,
+        ..of(user, greedy(&prompt, 30))
+    };
+    let alone: Vec<_> = (0..4).map(|i| events(&engine, request(None, i))).collect();
+    for user in [None, A] {
+        idle(&engine);
+        let before = engine.stats();
+        let (sender, receiver) = channel();
+        let together = (0..4).map(|i| {
+            let sender = sender.clone();
+            let sink = move |event: Event<'_>| {
+                sender.send((i as usize, event.into_owned())).unwrap();
+                ControlFlow::Continue(())
+            };
+            (request(user, i), Box::new(sink) as Sink)
+        });
+        engine.submit_together(together.collect()).unwrap();
+        drop(sender);
+        let mut heard = vec![Vec::new(); 4];
+        for (i, event) in receiver {
+            // Alone they would not fit beside each other.
+            let ends = matches!(event, Event::Finished { .. });
+            assert!(!ends || heard.iter().all(|events| !events.is_empty()));
+            heard[i].push(event);
+        }
+        assert_eq!(heard, alone);
+        idle(&engine);
+        let after = engine.stats();
+        let computed = after.prompt_tokens - before.prompt_tokens;
+        assert_eq!(computed, 400 + 3 * (400 - 384));
+        assert_eq!((after.cached_tokens, after.preemptions), (0, 0));
     }
 }
 

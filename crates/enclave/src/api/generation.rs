@@ -142,7 +142,7 @@ impl Api {
             return Err(ApiError::value("n", most));
         }
         let room = Arc::new(self.hold(job.user, job.bytes_held())?);
-        // Every choice computes its prompt anew.
+        // Every choice counts its prompt, though those that run together read it once.
         let prompts: usize = job.prompts.iter().map(Vec::len).sum();
         job.meter
             .take_prompt(prompts.saturating_mul(job.choices as usize))?;

@@ -347,6 +347,28 @@ impl KvCache {
         }
     }
 
+    /// Gives a sequence the first `count` pages of another one, which are full and hold what it would
+    /// write itself. They are one user's or nobody's, with the same adapter.
+    pub(crate) fn share(&mut self, slot: Slot, from: Slot, count: usize) {
+        let origin = |slot: Slot| (self.tables[slot.0].user, self.tables[slot.0].adapter);
+        debug_assert!(origin(slot) == origin(from));
+        for at in 0..count {
+            let page = self.tables[from.0].pages[at];
+            self.uses[page as usize] += 1;
+            let own = &mut self.tables[slot.0].pages;
+            match own.get_mut(at) {
+                None => own.push(page),
+                Some(own) => {
+                    let before = std::mem::replace(own, page);
+                    self.drop_use(before, Duration::ZERO);
+                }
+            }
+        }
+        let known = self.tables[from.0].known.min(count);
+        let own = &mut self.tables[slot.0].known;
+        *own = known.max(*own);
+    }
+
     /// Lets the full pages of a sequence be found whose first `fed` positions are written. `token`
     /// tells the token at a position.
     pub(crate) fn know(&mut self, slot: Slot, fed: usize, token: impl Fn(usize) -> u32) {

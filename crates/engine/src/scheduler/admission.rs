@@ -18,6 +18,8 @@
 
 use std::time::Duration;
 
+use casemate_kernels::attention::PAGE;
+
 use super::fairness::PROMPT;
 use super::mailbox::Counters;
 use super::{AccountId, Scheduler};
@@ -37,12 +39,19 @@ struct Room {
     alone: bool,
     /// When that is: pages are found until their time is over.
     now: Duration,
+    /// One that shares its prompt with the next request runs.
+    shared: bool,
 }
 
 impl Room {
     /// Whether `request` can start.
     fn fits(&self, kv: &KvCache, request: &Sequence) -> bool {
-        let found = kv.find(request.user, request.adapter, request.text(), self.now);
+        let mut found = kv.find(request.user, request.adapter, request.text(), self.now);
+        if self.shared {
+            // What that one has found it uses.
+            found.pages = found.pages.max(request.shared() / PAGE);
+            found.idle = 0;
+        }
         // Alone it fits: that was checked when it came.
         let reserve = match self.alone {
             true => 0,
@@ -62,10 +71,10 @@ impl Scheduler {
             && let Some(account) = self.queue.next()
         {
             self.sort();
-            let room = self.room();
             let Some(next) = self.queue.front(account) else {
                 return;
             };
+            let room = self.room(next);
             if !room.fits(&self.kv, next) && !self.make_way(account, room) {
                 return;
             }
@@ -74,11 +83,11 @@ impl Scheduler {
             };
             self.mailbox.waits_no_more(sequence.user);
             let first = sequence.start(&mut self.kv, room.now);
+            sequence.waits = room.shared;
             if let Some(cached) = first {
                 Counters::add(&self.mailbox.counters.requests, 1);
                 Counters::add(&self.mailbox.counters.cached_tokens, cached);
-                let (prompt, _) = sequence.lengths();
-                let computed = prompt.saturating_sub(cached) as u64;
+                let computed = sequence.expect(room.shared) as u64;
                 self.queue.charge(account, computed * PROMPT);
             }
             // There is one for each place, and beams take several places.
@@ -91,8 +100,11 @@ impl Scheduler {
         }
     }
 
-    fn room(&self) -> Room {
+    /// What there is for `next`.
+    fn room(&self, next: &Sequence) -> Room {
+        let readers = next.readers;
         let mut room = Room {
+            shared: readers.is_some() && self.running.iter().any(|s| s.readers == readers),
             places: self.maximum_batch,
             pages: self.kv.available().cast_signed(),
             reserve: 0,

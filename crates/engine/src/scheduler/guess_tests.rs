@@ -2,7 +2,6 @@
 //! event by event. Sampled answers are compared like others: each token is drawn from the same logits
 //! by the same random number, so their distribution is not tested for, it is the same by construction.
 
-use super::fairness::PROMPT;
 use super::tests::{A, B, Fragile, HIDDEN, VOCAB, config, tokenizer};
 use super::*;
 use crate::adapters::Adapters;
@@ -24,7 +23,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 const CONTEXT: usize = 256;
 /// Pages of one context.
-const ONE: usize = CONTEXT / 64;
+pub(super) const ONE: usize = CONTEXT / 64;
 
 fn large_config() -> ModelConfig {
     ModelConfig {
@@ -34,7 +33,7 @@ fn large_config() -> ModelConfig {
 }
 
 /// One layer of random weights; a token depends on all before it.
-fn model(seed: u64, batch: usize, last: Option<Box<dyn LinearLayer>>) -> Model {
+pub(super) fn model(seed: u64, batch: usize, last: Option<Box<dyn LinearLayer>>) -> Model {
     let team = Team::new(1).unwrap();
     let matrix = |name: u64, rows: usize, columns: usize| {
         let matrix = F32Matrix::from_rows(&team, rows, columns, |row, out| {
@@ -84,8 +83,8 @@ fn model(seed: u64, batch: usize, last: Option<Box<dyn LinearLayer>>) -> Model {
 
 /// What is asked, and when its client leaves or cancels.
 #[derive(Clone, Default)]
-struct Asked {
-    request: Request,
+pub(super) struct Asked {
+    pub(super) request: Request,
     leaves: Option<usize>,
     cancelled: Option<usize>,
 }
@@ -108,7 +107,7 @@ impl fmt::Debug for Asked {
     }
 }
 
-fn greedy(prompt: &[u32], tokens: usize) -> Asked {
+pub(super) fn greedy(prompt: &[u32], tokens: usize) -> Asked {
     let request = Request {
         prompt: prompt.to_vec(),
         max_tokens: tokens,
@@ -121,12 +120,12 @@ fn greedy(prompt: &[u32], tokens: usize) -> Asked {
 }
 
 /// A scheduler that found these requests and started none.
-struct Setting {
-    scheduler: Scheduler,
-    heard: Vec<Receiver<Event<'static>>>,
+pub(super) struct Setting {
+    pub(super) scheduler: Scheduler,
+    pub(super) heard: Vec<Receiver<Event<'static>>>,
 }
 
-fn setting(
+pub(super) fn setting(
     model: Model,
     asked: &[Asked],
     batch: usize,

@@ -19,6 +19,8 @@ mod guess_tests;
 mod mailbox;
 mod plan;
 #[cfg(test)]
+mod share_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
@@ -35,7 +37,7 @@ use crate::request::{FinishReason, RequestId};
 use crate::sampler::Scratch;
 use crate::sequence::{Advance, Sequence};
 use crate::speculation::Lookup;
-use fairness::{GENERATED, Queue};
+use fairness::{GENERATED, PROMPT, Queue};
 use mailbox::Mail;
 
 pub(crate) use fairness::AccountId;
@@ -414,8 +416,9 @@ fn account(
     Counters::add(&mailbox.counters.prompt_tokens, fed.of_prompt);
     Counters::add(&mailbox.counters.recomputed_tokens, fed.again);
     if let Some(account) = sequence.account {
-        // The prompt was charged when the request started.
-        queue.charge(account, fed.generated as u64 * GENERATED);
+        // The prompt was charged when the request started, but for what others were to compute.
+        let of_prompt = fed.unexpected as u64 * PROMPT;
+        queue.charge(account, of_prompt + fed.generated as u64 * GENERATED);
     }
 }
 

@@ -19,6 +19,7 @@ impl Scheduler {
             self.members.clear();
             self.sort();
             let guesses = self.plan_generating();
+            self.share_prompts();
             self.plan_prompts(guesses);
             if !self.members.is_empty() || !self.give_way() {
                 return;
@@ -101,12 +102,44 @@ impl Scheduler {
         guesses
     }
 
+    /// Of requests with one prompt, which came together, one reads it: whoever is furthest. The others
+    /// wait, and then have its pages.
+    fn share_prompts(&mut self) {
+        for at in 0..self.running.len() {
+            let sequence = &self.running[at];
+            let shared = sequence.shared();
+            let first = match sequence.readers {
+                Some(_) if sequence.fed(0) < shared => self.furthest_reader(at),
+                _ => at,
+            };
+            let from = &self.running[first];
+            let (there, slot) = (from.fed(0) >= shared, from.slot(0));
+            let sequence = &mut self.running[at];
+            sequence.waits = first != at && !there;
+            if first != at && there {
+                sequence.take_prompt(&mut self.kv, slot);
+            }
+        }
+    }
+
+    /// Which of those that share a prompt has read most of it.
+    fn furthest_reader(&self, of: usize) -> usize {
+        let readers = self.running[of].readers;
+        let all = (0..self.running.len()).filter(|&at| self.running[at].readers == readers);
+        let furthest = all.max_by_key(|&at| {
+            let sequence = &self.running[at];
+            let read = sequence.fed(0).min(sequence.shared());
+            (read, std::cmp::Reverse(sequence.id))
+        });
+        furthest.unwrap_or(of)
+    }
+
     fn plan_prompts(&mut self, guesses: usize) {
         let mut rows = match self.members.is_empty() {
             true => PROMPT_ROWS,
             false => PROMPT_ROWS_BESIDE_DECODE - guesses,
         };
-        let reads = |at: usize| !self.running[at].generating();
+        let reads = |at: usize| !self.running[at].generating() && !self.running[at].waits;
         let user = |at: usize| self.running[at].account;
         // Requests of one user stand together.
         let begins = |at: usize| {
