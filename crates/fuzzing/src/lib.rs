@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod attest;
 mod broker;
 mod channel;
@@ -91,6 +92,7 @@ targets! {
     gguf: import::gguf, import::gguf_seeds, 16 << 10;
     safetensors: import::safetensors, import::safetensors_seeds, 8 << 10;
     model_settings: import::settings, import::settings_seeds, 4 << 10;
+    adapter: adapter::adapter, adapter::adapter_seeds, 8 << 10;
     tokenizer_model: import::tokenizer_model, import::tokenizer_model_seeds, 8 << 10;
     tokenizer_json: engine::tokenizer, engine::tokenizer_seeds, 16 << 10;
     tokenizer_text: engine::text, engine::text_seeds, 2 << 10;

@@ -83,6 +83,7 @@ survives! {
     gguf
     safetensors
     model_settings
+    adapter
     tokenizer_model
     tokenizer_json
     tokenizer_text
