@@ -48,9 +48,8 @@ impl Room {
     fn fits(&self, kv: &KvCache, request: &Sequence) -> bool {
         let mut found = kv.find(request.user, request.adapter, request.text(), self.now);
         if self.shared {
-            // What that one has found it uses.
+            // What that one has found it uses, so nothing of it is idle; what this one left itself may be.
             found.pages = found.pages.max(request.shared() / PAGE);
-            found.idle = 0;
         }
         // Alone it fits: that was checked when it came.
         let reserve = match self.alone {

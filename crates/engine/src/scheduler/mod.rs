@@ -223,6 +223,8 @@ impl Scheduler {
         } else {
             self.step_one_by_one();
         }
+        // Before whoever read a prompt is gone, and its pages with it.
+        self.share_prompts();
         self.remove_ended();
     }
 

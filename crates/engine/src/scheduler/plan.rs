@@ -104,7 +104,7 @@ impl Scheduler {
 
     /// Of requests with one prompt, which came together, one reads it: whoever is furthest. The others
     /// wait, and then have its pages.
-    fn share_prompts(&mut self) {
+    pub(super) fn share_prompts(&mut self) {
         for at in 0..self.running.len() {
             let sequence = &self.running[at];
             let shared = sequence.shared();

@@ -6,9 +6,9 @@ use super::*;
 use crate::speculation::Speculation;
 
 /// Three requests for 5 tokens each after one prompt of 100.
-fn three() -> Setting {
+fn three(tokens: usize) -> Setting {
     let prompt: Vec<u32> = (0..100).map(|i| i * i % 13).collect();
-    let mut asked = vec![greedy(&prompt, 5); 3];
+    let mut asked = vec![greedy(&prompt, tokens); 3];
     asked.iter_mut().for_each(|a| a.request.user = A);
     let mut of = setting(model(4, 3, None), &asked, 3, 3 * ONE, Speculation::None);
     for id in 0..3 {
@@ -25,7 +25,7 @@ fn one_reads_the_prompt_and_the_others_are_not_charged_for_it() {
     let Setting {
         mut scheduler,
         heard,
-    } = three();
+    } = three(5);
     scheduler.admit();
     let account = scheduler.running[0].account.unwrap();
     assert_eq!(scheduler.running.len(), 3);
@@ -51,11 +51,27 @@ fn one_reads_the_prompt_and_the_others_are_not_charged_for_it() {
 }
 
 #[test]
+fn a_reader_whose_first_token_is_its_last_leaves_the_prompt_to_the_others() {
+    let Setting {
+        mut scheduler,
+        heard,
+    } = three(1);
+    scheduler.admit();
+    while !scheduler.running.is_empty() {
+        scheduler.step();
+    }
+    let counters = &scheduler.mailbox.counters;
+    assert_eq!(counters.prompt_tokens.load(Ordering::Relaxed), 100 + 2 * 36);
+    let ends: Vec<usize> = heard.iter().map(|heard| heard.try_iter().count()).collect();
+    assert_eq!(ends, [2, 2, 2]);
+}
+
+#[test]
 fn when_the_reader_leaves_the_next_one_reads_and_is_charged() {
     let Setting {
         mut scheduler,
         heard,
-    } = three();
+    } = three(5);
     scheduler.admit();
     let account = scheduler.running[0].account.unwrap();
     scheduler.cancel(RequestId(0));
