@@ -66,7 +66,7 @@ fn metric(deployment: &Deployment, name: &str) -> f64 {
 /// Waits until the worker is admitted and there are masks.
 fn wait_for_masks(deployment: &Deployment) {
     let end = Instant::now() + Duration::from_secs(300);
-    while metric(deployment, "offload_masks_level") < 0.5 {
+    while metric(deployment, "offload_masks_ready") < 1.0 {
         assert!(Instant::now() < end, "no masks in time");
         std::thread::sleep(Duration::from_millis(100));
     }

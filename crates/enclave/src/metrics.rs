@@ -201,38 +201,39 @@ impl Metrics {
             );
         }
         if let Some(offload) = self.offload.get() {
+            // A token is a row of every matrix that is sent, so exact counts, or counts in even steps, would tell
+            // how many tokens somebody's prompt and answer have, and what was reused.
             let found = offload.metrics();
-            let rows = |count: u64| (count / ROWS * ROWS) as f64;
             for (name, help, value) in [
                 (
                     "offload_rows_total",
-                    "Rows of products that a worker computed, in full 1024s.",
-                    rows(found.rows_outside),
+                    "Rows of products that a worker computed, rounded up to a power of two.",
+                    coarse(found.rows_outside) as f64,
                 ),
                 (
                     "offload_rows_without_masks_total",
                     "Rows computed here because no masks were left, likewise.",
-                    rows(found.rows_without_masks),
+                    coarse(found.rows_without_masks) as f64,
                 ),
                 (
                     "offload_rows_without_worker_total",
                     "Rows computed here because there was no worker, likewise.",
-                    rows(found.rows_without_worker),
+                    coarse(found.rows_without_worker) as f64,
                 ),
                 (
                     "offload_rows_recomputed_total",
                     "Rows computed here again because a worker failed, likewise.",
-                    rows(found.rows_recomputed),
+                    coarse(found.rows_recomputed) as f64,
                 ),
                 (
                     "offload_masks_made_total",
                     "Masks made, likewise.",
-                    rows(found.masks_made),
+                    coarse(found.masks_made) as f64,
                 ),
                 (
                     "offload_masks_used_total",
                     "Masks used, likewise.",
-                    rows(found.masks_used),
+                    coarse(found.masks_used) as f64,
                 ),
                 (
                     "offload_failures_total",
@@ -248,10 +249,10 @@ impl Metrics {
                 metric(name, "counter", help, value);
             }
             metric(
-                "offload_masks_level",
+                "offload_masks_ready",
                 "gauge",
-                "How full the pool of masks is at its emptiest, in eighths, rounded down.",
-                (found.masks_level * 8 / found.masks_depth.max(1)) as f64 / 8.0,
+                "1 while there are masks for every matrix that is sent.",
+                f64::from(u8::from(found.masks_level > 0)),
             );
         }
         if let Some(connections) = self.connections.get() {
@@ -341,9 +342,6 @@ impl Metrics {
         out
     }
 }
-
-/// Rows are counted in steps: one by one they would tell how long whose prompt and answer are.
-const ROWS: u64 = 1024;
 
 /// Zero, or the next power of two.
 fn coarse(bytes: u64) -> u64 {
