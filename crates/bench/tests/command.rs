@@ -60,7 +60,11 @@ fn a_run_has_every_figure_in_every_form() {
     );
     let positive = |value: &Value| value.as_f64().is_some_and(|x| x.is_finite() && x > 0.0);
     for f in formats {
-        let usual = if f["compute"] == "f32" { "f32" } else { "f16" };
+        let usual = match f["compute"].as_str().unwrap() {
+            "f32" => "f32",
+            "bf16" | "int8-row" => "bf16",
+            _ => "f16",
+        };
         assert_eq!(f["kv_type"], usual);
         let latency = &f["latency"];
         let (count, dropped) = (

@@ -155,6 +155,6 @@ pub trait Outsource: Send + Sync {
     fn layer(&self, place: Place, access: Access, layer: ExactLayer) -> Box<dyn LinearLayer>;
 
     /// Works for at most about 20 ms; called again and again while nobody asks for tokens, until
-    /// there is nothing to do (`false`).
+    /// there is nothing to do (`false`), and then every now and then.
     fn idle(&self, team: &Team) -> bool;
 }

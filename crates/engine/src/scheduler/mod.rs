@@ -53,6 +53,9 @@ const GENERATING_ROWS: usize = 6;
 /// Most guesses in a step: rows of logits that are wanted besides one for each place.
 pub(crate) const GUESSES: usize = GENERATING_ROWS - 1;
 
+/// How often an idle scheduler looks whether there is work for idle times: who helps starts after the engine.
+const LOOK_FOR_WORK: Duration = Duration::from_millis(100);
+
 /// Time since any fixed moment.
 pub(crate) type Clock = fn() -> Duration;
 
@@ -169,7 +172,11 @@ impl Scheduler {
                     if self.work_while_idle() {
                         continue;
                     }
-                    mailbox.sleep(self.kv.until_next_expires(now));
+                    let mut until = self.kv.until_next_expires(now);
+                    if self.outsource.is_some() {
+                        until = Some(until.map_or(LOOK_FOR_WORK, |until| until.min(LOOK_FOR_WORK)));
+                    }
+                    mailbox.sleep(until);
                 }
             }
         }
