@@ -24,10 +24,16 @@ fn vector(name: &str) -> Vec<u8> {
     fs::read(Path::new(VECTORS).join(name)).expect("the vectors are part of the tree")
 }
 
-static VALID: LazyLock<[Vec<u8>; 2]> =
-    LazyLock::new(|| ["valid.casemate", "valid-small.casemate"].map(vector));
+const VALID_VECTORS: [&str; 3] = [
+    "valid.casemate",
+    "valid-small.casemate",
+    "valid-adapter.casemate",
+];
 
-/// Whether `bytes` open, to the last digest, as a model that the vectors' provider sealed.
+static VALID: LazyLock<[Vec<u8>; VALID_VECTORS.len()]> =
+    LazyLock::new(|| VALID_VECTORS.map(vector));
+
+/// Whether `bytes` open, to the last digest, as what the vectors' provider sealed.
 fn opens(bytes: &[u8]) -> bool {
     scratch::with_file(bytes, |path| {
         let Ok(file) = SealedFile::open(path) else {
@@ -57,7 +63,7 @@ pub(crate) fn file_seeds() -> Vec<Vec<u8>> {
 /// Damage to a sealed file. It opens only if there is none.
 pub(crate) fn damage(data: &[u8]) {
     let (which, edits) = data.split_first().unwrap_or((&0, &[]));
-    let honest = &VALID[usize::from(which % 2)];
+    let honest = &VALID[usize::from(*which) % VALID.len()];
     let mut bytes = honest.clone();
     program::apply(edits, &mut bytes);
     assert_eq!(opens(&bytes), bytes == *honest);
@@ -73,11 +79,12 @@ pub(crate) fn walks() -> Vec<Walk> {
     vec![
         walk("a container of three chunks", &[0], &VALID[0]),
         walk("a container of one chunk", &[1], &VALID[1]),
+        walk("a container with an adapter", &[2], &VALID[2]),
     ]
 }
 
 pub(crate) fn damage_seeds() -> Vec<Vec<u8>> {
-    program::seeds_of_parts(2)
+    program::seeds_of_parts(VALID_VECTORS.len() as u8)
 }
 
 /// A manifest. What is accepted is its own one encoding, and consistent.
