@@ -546,11 +546,12 @@ mod tests {
                 .all(|b| *b == 0xAB)
         );
         r.clear(3 * HUGE_PAGE..4 * HUGE_PAGE);
+        // What is not locked could be in swap, so there the last range is touched, whatever it was.
         if r.report().locked {
             assert_eq!(resident_bytes(&r), 3 * HUGE_PAGE, "untouched pages stay so");
-        }
-        if let (Ok(before), Ok(after)) = (before, r.extent().granted()) {
-            assert_eq!(after, before);
+            if let (Ok(before), Ok(after)) = (before, r.extent().granted()) {
+                assert_eq!(after, before);
+            }
         }
     }
 
