@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::item::{Ahead, Item, Products, Query, Weights};
+use super::item::{Ahead, Item, Products, Query, Scores, Weights, in_groups};
 use super::{ITEM, MAX_HEAD_DIM, PAGE, SEGMENT};
 use crate::isa::{LANES, Simd};
 use crate::panels::round_bf16;
@@ -48,25 +48,11 @@ impl<V: Simd> Products<V> for Bf16 {
         v: V,
         item: &Item<'_>,
         block: usize,
-        mut ahead: Ahead<'_>,
+        ahead: Ahead<'_>,
         queries: &[Query],
         weights: &mut [Weights],
     ) {
-        let mut at = 0;
-        while at < queries.len() {
-            let left = queries.len() - at;
-            if V::WIDE && left >= 4 {
-                self.scores_of::<V, 4>(v, item, block, ahead, at, &mut weights[at..]);
-                at += 4;
-            } else if V::WIDE && left >= 2 {
-                self.scores_of::<V, 2>(v, item, block, ahead, at, &mut weights[at..]);
-                at += 2;
-            } else {
-                self.scores_of::<V, 1>(v, item, block, ahead, at, &mut weights[at..]);
-                at += 1;
-            }
-            ahead = Ahead(&[]);
-        }
+        in_groups(v, self, item, block, ahead, &mut weights[..queries.len()]);
     }
 
     #[inline(always)]
@@ -141,10 +127,9 @@ struct Part<'a> {
     stride: usize,
 }
 
-impl Bf16 {
-    /// `M` queries from `at` on.
+impl<V: Simd> Scores<V> for Bf16 {
     #[inline(always)]
-    fn scores_of<V: Simd, const M: usize>(
+    fn scores_of<const M: usize>(
         &self,
         v: V,
         item: &Item<'_>,
@@ -181,7 +166,9 @@ impl Bf16 {
             }
         }
     }
+}
 
+impl Bf16 {
     /// `M` queries from `at` on, which see the same; `to` is where the first one's is gathered.
     #[inline(always)]
     fn add_to<V: Simd, const M: usize>(

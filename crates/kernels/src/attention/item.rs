@@ -155,6 +155,48 @@ pub(super) trait Products<V: Simd>: Sized {
     );
 }
 
+/// Scores of so many queries at a time as registers hold.
+pub(super) trait Scores<V: Simd> {
+    /// The scores of the `M` queries from `at` on with a block's keys, where they belong in their
+    /// segment. `weights` begins with the first one's.
+    fn scores_of<const M: usize>(
+        &self,
+        v: V,
+        item: &Item<'_>,
+        block: usize,
+        ahead: Ahead<'_>,
+        at: usize,
+        weights: &mut [Weights],
+    );
+}
+
+/// The scores of as many queries as there are weights.
+#[inline(always)]
+pub(super) fn in_groups<V: Simd, S: Scores<V>>(
+    v: V,
+    scores: &S,
+    item: &Item<'_>,
+    block: usize,
+    mut ahead: Ahead<'_>,
+    weights: &mut [Weights],
+) {
+    let mut at = 0;
+    while at < weights.len() {
+        let (left, weights) = (weights.len() - at, &mut weights[at..]);
+        if V::WIDE && left >= 4 {
+            scores.scores_of::<4>(v, item, block, ahead, at, weights);
+            at += 4;
+        } else if V::WIDE && left >= 2 {
+            scores.scores_of::<2>(v, item, block, ahead, at, weights);
+            at += 2;
+        } else {
+            scores.scores_of::<1>(v, item, block, ahead, at, weights);
+            at += 1;
+        }
+        ahead = Ahead(&[]);
+    }
+}
+
 impl Kernel for Item<'_> {
     type Output = ();
 
