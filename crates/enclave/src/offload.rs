@@ -22,8 +22,11 @@ const CONNECT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// If the plan sends nothing of it, with the first tensor that it would send were it public; if there is no randomness.
-pub fn prepare(config: &config::Offload, manifest: &Manifest) -> Result<(Arc<Offload>, Layers)> {
-    let tensors = tensors(manifest);
+pub fn prepare(
+    config: &config::Offload,
+    manifest: &Manifest,
+) -> Result<(Arc<Offload>, Arc<Layers>)> {
+    let tensors: Vec<Tensor> = manifest.tensors().iter().map(Tensor::from).collect();
     check(config.plan, &tensors)?;
     let mut fresh = Zeroizing::new([0; 32]);
     aws_lc_rs::rand::fill(&mut *fresh)
@@ -42,17 +45,8 @@ pub fn prepare(config: &config::Offload, manifest: &Manifest) -> Result<(Arc<Off
     let observer = Box::new(move |event| tell(&worker, event));
     let boot = BootKey::new(fresh);
     let offload = Arc::new(Offload::new(limits, boot, Workers::One(connect), observer));
-    let layers = Layers::new(Arc::clone(&offload), config.plan);
+    let layers = Arc::new(Layers::new(Arc::clone(&offload), config.plan));
     Ok((offload, layers))
-}
-
-fn tensors(manifest: &Manifest) -> Vec<Tensor> {
-    let tensor = |entry: &casemate_container::TensorEntry| Tensor {
-        name: entry.name.clone(),
-        shape: entry.shape.clone(),
-        access: entry.access,
-    };
-    manifest.tensors().iter().map(tensor).collect()
 }
 
 /// Refuses a plan that the provider did not allow, and logs what becomes of the others.

@@ -423,18 +423,16 @@ fn unlock_and_pack(
         ..EngineOptions::default()
     };
     let (adapters, offered) = unlock_adapters(files.adapters, adapters, &session, threads)?;
-    let engine = match offload {
-        None => Engine::load_with_adapters(model, adapters, &options, &Silent)?,
-        Some(offload) => {
-            let (offload, layers) = offload::prepare(offload, model.manifest())?;
-            let layers = Arc::new(layers);
-            let outsource = Arc::clone(&layers) as Arc<dyn Outsource>;
-            let engine = Engine::load_with(model, adapters, &options, Some(outsource), &Silent)?;
-            layers.start().context("cannot start the worker's thread")?;
-            metrics.offload(offload);
-            engine
-        }
-    };
+    let offload = offload
+        .map(|config| offload::prepare(config, model.manifest()))
+        .transpose()?;
+    let layers = offload.as_ref().map(|(_, layers)| Arc::clone(layers));
+    let outsource = layers.map(|layers| layers as Arc<dyn Outsource>);
+    let engine = Engine::load_with(model, adapters, &options, outsource, &Silent)?;
+    if let Some((offload, layers)) = offload {
+        layers.start().context("cannot start the worker's thread")?;
+        metrics.offload(offload);
+    }
     info!(
         compute = engine.compute_name(),
         threads,

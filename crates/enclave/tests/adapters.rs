@@ -74,7 +74,7 @@ fn service() -> Service {
         max_batch: 4,
         ..EngineOptions::default()
     };
-    let engine = Engine::load_with_adapters(model, adapters.into(), &options, &Silent).unwrap();
+    let engine = Engine::load_with(model, adapters.into(), &options, None, &Silent).unwrap();
     let alice = ApiKey {
         name: "alice".into(),
         hash: [1; 32],
@@ -262,7 +262,7 @@ async fn an_adapter_has_noise_of_its_own() {
             max_context: 256,
             ..EngineOptions::default()
         };
-        let engine = Engine::load_with_adapters(model, vec![adapter], &options, &Silent).unwrap();
+        let engine = Engine::load_with(model, vec![adapter], &options, None, &Silent).unwrap();
         let policy = Extraction {
             logprobs: Logprobs::Rounded {
                 top: 3,

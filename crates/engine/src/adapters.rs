@@ -20,6 +20,7 @@ use casemate_kernels::team::Team;
 
 use crate::dequant::dequantise;
 use crate::error::{LoadError, SubmitError};
+use crate::outsource::Stack;
 
 /// Below this many multiplications, waking the team costs more than it saves.
 const WORTH_SHARING: usize = 1 << 15;
@@ -51,26 +52,6 @@ struct Product {
     a: Range<usize>,
     /// rank × outputs.
     b: Range<usize>,
-}
-
-/// A stack of products with one input.
-#[derive(Clone, Copy)]
-pub(crate) enum Stack {
-    Qkv,
-    AttentionOutput,
-    GateUp,
-    Down,
-}
-
-impl Stack {
-    fn targets(self) -> &'static [Target] {
-        match self {
-            Stack::Qkv => &[Target::Query, Target::Key, Target::Value],
-            Stack::AttentionOutput => &[Target::AttentionOutput],
-            Stack::GateUp => &[Target::Gate, Target::Up],
-            Stack::Down => &[Target::Down],
-        }
-    }
 }
 
 /// Rows that one adapter is for.

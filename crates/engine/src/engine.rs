@@ -178,35 +178,9 @@ impl Engine {
         Self::load_with(model, Vec::new(), options, None, progress)
     }
 
-    /// As [`Engine::load`], with layers that somebody else may compute.
-    ///
-    /// # Errors
-    /// As [`Engine::load_with`].
-    pub fn load_outsourced(
-        model: casemate_container::Model,
-        options: &EngineOptions,
-        outsource: Arc<dyn Outsource>,
-        progress: &dyn Progress,
-    ) -> Result<Self, LoadError> {
-        Self::load_with(model, Vec::new(), options, Some(outsource), progress)
-    }
-
     /// As [`Engine::load`], with adapters to the model, which requests name by their digests
-    /// ([`Request::adapter`]).
-    ///
-    /// # Errors
-    /// As [`Engine::load_with`].
-    pub fn load_with_adapters(
-        model: casemate_container::Model,
-        adapters: Vec<Adapter>,
-        options: &EngineOptions,
-        progress: &dyn Progress,
-    ) -> Result<Self, LoadError> {
-        Self::load_with(model, adapters, options, None, progress)
-    }
-
-    /// As [`Engine::load`], with adapters and with layers that somebody else may compute. Adapters
-    /// are applied here, whoever computes the layers.
+    /// ([`Request::adapter`]), and with layers that somebody else may compute. Adapters are applied
+    /// here, whoever computes the layers.
     ///
     /// # Errors
     /// As [`Engine::load`]; [`LoadError::OtherBase`], [`LoadError::Adapter`] and

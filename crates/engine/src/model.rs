@@ -14,9 +14,10 @@ use casemate_kernels::norm::rmsnorm;
 use casemate_kernels::rope::{RopeLayout, RopeTable};
 use casemate_kernels::team::Team;
 
-use crate::adapters::{Adapted, Adapters, Stack};
+use crate::adapters::{Adapted, Adapters};
 use crate::kv::{KvCache, Slot};
 use crate::linear::LinearScratch;
+use crate::outsource::Stack;
 use crate::rope;
 use crate::weights::Weights;
 

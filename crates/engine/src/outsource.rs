@@ -8,7 +8,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use casemate_container::Access;
+use casemate_container::{Access, Target};
 use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8, matmul_int8_sums, scale_sums};
 use casemate_kernels::rotate::Rotation;
 use casemate_kernels::team::Team;
@@ -31,16 +31,22 @@ pub enum Stack {
 }
 
 impl Stack {
-    /// The tensors of it, as they are named after `blk.N.` or, of the head, by themselves (where
-    /// embeddings are tied, it is `token_embd.weight`).
-    #[must_use]
-    pub const fn tensors(self) -> &'static [&'static str] {
+    /// Those of a block, in the order in which they are computed.
+    pub(crate) const OF_A_BLOCK: [Stack; 4] = [
+        Stack::Qkv,
+        Stack::AttentionOutput,
+        Stack::GateUp,
+        Stack::Down,
+    ];
+
+    /// The products of a block that it stacks, in their order.
+    pub(crate) const fn targets(self) -> &'static [Target] {
         match self {
-            Stack::Qkv => &["attn_q.weight", "attn_k.weight", "attn_v.weight"],
-            Stack::AttentionOutput => &["attn_output.weight"],
-            Stack::GateUp => &["ffn_gate.weight", "ffn_up.weight"],
-            Stack::Down => &["ffn_down.weight"],
-            Stack::Head => &["output.weight"],
+            Stack::Qkv => &[Target::Query, Target::Key, Target::Value],
+            Stack::AttentionOutput => &[Target::AttentionOutput],
+            Stack::GateUp => &[Target::Gate, Target::Up],
+            Stack::Down => &[Target::Down],
+            Stack::Head => &[],
         }
     }
 }

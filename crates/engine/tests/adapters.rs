@@ -22,7 +22,7 @@ fn engine(
     let made = adapters
         .iter()
         .map(|a| open_adapter(&a.build(&model.config, base)));
-    let engine = Engine::load_with_adapters(container, made.collect(), options, &Silent).unwrap();
+    let engine = Engine::load_with(container, made.collect(), options, None, &Silent).unwrap();
     let digests = engine.adapters();
     (engine, digests)
 }
@@ -251,7 +251,7 @@ fn pages_are_found_under_their_own_adapter_only() {
 }
 
 fn refused(model: &Tiny, adapters: Vec<Adapter>) -> LoadError {
-    match Engine::load_with_adapters(open(model), adapters, &options(Compute::F32), &Silent) {
+    match Engine::load_with(open(model), adapters, &options(Compute::F32), None, &Silent) {
         Ok(_) => panic!("loaded"),
         Err(error) => error,
     }

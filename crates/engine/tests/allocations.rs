@@ -136,8 +136,7 @@ fn decoding_allocates_nothing() {
             let container = open(model);
             let adapter = TinyAdapter::default().build(&model.config, container.digest());
             let adapters = vec![open_adapter(&adapter)];
-            let engine =
-                Engine::load_with_adapters(container, adapters, &options, &Silent).unwrap();
+            let engine = Engine::load_with(container, adapters, &options, None, &Silent).unwrap();
             let all: Vec<_> = requests(model, engine.adapters()[0])
                 .into_iter()
                 .map(|request| watch(&engine, request))

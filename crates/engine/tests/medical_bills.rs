@@ -52,7 +52,7 @@ fn answers_are_peft_s_own_with_the_adapter_and_without() {
         max_context: 512,
         ..options(Compute::F32)
     };
-    let engine = Engine::load_with_adapters(model, vec![adapter], &options, &Silent).unwrap();
+    let engine = Engine::load_with(model, vec![adapter], &options, None, &Silent).unwrap();
     let answers = recorded["answers"].as_array().unwrap();
     assert!(answers.len() >= 3);
     let mut as_trained = 0;

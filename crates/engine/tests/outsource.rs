@@ -108,7 +108,8 @@ fn outsourced(model: &Tiny, public: &[&str], helper: &Arc<Helper>) -> Engine {
     let public = public.iter().map(|&pattern| pattern.to_owned()).collect();
     let helper = Arc::clone(helper) as Arc<dyn Outsource>;
     let container = open_with(model, public);
-    Engine::load_outsourced(container, &options(Compute::Int8Row), helper, &Silent).unwrap()
+    let options = options(Compute::Int8Row);
+    Engine::load_with(container, vec![], &options, Some(helper), &Silent).unwrap()
 }
 
 #[test]
@@ -204,7 +205,8 @@ fn only_exact_arithmetic_can_be_handed_over() {
     for compute in [Compute::F32, Compute::Bf16, Compute::Int8] {
         let (helper, _told) = helper(0, 0);
         let container = open_with(&model, vec!["*".into()]);
-        let refused = Engine::load_outsourced(container, &options(compute), helper, &Silent);
+        let refused =
+            Engine::load_with(container, vec![], &options(compute), Some(helper), &Silent);
         match refused.err() {
             Some(LoadError::Outsource { compute: named }) => assert_eq!(named, compute.name()),
             other => panic!("{other:?}"),

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use casemate_container::{Access, DType, Model as Container, ModelConfig, Progress};
+use casemate_container::{Access, DType, Model as Container, ModelConfig, Progress, Target};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::{Extent, Purpose, Region};
 use casemate_kernels::panels::{Bf16Matrix, Int8Matrix};
@@ -86,22 +86,16 @@ pub(super) fn four_bits(dtype: DType) -> Option<Encoding> {
     }
 }
 
-/// The stacked tensors of a block.
-const QKV: [&str; 3] = ["attn_q.weight", "attn_k.weight", "attn_v.weight"];
-const ATTENTION_OUTPUT: [&str; 1] = ["attn_output.weight"];
-const GATE_UP: [&str; 2] = ["ffn_gate.weight", "ffn_up.weight"];
-const DOWN: [&str; 1] = ["ffn_down.weight"];
-
-fn in_layer(index: u32, names: &[&str]) -> Vec<String> {
-    let full = |name: &&str| format!("blk.{index}.{name}");
-    names.iter().map(full).collect()
+/// The names of a block's tensors that are stacked.
+fn in_layer(index: u32, stack: Stack) -> Vec<String> {
+    let full = |target: &Target| format!("blk.{index}.{}.weight", target.name());
+    stack.targets().iter().map(full).collect()
 }
 
 /// The names of all tensors that become matrices, stack by stack, in the order of their conversion.
 fn stacks(config: &ModelConfig) -> impl Iterator<Item = Vec<String>> {
-    let layers = (0..config.layers).flat_map(|index| {
-        [&QKV[..], &ATTENTION_OUTPUT, &GATE_UP, &DOWN].map(|names| in_layer(index, names))
-    });
+    let layers =
+        (0..config.layers).flat_map(|index| Stack::OF_A_BLOCK.map(|stack| in_layer(index, stack)));
     let head = if config.tied_embeddings {
         EMBEDDING
     } else {
@@ -191,12 +185,12 @@ impl<'a> Loader<'a> {
         }
         Ok(Layer {
             attention_norm: self.vector(&name("attn_norm.weight"))?,
-            qkv: self.linear(index, Stack::Qkv, &QKV)?,
+            qkv: self.linear(index, Stack::Qkv)?,
             qkv_bias: qkv_biases,
-            attention_output: self.linear(index, Stack::AttentionOutput, &ATTENTION_OUTPUT)?,
+            attention_output: self.linear(index, Stack::AttentionOutput)?,
             ffn_norm: self.vector(&name("ffn_norm.weight"))?,
-            gate_up: self.linear(index, Stack::GateUp, &GATE_UP)?,
-            down: self.linear(index, Stack::Down, &DOWN)?,
+            gate_up: self.linear(index, Stack::GateUp)?,
+            down: self.linear(index, Stack::Down)?,
         })
     }
 
@@ -217,13 +211,8 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn linear(
-        &mut self,
-        layer: u32,
-        stack: Stack,
-        names: &[&str],
-    ) -> Result<Box<dyn LinearLayer>, LoadError> {
-        let names = in_layer(layer, names);
+    fn linear(&mut self, layer: u32, stack: Stack) -> Result<Box<dyn LinearLayer>, LoadError> {
+        let names = in_layer(layer, stack);
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let matrix = self.matrix(&names)?;
         let place = Place {

@@ -34,7 +34,7 @@ fn outsourced(
     let container = open_with(model, public);
     let options = options(Compute::Int8Row);
     let outsource = Arc::clone(&layers) as Arc<dyn Outsource>;
-    let engine = Engine::load_outsourced(container, &options, outsource, &Silent).unwrap();
+    let engine = Engine::load_with(container, vec![], &options, Some(outsource), &Silent).unwrap();
     layers.start().unwrap();
     Outsourced { engine, offload }
 }
