@@ -11,7 +11,7 @@ use casemate_container::{
 use half::{bf16, f16};
 use serde_json::{Map, json};
 
-use crate::models::Random;
+use crate::models::{Random, read};
 
 /// An adapter held in memory.
 #[derive(Clone)]
@@ -237,13 +237,6 @@ impl AdapterSource for MemoryAdapter {
     }
 
     fn read_tensor(&self, index: usize, offset: u64, out: &mut [u8]) -> Result<(), SourceError> {
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|start| self.data[index].get(start..)?.get(..out.len()))
-            .ok_or_else(|| SourceError::Short {
-                tensor: self.tensors[index].name.clone(),
-            })?;
-        out.copy_from_slice(bytes);
-        Ok(())
+        read(&self.tensors[index], &self.data[index], offset, out)
     }
 }

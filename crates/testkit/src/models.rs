@@ -264,6 +264,23 @@ impl MemoryModel {
     }
 }
 
+/// Fills `out` with a tensor's bytes from `offset` on.
+pub(crate) fn read(
+    tensor: &SourceTensor,
+    data: &[u8],
+    offset: u64,
+    out: &mut [u8],
+) -> Result<(), SourceError> {
+    let bytes = usize::try_from(offset)
+        .ok()
+        .and_then(|start| data.get(start..)?.get(..out.len()))
+        .ok_or_else(|| SourceError::Short {
+            tensor: tensor.name.clone(),
+        })?;
+    out.copy_from_slice(bytes);
+    Ok(())
+}
+
 impl ModelSource for MemoryModel {
     fn name(&self) -> &str {
         &self.name
@@ -278,14 +295,7 @@ impl ModelSource for MemoryModel {
     }
 
     fn read_tensor(&self, index: usize, offset: u64, out: &mut [u8]) -> Result<(), SourceError> {
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|start| self.data[index].get(start..)?.get(..out.len()))
-            .ok_or_else(|| SourceError::Short {
-                tensor: self.tensors[index].name.clone(),
-            })?;
-        out.copy_from_slice(bytes);
-        Ok(())
+        read(&self.tensors[index], &self.data[index], offset, out)
     }
 
     fn assets(&self) -> &[(String, Vec<u8>)] {
