@@ -58,12 +58,8 @@ fn show(args: &Plan) -> Result<(), Failure> {
 fn of_sealed(model: &Path, key: &DataKey) -> Result<Vec<Tensor>, Failure> {
     let inspected = sealed::open(model)?.inspect(key);
     let inspected = inspected.map_err(|error| sealed::of(model, error))?;
-    let tensor = |entry: &casemate_container::TensorEntry| Tensor {
-        name: entry.name.clone(),
-        shape: entry.shape.clone(),
-        access: entry.access,
-    };
-    Ok(inspected.manifest().tensors().iter().map(tensor).collect())
+    let entries = inspected.manifest().tensors();
+    Ok(entries.iter().map(Tensor::from).collect())
 }
 
 fn of_source(model: &Path, public: &[String]) -> Result<Vec<Tensor>, Failure> {

@@ -189,7 +189,7 @@ impl Checked {
 mod tests {
     use super::*;
     use crate::pad::{Pad, Pads};
-    use crate::testing::{Random, matrix, packed, product};
+    use crate::testing::{Random, packed, product};
 
     struct Exchange {
         weights: Int8Matrix,
@@ -202,7 +202,7 @@ mod tests {
     /// An honest exchange of so many rows.
     fn exchange(random: &mut Random, field: Field, rows: usize, shape: (usize, usize)) -> Exchange {
         let boot = BootKey::of(std::array::from_fn(|_| random.next() as u8));
-        let weights = matrix(random, shape.0, shape.1);
+        let weights = random.matrix(shape.0, shape.1);
         let pads = Pads::new(&boot, b"pads");
         let mut sequence = pads.sequence();
         let spent: Vec<Pad> = (0..rows).map(|_| sequence.next()).collect();

@@ -152,12 +152,12 @@ fn activations(count: usize, columns: usize) -> Vec<i8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Random, matrix};
+    use crate::testing::Random;
 
     #[test]
     fn what_is_measured_is_exact() {
         let team = Team::new(2).unwrap();
-        let weights = matrix(&mut Random::new(1), 40, 300);
+        let weights = Random::new(1).matrix(40, 300);
         let mut bench = Bench::new(weights, &BootKey::of([1; 32]));
         for count in [1, 5, 2] {
             // It panics if sums are not what they are inside.

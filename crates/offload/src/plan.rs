@@ -15,7 +15,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use casemate_container::Access;
+use casemate_container::{Access, TensorEntry};
 use casemate_field::Field;
 
 /// What goes outside.
@@ -128,6 +128,16 @@ pub struct Tensor {
     pub shape: Vec<u64>,
     /// Who may see it.
     pub access: Access,
+}
+
+impl From<&TensorEntry> for Tensor {
+    fn from(entry: &TensorEntry) -> Tensor {
+        Tensor {
+            name: entry.name.clone(),
+            shape: entry.shape.clone(),
+            access: entry.access,
+        }
+    }
 }
 
 /// Where a tensor's product is computed, and what that means.

@@ -259,7 +259,7 @@ fn make(
 mod tests {
     use super::*;
     use crate::keys::BootKey;
-    use crate::testing::{Random, matrix, product};
+    use crate::testing::{Random, product};
 
     fn stocked(
         random: &mut Random,
@@ -267,7 +267,7 @@ mod tests {
         field: Field,
     ) -> (Shelf, Int8Matrix, Pads) {
         let pads = Pads::new(&BootKey::of([9; 32]), b"pads");
-        let weights = matrix(random, shape.0, shape.1);
+        let weights = random.matrix(shape.0, shape.1);
         (Shelf::new(field, pads.sequence()), weights, pads)
     }
 
@@ -323,7 +323,7 @@ mod tests {
             .into_iter()
             .map(|(outputs, inputs)| {
                 let shelf = Shelf::new(Field::P29, pads.sequence());
-                (shelf, matrix(&mut random, outputs, inputs))
+                (shelf, random.matrix(outputs, inputs))
             })
             .collect();
         let shelves = || groups.iter().map(|(shelf, weights)| (shelf, weights));
@@ -368,7 +368,7 @@ mod tests {
         let (team, mut random) = (Team::new(1).unwrap(), Random::new(5));
         let boot = BootKey::of([9; 32]);
         let pads = Pads::new(&boot, b"pads");
-        let weights = matrix(&mut random, 6, 50);
+        let weights = random.matrix(6, 50);
         let shelf = Shelf::new(Field::P29, pads.sequence());
         let pool = Pool::new(u64::MAX, 4);
         pool.divide(3 * kept(6) as u64, [6].into_iter());

@@ -31,12 +31,11 @@ impl Random {
             .map(|_| (self.below(255) as i64 - 127) as i8)
             .collect()
     }
-}
 
-/// A matrix of random weights.
-pub(crate) fn matrix(random: &mut Random, rows: usize, columns: usize) -> Int8Matrix {
-    let weights = random.row(rows * columns);
-    packed(&weights, rows, columns)
+    /// A matrix of random weights.
+    pub(crate) fn matrix(&mut self, rows: usize, columns: usize) -> Int8Matrix {
+        packed(&self.row(rows * columns), rows, columns)
+    }
 }
 
 /// A matrix of these weights.

@@ -221,7 +221,7 @@ mod tests {
     use super::*;
     use crate::keys::BootKey;
     use crate::offload::{Config, Offload, Workers};
-    use crate::testing::{Random, matrix};
+    use crate::testing::Random;
 
     #[test]
     fn vectors_are_drawn_before_connecting_and_anew_for_each_round() {
@@ -232,7 +232,7 @@ mod tests {
         };
         let boot = BootKey::of([4; 32]);
         let offload = Offload::new(config, boot, Workers::One(nobody), Box::new(|_| {}));
-        let weights = Arc::new(matrix(&mut Random::new(1), 3, 5));
+        let weights = Arc::new(Random::new(1).matrix(3, 5));
         offload
             .add(PublicMatrix::new(Access::Public, weights).unwrap())
             .unwrap();

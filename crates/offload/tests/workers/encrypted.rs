@@ -19,7 +19,8 @@ use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
 
-use crate::fake::{Enclave, Fake, Random, config};
+use crate::fake::{Enclave, Fake, config};
+use crate::testing::Random;
 
 const WITHIN: Duration = Duration::from_secs(30);
 

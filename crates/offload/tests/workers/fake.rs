@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use casemate_container::Access;
 use casemate_field::Field;
-use casemate_kernels::mem::Region;
 use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8_sums};
 use casemate_kernels::team::Team;
 use casemate_offload::offload::Group;
@@ -18,44 +17,7 @@ use casemate_offload::{
 use casemate_wire::server::refuse;
 use casemate_wire::{Multiply, Receiver, Refusal, Request, Responder, Timed, Weights, Welcome};
 
-/// SplitMix64.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
-    }
-
-    /// From -127 to 127.
-    pub(crate) fn row(&mut self, length: usize) -> Vec<i8> {
-        (0..length)
-            .map(|_| (self.below(255) as i64 - 127) as i8)
-            .collect()
-    }
-
-    pub(crate) fn matrix(&mut self, rows: usize, columns: usize) -> Int8Matrix {
-        packed(&self.row(rows * columns), rows, columns)
-    }
-}
-
-/// A matrix of these weights.
-pub(crate) fn packed(weights: &[i8], rows: usize, columns: usize) -> Int8Matrix {
-    let team = Team::new(1).unwrap();
-    let row = |i: usize| (&weights[i * columns..(i + 1) * columns], 0.5);
-    Int8Matrix::from_int8_in(&mut Region::default(), &team, rows, columns, row).unwrap()
-}
+use crate::testing::Random;
 
 /// What a worker does with a product that it has computed.
 pub(crate) enum Act {

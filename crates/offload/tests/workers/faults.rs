@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use casemate_offload::{Config, Event, Fault, Workers};
 
-use crate::fake::{Act, Conduct, Enclave, Fake, Random, config};
+use crate::fake::{Act, Conduct, Enclave, Fake, config};
+use crate::testing::Random;
 
 /// Of each product so many rows.
 const ROWS: usize = 3;

@@ -7,3 +7,6 @@ mod faults;
 mod products;
 #[path = "../../../engine/tests/support/mod.rs"]
 mod support;
+#[path = "../../src/testing.rs"]
+#[allow(dead_code, reason = "the unit tests use other parts of it")]
+mod testing;

@@ -10,7 +10,8 @@ use casemate_kernels::team::Team;
 use casemate_offload::offload::{Unsuited, Workers};
 use casemate_offload::{BootKey, Config, Event, Metrics, Offload, PublicMatrix};
 
-use crate::fake::{Enclave, Fake, Random, config, packed};
+use crate::fake::{Enclave, Fake, config};
+use crate::testing::{Random, packed};
 
 /// With one worker and with two.
 fn workers(count: usize) -> Workers {
