@@ -68,12 +68,12 @@ impl<V: Simd> Products<V> for Bf16 {
         let start = blocks.start * PAGE / SEGMENT * SEGMENT;
         for (i, query) in queries.iter().enumerate() {
             let seen = query.seen(start, SEGMENT);
-            let from = seen.start / LANES * LANES;
-            let mut clean = [0.0; SEGMENT];
-            // What lies in slots that are not seen counts for nothing, not even NaN.
-            clean[seen.clone()].copy_from_slice(&weights[i].as_flattened()[seen.clone()]);
-            let to = seen.end.next_multiple_of(LANES).max(from);
-            round_pairs(&clean[from..to], &mut self.weights[i][from / 2..]);
+            // Slots that are not seen are not added below, or weigh 0, or stand beside a NaN.
+            let vectors = seen.start / LANES..seen.end.div_ceil(LANES).max(seen.start / LANES);
+            let words = self.weights[i].as_chunks_mut::<{ LANES / 2 }>().0;
+            for (x, words) in weights[i][vectors.clone()].iter().zip(&mut words[vectors]) {
+                round_vector(x, words);
+            }
         }
         let stride = gathered.len() / queries.len();
         for block in blocks.clone() {
@@ -277,6 +277,18 @@ fn one_of<const N: usize>(lines: &[Line], which: usize) -> [Line; N] {
         }
     }
     row
+}
+
+/// Rounds numbers into words, two each.
+#[inline(always)]
+fn round_vector(x: &[f32; LANES], words: &mut [i32; LANES / 2]) {
+    let mut halves = [0u16; LANES];
+    for (half, x) in halves.iter_mut().zip(x) {
+        *half = round_bf16(*x) as u16;
+    }
+    for (word, [a, b]) in words.iter_mut().zip(halves.as_chunks::<2>().0) {
+        *word = i32::from(*a) | i32::from(*b) << 16;
+    }
 }
 
 /// Rounds numbers into words, two each; what is missing of the last is 0.
