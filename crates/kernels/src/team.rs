@@ -14,10 +14,11 @@ use std::thread::{self, JoinHandle, Thread};
 
 use crate::cpu::Isa;
 
-/// How many `pause` instructions a member waits before it parks, unless told otherwise: 0.3 to 1 ms
-/// on today's x86 processors, longer than one sampling step between two tokens and shorter than
-/// anybody would notice on an idle machine.
-pub const PATIENCE: u32 = 20_000;
+/// How many `pause` instructions a member waits before it parks, unless told otherwise: 3 to 10 ms
+/// on today's x86 processors, longer than one sampling step between two tokens and than most of the
+/// times for which a host takes a virtual core away, and shorter than anybody would notice on an
+/// idle machine.
+pub const PATIENCE: u32 = 200_000;
 
 /// Most members a team may have.
 pub const MAX_THREADS: usize = 1024;
