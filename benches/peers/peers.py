@@ -27,6 +27,9 @@ PEERS = {
     "ipex bf16": ("ipex", ["ipex_engine.py"], None),
 }
 
+# The C library asks for huge pages, and keeps memory that was freed instead of giving it back page by page.
+HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=17179869184"
+
 
 def requirements():
     lines = (HERE / "requirements.txt").read_text().splitlines()
@@ -87,8 +90,11 @@ def theirs(options, python, script, model, scratch):
     command = [str(python), str(HERE / "engines" / script[0]), *script[1:], "--model", str(model), "--scratch", str(scratch)]
     command += ["--threads", str(options.threads), "--contexts", ",".join(map(str, options.contexts))]
     command += ["--tokens", "64", "--batch", str(options.batch)]
-    threads = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], str(options.threads))
-    return json.loads(call(command, {**os.environ, **threads}).strip().splitlines()[-1])
+    settings = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], str(options.threads))
+    if options.huge_pages:
+        command.append("--huge-pages")
+        settings["GLIBC_TUNABLES"] = HUGE_PAGES
+    return json.loads(call(command, {**os.environ, **settings}).strip().splitlines()[-1])
 
 
 def call(command, environment):
@@ -120,6 +126,7 @@ def main():
     parser.add_argument("--environments", type=pathlib.Path, default=HERE / "../../target/peers")
     parser.add_argument("--models", type=pathlib.Path, help="where model files are made (default: a temporary folder)")
     parser.add_argument("--from-source", action="store_true", help="also peers without a wheel for this platform")
+    parser.add_argument("--huge-pages", action="store_true", help="grant the peers what we ask the system for ourselves")
     parser.add_argument("--json", type=pathlib.Path, help="write everything there")
     options = parser.parse_args()
     wanted = [name.strip() for name in options.peers.split(",") if name.strip()]
@@ -199,6 +206,7 @@ def compare(options, wanted, models):
         "shape": options.shape,
         "threads": options.threads,
         "rounds": options.rounds,
+        "huge_pages": options.huge_pages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": requirements(),
         **facts,
@@ -211,7 +219,8 @@ def compare(options, wanted, models):
 
 
 def show(result):
-    print(f"{result['shape']}, {result['threads']} threads, {result['rounds']} rounds in turns; tokens/s, median (least - most)")
+    granted = ", peers with huge pages" if result["huge_pages"] else ""
+    print(f"{result['shape']}, {result['threads']} threads{granted}, {result['rounds']} rounds in turns; tokens/s, median (least - most)")
     measures = sorted({measure for values in result["samples"].values() for measure in values})
     for measure in measures:
         print(f"\n{measure}")

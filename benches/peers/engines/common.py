@@ -80,6 +80,7 @@ def arguments():
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--format", default="int8", help="what the engine computes in, where it has a choice")
     parser.add_argument("--scratch", default=".", help="folder for converted models")
+    parser.add_argument("--huge-pages", action="store_true", help="the model goes into memory that may have huge pages")
     options = parser.parse_args()
     options.context = -(-(max(options.contexts) + options.tokens) // 256) * 256
     return options

@@ -12,7 +12,10 @@ class LlamaCpp(Engine):
 
     def __init__(self, options):
         c.llama_backend_init()
-        self.model = c.llama_model_load_from_file(options.model.encode(), c.llama_model_default_params())
+        params = c.llama_model_default_params()
+        # A mapped file has no huge pages.
+        params.use_mmap = not options.huge_pages
+        self.model = c.llama_model_load_from_file(options.model.encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {options.model}")
         params = c.llama_context_default_params()
