@@ -37,8 +37,8 @@ const NAME: &str = "model";
 const STARTS: usize = 5;
 /// Fewest pairs that make an interval.
 pub(crate) const LEAST_PAIRS: usize = 20;
-/// Tokens that template and rounding may add to a prompt.
-const SLACK: usize = 64;
+/// Tokens that template and rounding may add to a prompt, or that the words take by which its length is found.
+const SLACK: usize = 192;
 
 /// What is put on both services.
 #[derive(Clone, Copy, Debug)]
