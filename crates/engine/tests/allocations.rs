@@ -5,7 +5,7 @@ mod support;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use casemate_container::{DType, ModelConfig, ModelDigest, Silent};
@@ -33,13 +33,18 @@ struct Seen {
     after: AtomicU64,
 }
 
-/// Starts a request whose sink allocates nothing, and wakes this thread when it is over.
-fn watch(engine: &Engine, request: Request) -> Arc<Seen> {
+/// Starts a request whose sink allocates nothing, and wakes this thread when it is over. Its first token holds the
+/// engine until all requests have been `submitted`, which allocates.
+fn watch(engine: &Engine, request: Request, submitted: &Arc<AtomicBool>) -> Arc<Seen> {
     let seen = Arc::new(Seen::default());
     let (told, waiting) = (Arc::clone(&seen), thread::current());
+    let submitted = Arc::clone(submitted);
     let sink = move |event: Event<'_>| {
         match event {
             Event::Token { text, logprobs, .. } => {
+                while !submitted.load(Ordering::Acquire) {
+                    thread::yield_now();
+                }
                 let kept = logprobs.map_or(0, |l| l.top.len());
                 told.bytes.fetch_add(text.len() + kept, Ordering::Relaxed);
                 let tokens = told.tokens.fetch_add(1, Ordering::Relaxed) + 1;
@@ -137,10 +142,12 @@ fn decoding_allocates_nothing() {
             let adapter = TinyAdapter::default().build(&model.config, container.digest());
             let adapters = vec![open_adapter(&adapter)];
             let engine = Engine::load_with(container, adapters, &options, None, &Silent).unwrap();
+            let submitted = Arc::new(AtomicBool::new(false));
             let all: Vec<_> = requests(model, engine.adapters()[0])
                 .into_iter()
-                .map(|request| watch(&engine, request))
+                .map(|request| watch(&engine, request, &submitted))
                 .collect();
+            submitted.store(true, Ordering::Release);
             let over = |seen: &Seen| seen.tokens.load(Ordering::Relaxed) == FIRST + COUNTED + 10;
             while !all.iter().all(|seen| over(seen)) {
                 thread::park();
