@@ -10,7 +10,6 @@ use casemate_kernels::attention::{
 };
 use casemate_kernels::team::Team;
 use proptest::prelude::*;
-use std::ops::Range;
 use support::{Random, assert_same_bits, describe, emulated, teams};
 
 /// One sequence's projected tokens.
