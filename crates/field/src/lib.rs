@@ -166,6 +166,61 @@ impl Field {
         });
     }
 
+    /// `row[i] = row[i] + x[i]`: int8 activations, masked by the pad that is there.
+    ///
+    /// # Panics
+    /// If the rows differ in length.
+    pub fn mask_in_place(self, row: &mut [u32], x: &[i8]) {
+        same_length(x.len(), row.len());
+        with_prime!(self, P => {
+            for (row, x) in row.iter_mut().zip(x) {
+                *row = P::add(P::from_small(i32::from(*x)), *row);
+            }
+        });
+    }
+
+    /// `out[i] = x[i] - row[i]`: int8 activations without the share that is there.
+    ///
+    /// # Panics
+    /// If the rows differ in length.
+    pub fn share_row(self, x: &[i8], row: &[u32], out: &mut [u32]) {
+        same_length(x.len(), row.len());
+        same_length(x.len(), out.len());
+        with_prime!(self, P => {
+            for ((x, row), out) in x.iter().zip(row).zip(out) {
+                *out = P::sub(P::from_small(i32::from(*x)), *row);
+            }
+        });
+    }
+
+    /// `out[i]` is `a[i] - b[i]`, [centred](Field::centre): a product without its mask.
+    ///
+    /// # Panics
+    /// If the rows differ in length.
+    pub fn difference_row(self, a: &[u32], b: &[u32], out: &mut [i32]) {
+        same_length(a.len(), out.len());
+        same_length(b.len(), out.len());
+        with_prime!(self, P => {
+            for ((a, b), out) in a.iter().zip(b).zip(out) {
+                *out = P::centre(P::sub(*a, *b));
+            }
+        });
+    }
+
+    /// `out[i]` is `a[i] + b[i]`, [centred](Field::centre): a product from those of two shares.
+    ///
+    /// # Panics
+    /// If the rows differ in length.
+    pub fn sum_row(self, a: &[u32], b: &[u32], out: &mut [i32]) {
+        same_length(a.len(), out.len());
+        same_length(b.len(), out.len());
+        with_prime!(self, P => {
+            for ((a, b), out) in a.iter().zip(b).zip(out) {
+                *out = P::centre(P::add(*a, *b));
+            }
+        });
+    }
+
     /// Integers modulo p, any.
     ///
     /// # Panics

@@ -192,6 +192,45 @@ fn every_activation_is_masked_and_unmasked() {
     }
 }
 
+/// Each in one pass is what the two passes make of it.
+#[test]
+fn what_is_done_in_one_pass_is_what_two_make_of_it() {
+    for field in Field::ALL {
+        let (a, x) = (edges(field), [-127i8, -126, -1, 0, 1, 2, 100, 126, 127]);
+        for (b, x) in a.iter().zip(x.iter().cycle()) {
+            let (b, x) = (vec![*b; a.len()], vec![*x; a.len()]);
+            let mut masked = vec![0; a.len()];
+            field.mask_row(&x, &a, &mut masked);
+            let mut in_place = a.clone();
+            field.mask_in_place(&mut in_place, &x);
+            assert_eq!(in_place, masked);
+
+            let mut share = vec![0; a.len()];
+            field.share_row(&x, &a, &mut share);
+            assert!(field.contains(&share));
+            let mut whole = vec![0; a.len()];
+            field.sum_row(&share, &a, &mut whole);
+            assert!(
+                whole
+                    .iter()
+                    .zip(&x)
+                    .all(|(whole, x)| *whole == i32::from(*x))
+            );
+
+            let (mut two, mut centred, mut one) = (a.clone(), vec![0; a.len()], vec![0; a.len()]);
+            field.sub_row(&mut two, &b);
+            field.centre_row(&two, &mut centred);
+            field.difference_row(&a, &b, &mut one);
+            assert_eq!(one, centred);
+            field.add_row(&mut two, &b);
+            field.add_row(&mut two, &b);
+            field.centre_row(&two, &mut centred);
+            field.sum_row(&a, &b, &mut one);
+            assert_eq!(one, centred);
+        }
+    }
+}
+
 /// What masks are for: a masked product, without the product of the mask, is the product.
 #[test]
 fn a_masked_product_of_extremes_is_exact_at_every_fields_full_width() {
