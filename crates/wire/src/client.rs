@@ -27,6 +27,8 @@ pub struct Client<S> {
     /// Number of the next request.
     next: u64,
     over: bool,
+    /// Bytes of elements on their way.
+    buffer: Vec<u8>,
 }
 
 /// Which product comes next, or has come.
@@ -60,6 +62,7 @@ impl<S: Read + Write> Client<S> {
             asked: VecDeque::new(),
             next: 1,
             over: false,
+            buffer: Vec::new(),
         })
     }
 
@@ -221,6 +224,7 @@ impl<S: Read + Write> Client<S> {
             answer.request,
             which(matrix, answer.rows),
             elements,
+            &mut self.buffer,
         )?;
         self.over = false;
         self.next += 1;
@@ -258,7 +262,7 @@ impl<S: Read + Write> Client<S> {
             });
         }
         header.expect_zero(which[6..] == [0, 0])?;
-        frame::read_elements(&mut self.stream, self.field, out)?;
+        frame::read_elements(&mut self.stream, self.field, out, &mut self.buffer)?;
         self.over = false;
         self.asked.pop_front();
         Ok(due)

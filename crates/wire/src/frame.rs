@@ -157,13 +157,14 @@ pub(crate) fn read_array<const N: usize>(stream: &mut impl Read) -> Result<[u8; 
     Ok(bytes)
 }
 
-/// Elements into a row of their number.
+/// Elements into a row of their number, through a buffer that is kept.
 pub(crate) fn read_elements(
     stream: &mut impl Read,
     field: Field,
     out: &mut [u32],
+    buffer: &mut Vec<u8>,
 ) -> Result<(), WireError> {
-    read_elements_from(stream, field, out, 0)
+    read_elements_from(stream, field, out, 0, buffer)
 }
 
 /// Elements in memory that grows as they come.
@@ -173,13 +174,14 @@ pub(crate) fn collect_elements(
     count: usize,
 ) -> Result<Vec<u32>, WireError> {
     let mut elements = Vec::new();
+    let mut buffer = Vec::new();
     while elements.len() < count {
         let first = elements.len();
         // Twice as much as has come, at least a piece.
         let next = (first * 2).max(PIECE / 4).min(count);
         elements.reserve_exact(next - first);
         elements.resize(next, 0);
-        read_elements_from(stream, field, &mut elements[first..], first)?;
+        read_elements_from(stream, field, &mut elements[first..], first, &mut buffer)?;
     }
     Ok(elements)
 }
@@ -189,10 +191,13 @@ fn read_elements_from(
     field: Field,
     out: &mut [u32],
     before: usize,
+    buffer: &mut Vec<u8>,
 ) -> Result<(), WireError> {
-    let mut bytes = vec![0; PIECE.min(out.len() * 4)];
+    if buffer.len() < PIECE.min(out.len() * 4) {
+        buffer.resize(PIECE.min(out.len() * 4), 0);
+    }
     for (piece, out) in out.chunks_mut(PIECE / 4).enumerate() {
-        let bytes = &mut bytes[..out.len() * 4];
+        let bytes = &mut buffer[..out.len() * 4];
         stream.read_exact(bytes)?;
         for (out, word) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
             *out = u32::from_le_bytes(*word);
@@ -218,7 +223,7 @@ pub(crate) fn write(
     Ok(())
 }
 
-/// A frame of elements, after what says which they are.
+/// A frame of elements, after what says which they are, through a buffer that is kept.
 pub(crate) fn write_elements(
     stream: &mut impl Write,
     kind: Kind,
@@ -226,15 +231,17 @@ pub(crate) fn write_elements(
     id: u64,
     which: [u8; 8],
     elements: &[u32],
+    buffer: &mut Vec<u8>,
 ) -> Result<(), WireError> {
     let header = Header::new(kind, Some(field), which.len() + elements.len() * 4, id);
-    let mut bytes = Vec::with_capacity(HEADER + which.len() + PIECE);
-    bytes.extend_from_slice(&header.encode());
-    bytes.extend_from_slice(&which);
+    buffer.clear();
+    buffer.reserve(HEADER + which.len() + PIECE.min(elements.len() * 4));
+    buffer.extend_from_slice(&header.encode());
+    buffer.extend_from_slice(&which);
     for piece in elements.chunks(PIECE / 4) {
-        bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
-        stream.write_all(&bytes)?;
-        bytes.clear();
+        buffer.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+        stream.write_all(buffer)?;
+        buffer.clear();
     }
     stream.flush()?;
     Ok(())

@@ -268,6 +268,8 @@ impl<R: Read> Receiver<R> {
 pub struct Responder<W> {
     stream: W,
     field: Field,
+    /// Bytes of elements on their way.
+    buffer: Vec<u8>,
 }
 
 impl<W: Write> Responder<W> {
@@ -278,7 +280,11 @@ impl<W: Write> Responder<W> {
     pub fn open(mut stream: W, hello: Hello, offer: &Welcome) -> Result<Responder<W>, WireError> {
         offer.write(&mut stream, hello.field)?;
         let field = hello.field;
-        Ok(Responder { stream, field })
+        Ok(Responder {
+            stream,
+            field,
+            buffer: Vec::new(),
+        })
     }
 
     /// The stream, to give it another time limit.
@@ -318,6 +324,7 @@ impl<W: Write> Responder<W> {
             to.request,
             which,
             elements,
+            &mut self.buffer,
         )
     }
 }
