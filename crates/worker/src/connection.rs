@@ -9,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use casemate_wire::{
-    Load, Multiply, Receiver, Refusal, Request, Responder, Timed, Weights, Welcome, WireError,
-    refuse,
+    Load, Multiply, Receiver, Refusal, Request, Responder, Weights, Welcome, WireError, refuse,
 };
 
 use crate::backend::{Backend, BackendError, Device};
 use crate::memory::{MAX_PAYLOAD, MAX_ROWS, Share, Taken, WINDOW};
+use crate::stream::Stream;
 
 /// How long a client may take.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +61,9 @@ pub enum Ended {
     /// This worker.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The client, before it said anything: no handshake came about.
+    #[error("no TLS handshake with the client: {0}")]
+    Handshake(#[source] std::io::Error),
     /// A defect of this worker, which it survives.
     #[error("a thread of the connection panicked")]
     Panicked,
@@ -71,6 +74,7 @@ impl Ended {
         match self {
             Ended::Wire(error) => error.refusal(),
             Ended::Backend(_) | Ended::Panicked => Some(Refusal::Failed),
+            Ended::Handshake(_) => None,
         }
     }
 }
@@ -80,11 +84,12 @@ impl Ended {
 /// # Errors
 /// Why it ended otherwise. The client was told, if it could be.
 pub fn serve(
-    mut stream: Timed,
+    stream: impl Into<Stream>,
     device: &dyn Device,
     memory: u64,
     limits: &Limits,
 ) -> Result<Served, Ended> {
+    let mut stream: Stream = stream.into();
     let mut writer = stream.another().map_err(WireError::from)?;
     stream.within(Some(limits.opening));
     writer.within(Some(limits.opening));
@@ -112,7 +117,7 @@ pub fn serve(
 }
 
 /// Says why and that nothing else will come.
-fn dismiss(stream: &mut Timed, ended: &Ended, limit: Duration) {
+fn dismiss(stream: &mut Stream, ended: &Ended, limit: Duration) {
     stream.within(Some(limit));
     if let Some(why) = ended.refusal() {
         // Whoever does not take it has gone already.
@@ -123,7 +128,7 @@ fn dismiss(stream: &mut Timed, ended: &Ended, limit: Duration) {
 
 /// Reads what a client still sends, for a moment: closing a connection with something unread in it would take
 /// back what was said last.
-pub(crate) fn farewell(stream: &mut Timed, limit: Duration) {
+pub(crate) fn farewell(stream: &mut Stream, limit: Duration) {
     stream.within(Some(limit));
     let mut scratch = [0; 16 << 10];
     while matches!(stream.read(&mut scratch), Ok(1..)) {}
@@ -145,8 +150,8 @@ struct Counted {
 }
 
 fn run(
-    mut receiver: Receiver<Timed>,
-    mut writer: Timed,
+    mut receiver: Receiver<Stream>,
+    mut writer: Stream,
     offer: &Welcome,
     device: &dyn Device,
     limits: &Limits,
@@ -199,7 +204,7 @@ impl Drop for Raise<'_> {
 
 /// Reads requests until the client closes the connection or nobody answers any more.
 fn read(
-    receiver: &mut Receiver<Timed>,
+    receiver: &mut Receiver<Stream>,
     admit: impl Fn(Load) -> Result<Counted, WireError>,
     work: &SyncSender<Work>,
     gone: &AtomicBool,
@@ -229,7 +234,7 @@ fn read(
 
 /// Waits for a frame to begin; false if none will.
 fn wait(
-    receiver: &mut Receiver<Timed>,
+    receiver: &mut Receiver<Stream>,
     gone: &AtomicBool,
     limits: &Limits,
 ) -> Result<bool, WireError> {
@@ -260,7 +265,7 @@ fn admit(load: Load, device: &dyn Device, share: &Share) -> Result<Counted, Wire
 
 /// The thread that computes and answers.
 struct Answering {
-    responder: Responder<Timed>,
+    responder: Responder<Stream>,
     backend: Box<dyn Backend>,
     limits: Limits,
     /// Memory of matrices.
@@ -311,7 +316,7 @@ impl Answering {
     /// Sends an answer, which has its time to be taken.
     fn send(
         &mut self,
-        answer: impl FnOnce(&mut Responder<Timed>) -> Result<(), WireError>,
+        answer: impl FnOnce(&mut Responder<Stream>) -> Result<(), WireError>,
     ) -> Result<(), Ended> {
         self.responder.stream().within(Some(self.limits.frame));
         let sent = answer(&mut self.responder);

@@ -7,6 +7,7 @@
 //! | [`memory`] | how much each connection may take, and the sizes people write |
 //! | [`connection`] | one client, from HELLO to the end |
 //! | [`listener`] | where clients arrive, and how many at once |
+//! | [`stream`], [`tls`] | their bytes, in clear or through TLS with a key that enclaves pin |
 //!
 //! Nor does the worker trust its clients: whoever reaches its socket gets a share of its memory and
 //! of its time, and nothing else. A client that breaks the protocol loses its connection.
@@ -17,3 +18,5 @@ pub mod backend;
 pub mod connection;
 pub mod listener;
 pub mod memory;
+pub mod stream;
+pub mod tls;

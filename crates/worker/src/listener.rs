@@ -15,7 +15,9 @@ use casemate_wire::{Address, Refusal, Timed, refuse};
 use tracing::{info, warn};
 
 use crate::backend::Device;
-use crate::connection::{self, Limits};
+use crate::connection::{self, Ended, Limits, Served};
+use crate::stream::Stream;
+use crate::tls::{Identity, Session};
 
 /// How long one who finds no place is listened to, so that it can read why.
 const TURNED_AWAY: Duration = Duration::from_millis(50);
@@ -98,6 +100,22 @@ pub struct Places {
     pub memory: u64,
     /// How long clients may take.
     pub limits: Limits,
+    /// What clients are shown through TLS; without one, they are served in clear.
+    pub identity: Option<Identity>,
+}
+
+impl Places {
+    /// Serves a client until it leaves.
+    fn serve(&self, mut socket: Timed) -> Result<Served, Ended> {
+        socket.within(Some(self.limits.opening));
+        let stream = match &self.identity {
+            Some(identity) => Session::accept(socket, identity)
+                .map_err(Ended::Handshake)?
+                .into(),
+            None => Stream::from(socket),
+        };
+        connection::serve(stream, &*self.device, self.memory, &self.limits)
+    }
 }
 
 /// Serves whoever comes, for ever.
@@ -121,15 +139,17 @@ pub fn serve(listener: &Listener, places: &Arc<Places>) -> ! {
                 "connection {number} from {from}: all {} places are taken",
                 places.count
             );
-            turn_away(stream);
+            // Through TLS it would take a handshake to be told so.
+            if places.identity.is_none() {
+                turn_away(stream.into());
+            }
             continue;
         };
         info!("connection {number} from {from}");
         let places = Arc::clone(places);
         let serve = move || {
             let _place = place;
-            let device = &*places.device;
-            match connection::serve(stream, device, places.memory, &places.limits) {
+            match places.serve(stream) {
                 Ok(served) => info!(
                     "connection {number}: closed by its client after {} matrices, {} products",
                     served.matrices, served.products
@@ -146,7 +166,7 @@ pub fn serve(listener: &Listener, places: &Arc<Places>) -> ! {
     }
 }
 
-fn turn_away(mut stream: Timed) {
+fn turn_away(mut stream: Stream) {
     stream.within(Some(TURNED_AWAY));
     if refuse(&mut stream, Refusal::Busy).is_ok() {
         stream.shutdown(Shutdown::Write);

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -13,6 +14,7 @@ use casemate_worker::backend::{Device, cpu::Cpu};
 use casemate_worker::connection::Limits;
 use casemate_worker::listener::{self, Listener, Places};
 use casemate_worker::memory::{Share, TooLittle, parse_size};
+use casemate_worker::tls::Identity;
 use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
@@ -23,7 +25,7 @@ const CODES: &str = "\
 Exit codes:
    0  stopped as it was told to
    2  wrong usage
-  40  the system: address taken, no such device, no threads";
+  40  the system: address taken, no such device, no threads, no key";
 
 const USAGE: u8 = 2;
 const SYSTEM: u8 = 40;
@@ -44,6 +46,9 @@ struct Arguments {
     /// How many connections at once
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
     connections: u16,
+    /// Serve through TLS with the private key in this file, which is made if it is not there
+    #[arg(long, value_name = "FILE")]
+    identity: Option<PathBuf>,
     /// What multiplies
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     backend: Backend,
@@ -88,6 +93,11 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let memory = Share::of(arguments.memory, arguments.connections.into())?;
+    let identity = arguments
+        .identity
+        .as_deref()
+        .map(Identity::at)
+        .transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
@@ -108,7 +118,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         device.name(),
         arguments.connections
     );
+    if let Some(identity) = &identity {
+        println!("key {}", identity.fingerprint());
+    }
     let places = Arc::new(Places {
+        identity,
         device,
         count: arguments.connections.into(),
         memory,
