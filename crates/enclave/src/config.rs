@@ -11,14 +11,16 @@ use axum::http::uri::Authority;
 use casemate_attest::TomlFault;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::{Compute, KvType, Speculation};
-use casemate_offload::plan::Preset;
 use casemate_release::api_key;
-use casemate_wire::Address;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
 use crate::api::Extraction;
+
+mod offload;
+
+pub use offload::{Offload, Share, Spill, Workers};
 
 /// Largest configuration file that is read, in bytes.
 const MAX_BYTES: u64 = 64 << 10;
@@ -65,39 +67,6 @@ pub struct Config {
     pub extraction: Extraction,
     /// Which products a worker computes; absent, none.
     pub offload: Option<Offload>,
-}
-
-/// `[offload]`
-#[derive(Deserialize, Clone)]
-#[serde(deny_unknown_fields)]
-pub struct Offload {
-    /// Which matrices go to the worker: `"secureinfer"` or `"full-linear"`.
-    #[serde(deserialize_with = "preset")]
-    pub plan: Preset,
-    /// Where `casemate-worker` listens: `tcp:IP:PORT` or `unix:PATH`. Nobody has to trust it.
-    #[serde(deserialize_with = "worker")]
-    pub worker: Address,
-    /// Memory for masks, in bytes.
-    #[serde(default = "default_pool")]
-    pub pool_bytes: u64,
-}
-
-fn default_pool() -> u64 {
-    1 << 30
-}
-
-fn preset<'de, D: Deserializer<'de>>(d: D) -> Result<Preset, D::Error> {
-    let preset: Preset = String::deserialize(d)?.parse().map_err(D::Error::custom)?;
-    match preset {
-        Preset::None => Err(D::Error::custom(
-            "a plan of `none` sends nothing: leave [offload] out",
-        )),
-        preset => Ok(preset),
-    }
-}
-
-fn worker<'de, D: Deserializer<'de>>(d: D) -> Result<Address, D::Error> {
-    String::deserialize(d)?.parse().map_err(D::Error::custom)
 }
 
 /// Most adapters: a session with the broker brings 16 keys, one of them the model's.
@@ -410,6 +379,9 @@ impl MeasuredConfig {
 
 #[cfg(test)]
 mod tests {
+    use casemate_offload::plan::Preset;
+    use casemate_wire::Address;
+
     use super::*;
 
     const KEY: &str = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
@@ -450,8 +422,8 @@ mod tests {
         let offload = parsed("int8-row", section).map(|found| found.config.offload);
         let offload = offload.unwrap_or_else(|e| panic!("{e}")).unwrap();
         assert_eq!(offload.plan, Preset::FullLinear);
-        assert_eq!(offload.worker.to_string(), "tcp:10.0.0.9:8600");
-        assert_eq!(offload.pool_bytes, 1 << 30);
+        let at = |address: &Address| address.to_string() == "tcp:10.0.0.9:8600";
+        assert!(matches!(&offload.workers, Workers::One { address, .. } if at(address)));
 
         for (compute, section, why) in [
             ("int8", section.to_owned(), "needs compute = \"int8-row\""),

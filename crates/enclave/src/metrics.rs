@@ -241,6 +241,11 @@ impl Metrics {
                     found.failures as f64,
                 ),
                 (
+                    "offload_set_aside_total",
+                    "How often a worker was set aside because waiting for it cost too much time.",
+                    found.set_aside as f64,
+                ),
+                (
                     "offload_misconduct_total",
                     "Answers of workers that no honest one gives, all of them noticed.",
                     found.misconduct as f64,

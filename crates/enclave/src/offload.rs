@@ -1,6 +1,10 @@
 //! Products that a worker computes, whom nobody has to trust: which of this model's matrices it gets, how it is reached, and
 //! what is logged and counted. How rows are masked and answers checked is `casemate_offload`'s.
 
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +12,8 @@ use anyhow::{Context, Result, bail};
 use casemate_container::Manifest;
 use casemate_offload::layers::Layers;
 use casemate_offload::plan::{self, Place, Preset, Tensor, Why};
-use casemate_offload::{BootKey, Config, Event, Offload, Transport, Workers};
+use casemate_offload::{BootKey, Connect, Encrypted, Event, Offload, Pin, Transport, Workers};
+use casemate_wire::Address;
 use tracing::{info, warn};
 use zeroize::Zeroizing;
 
@@ -21,7 +26,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// [started](Layers::start).
 ///
 /// # Errors
-/// If the plan sends nothing of it, with the first tensor that it would send were it public; if there is no randomness.
+/// If the plan sends nothing of it, with the first tensor that it would send were it public; if there is no randomness, or no
+/// file where masks are to lie.
 pub fn prepare(
     config: &config::Offload,
     manifest: &Manifest,
@@ -32,21 +38,58 @@ pub fn prepare(
     aws_lc_rs::rand::fill(&mut *fresh)
         .ok()
         .context("the system gave no randomness")?;
-    let address = config.worker.clone();
-    let connect = Box::new(move || {
-        let connection = address.connect(CONNECT)?;
-        Ok(Box::new(connection) as Box<dyn Transport>)
-    });
-    let limits = Config {
-        pool_bytes: config.pool_bytes,
-        ..Config::default()
-    };
-    let worker = config.worker.to_string();
-    let observer = Box::new(move |event| tell(&worker, event));
-    let boot = BootKey::new(fresh);
-    let offload = Arc::new(Offload::new(limits, boot, Workers::One(connect), observer));
+    let (names, workers) = reach(&config.workers);
+    let observer = Box::new(move |event| tell(&names, event));
+    let (limits, boot) = (config.limits.clone(), BootKey::new(fresh));
+    let offload = Arc::new(Offload::new(limits, boot, workers, observer));
+    if let Some(spill) = &config.spill {
+        let directory = spill.directory.display();
+        let file = unnamed(&spill.directory)
+            .with_context(|| format!("cannot keep masks in {directory}"))?;
+        offload.spill_to(file, spill.bytes);
+    }
     let layers = Arc::new(Layers::new(Arc::clone(&offload), config.plan));
     Ok((offload, layers))
+}
+
+/// What workers are called in logs, and how they are reached.
+fn reach(workers: &config::Workers) -> (Vec<String>, Workers) {
+    let encrypted =
+        |address: Address, key: Pin| Encrypted::new(move || address.connect(CONNECT), key, CONNECT);
+    match workers {
+        config::Workers::One { address, key } => {
+            let names = vec![address.to_string()];
+            let address = address.clone();
+            let connect: Connect = match key {
+                Some(key) => encrypted(address, *key).into_connect(),
+                None => Box::new(move || {
+                    let connection = address.connect(CONNECT)?;
+                    Ok(Box::new(connection) as Box<dyn Transport>)
+                }),
+            };
+            (names, Workers::One(connect))
+        }
+        config::Workers::Two(shares) => {
+            let address = |share: &config::Share| Address::Tcp(share.worker);
+            let names = shares.iter().map(|share| address(share).to_string());
+            let both = shares
+                .each_ref()
+                .map(|share| encrypted(address(share), share.key));
+            (names.collect(), Workers::Two(both))
+        }
+    }
+}
+
+/// A new file without a name, so that nobody opens it by one and it is gone when this process is.
+fn unnamed(directory: &Path) -> io::Result<File> {
+    let mut random = [0; 16];
+    aws_lc_rs::rand::fill(&mut random).map_err(io::Error::other)?;
+    let path = directory.join(format!("casemate-masks-{}", hex::encode(random)));
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).create_new(true).mode(0o600);
+    let file = options.open(&path)?;
+    fs::remove_file(&path)?;
+    Ok(file)
 }
 
 /// Refuses a plan that the provider did not allow, and logs what becomes of the others.
@@ -80,10 +123,16 @@ fn check(preset: Preset, tensors: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
-fn tell(worker: &str, event: Event) {
+fn tell(names: &[String], event: Event) {
+    let worker = names.get(event.worker()).map_or("", String::as_str);
     match event {
         Event::Admitted { .. } => info!(worker, "the worker holds all matrices"),
         Event::Failed { fault, .. } => warn!(worker, "{fault}; products are computed here"),
+        Event::SetAside { fault, wait, .. } => warn!(
+            worker,
+            seconds = wait.as_secs(),
+            "{fault}; it is set aside, and products are computed here"
+        ),
         Event::Quarantined {
             fault,
             readmissions_left,
@@ -101,6 +150,8 @@ fn tell(worker: &str, event: Event) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use casemate_container::Access;
 
@@ -110,6 +161,16 @@ mod tests {
             shape: vec![64, 64],
             access,
         }
+    }
+
+    #[test]
+    fn a_file_for_masks_has_no_name_and_needs_a_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut file = unnamed(directory.path()).unwrap();
+        file.write_all(b"sealed").unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 6);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert!(unnamed(&directory.path().join("nothing")).is_err());
     }
 
     #[test]

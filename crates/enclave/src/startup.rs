@@ -430,7 +430,10 @@ fn unlock_and_pack(
     let outsource = layers.map(|layers| layers as Arc<dyn Outsource>);
     let engine = Engine::load_with(model, adapters, &options, outsource, &Silent)?;
     if let Some((offload, layers)) = offload {
-        layers.start().context("cannot start the worker's thread")?;
+        layers.start().context("cannot start the offload")?;
+        if let Some(granted) = offload.mask_memory() {
+            report_memory("masks, which come as there is time", Some(granted));
+        }
         metrics.offload(offload);
     }
     info!(

@@ -12,10 +12,10 @@
 use casemate_field::{Field, products::accumulate};
 use casemate_kernels::panels::Int8Matrix;
 use casemate_kernels::team::Team;
-use subtle::{Choice, ConstantTimeEq};
-use zeroize::Zeroizing;
+use subtle::ConstantTimeEq;
 
 use crate::keys::{BootKey, Uniform};
+use crate::memory::Buffer;
 use crate::pad::Masked;
 
 /// Vectors for each matrix.
@@ -40,29 +40,31 @@ impl Challenges {
         weights: &Int8Matrix,
     ) -> Challenge {
         let (rows, columns) = (weights.rows(), weights.columns());
-        let mut row = Zeroizing::new(vec![0; columns]);
-        let vectors = [0, 1].map(|which| {
-            let mut s = Zeroizing::new(vec![0; rows]);
-            let index = u64::from(round) * VECTORS as u64 + which;
-            self.0.row(field, group, index, &mut s);
-            s
-        });
-        let mut sums = [(); VECTORS].map(|()| Zeroizing::new(vec![0i64; columns]));
+        let mut row = vec![0; columns];
+        let secrets = Buffer::zeros(VECTORS * (rows + columns));
+        let mut secrets = secrets.expect("memory for secret vectors");
+        let (vectors, projected) = secrets.split_at_mut(VECTORS * rows);
+        for (which, s) in vectors.chunks_exact_mut(rows).enumerate() {
+            let index = u64::from(round) * VECTORS as u64 + which as u64;
+            self.0.row(field, group, index, s);
+        }
+        let sums = Buffer::<i64>::zeros(VECTORS * columns);
+        let mut sums = sums.expect("memory for sums");
         for i in 0..rows {
             weights.row(i, &mut row);
-            for (sums, s) in sums.iter_mut().zip(&vectors) {
+            let vectors = vectors.chunks_exact(rows);
+            for (sums, s) in sums.chunks_exact_mut(columns).zip(vectors) {
                 accumulate(sums, s[i], &row);
             }
         }
-        let projected = sums.map(|sums| {
-            let mut projected = Zeroizing::new(vec![0; columns]);
-            field.settle_row(&sums, &mut projected);
-            projected
-        });
+        let projected = projected.chunks_exact_mut(columns);
+        for (sums, projected) in sums.chunks_exact(columns).zip(projected) {
+            field.settle_row(sums, projected);
+        }
         Challenge {
             field,
-            vectors,
-            projected,
+            outputs: rows,
+            secrets,
         }
     }
 }
@@ -70,15 +72,21 @@ impl Challenges {
 /// The secret vectors for one matrix, and what they make of it.
 pub(crate) struct Challenge {
     field: Field,
-    /// s1 and s2, as long as the matrix has rows.
-    vectors: [Zeroizing<Vec<u32>>; VECTORS],
-    /// s1·W and s2·W.
-    projected: [Zeroizing<Vec<u32>>; VECTORS],
+    outputs: usize,
+    /// s1 and s2, as long as the matrix has rows; s1·W and s2·W, as long as it has columns.
+    secrets: Buffer<u32>,
 }
 
 /// What a product has to project to. Computed while the worker works.
 pub(crate) struct Expected {
-    rows: Zeroizing<Vec<[u32; VECTORS]>>,
+    rows: Buffer<u32>,
+}
+
+impl Expected {
+    /// The memory, once nobody needs it any more.
+    pub(crate) fn into_room(self) -> Buffer<u32> {
+        self.rows
+    }
 }
 
 /// A product that failed its check, or is no product. It says nothing else: not where, not by how much.
@@ -89,63 +97,73 @@ pub(crate) struct Wrong;
 pub(crate) struct Checked {
     field: Field,
     outputs: usize,
-    elements: Vec<u32>,
+    elements: Buffer<u32>,
 }
 
 impl Challenge {
     /// Elements of a row of the product.
     pub(crate) fn outputs(&self) -> usize {
-        self.vectors[0].len()
+        self.outputs
     }
 
-    /// What the product of these rows has to project to.
-    pub(crate) fn expect(&self, team: &Team, masked: &Masked) -> Expected {
-        let rows = masked.elements().chunks_exact(masked.columns());
-        Expected {
-            rows: self.project(team, &self.projected, rows),
-        }
+    /// s1 and s2.
+    fn vectors(&self) -> [&[u32]; VECTORS] {
+        let vectors = &self.secrets[..VECTORS * self.outputs];
+        vectors.split_at(self.outputs).into()
+    }
+
+    /// s1·W and s2·W.
+    fn projected(&self) -> [&[u32]; VECTORS] {
+        let projected = &self.secrets[VECTORS * self.outputs..];
+        projected.split_at(projected.len() / VECTORS).into()
+    }
+
+    /// What the product of these rows has to project to, in `room`.
+    pub(crate) fn expect(&self, team: &Team, masked: &Masked, mut room: Buffer<u32>) -> Expected {
+        let (rows, width) = (masked.elements(), masked.columns());
+        room.room(VECTORS * masked.rows());
+        self.project(team, self.projected(), rows, width, &mut room);
+        Expected { rows: room }
     }
 
     /// Accepts an answer if every row of it is what was expected. All rows are looked at in any case.
+    /// What they project to is found in `room`.
     pub(crate) fn check(
         &self,
         team: &Team,
         expected: &Expected,
-        answer: Vec<u32>,
+        answer: Buffer<u32>,
+        room: &mut Buffer<u32>,
     ) -> Result<Checked, Wrong> {
-        let outputs = self.outputs();
-        if answer.len() != expected.rows.len() * outputs || !self.field.contains(&answer) {
+        let rows = expected.rows.len() / VECTORS;
+        if answer.len() != rows * self.outputs || !self.field.contains(&answer) {
             return Err(Wrong);
         }
-        let found = self.project(team, &self.vectors, answer.chunks_exact(outputs));
-        let mut same = Choice::from(1);
-        for (found, expected) in found.iter().zip(expected.rows.iter()) {
-            same &= found[..].ct_eq(&expected[..]);
-        }
-        if bool::from(same) {
-            Ok(Checked {
+        let found = room.room(VECTORS * rows);
+        self.project(team, self.vectors(), &answer, self.outputs, found);
+        match bool::from(found.ct_eq(&expected.rows)) {
+            true => Ok(Checked {
                 field: self.field,
-                outputs,
+                outputs: self.outputs,
                 elements: answer,
-            })
-        } else {
-            Err(Wrong)
+            }),
+            false => Err(Wrong),
         }
     }
 
     /// The products of rows with both vectors.
-    fn project<'a>(
+    fn project(
         &self,
         team: &Team,
-        [a, b]: &[Zeroizing<Vec<u32>>; VECTORS],
-        rows: impl Iterator<Item = &'a [u32]>,
-    ) -> Zeroizing<Vec<[u32; VECTORS]>> {
-        let rows: Vec<&[u32]> = rows.collect();
-        let mut out = Zeroizing::new(vec![[0; VECTORS]; rows.len()]);
-        team.for_each_chunk_mut(&mut out, 1, |row, out| {
-            out[0] = self.field.dots([a, b], rows[row]);
+        vectors: [&[u32]; VECTORS],
+        rows: &[u32],
+        width: usize,
+        out: &mut [u32],
+    ) {
+        team.for_each_chunk_mut(out, VECTORS, |row, out| {
+            let row = &rows[row * width..][..width];
+            out.copy_from_slice(&self.field.dots(vectors, row));
         });
-        out
     }
 }
 
@@ -155,7 +173,7 @@ impl Checked {
     /// # Panics
     /// If there are not as many numbers of each.
     pub(crate) fn without(&self, team: &Team, products: &[u32], sums: &mut [i32]) {
-        self.restore(team, products, sums, Field::sub_row);
+        self.restore(team, products, sums, Field::difference_row);
     }
 
     /// The exact sums, from the products of two shares.
@@ -163,7 +181,12 @@ impl Checked {
     /// # Panics
     /// If there are not as many numbers of each.
     pub(crate) fn with(&self, team: &Team, other: &Checked, sums: &mut [i32]) {
-        self.restore(team, &other.elements, sums, Field::add_row);
+        self.restore(team, &other.elements, sums, Field::sum_row);
+    }
+
+    /// The memory, once nobody needs the answer any more.
+    pub(crate) fn into_room(self) -> Buffer<u32> {
+        self.elements
     }
 
     fn restore(
@@ -171,16 +194,13 @@ impl Checked {
         team: &Team,
         others: &[u32],
         sums: &mut [i32],
-        join: fn(Field, &mut [u32], &[u32]),
+        join: fn(Field, &[u32], &[u32], &mut [i32]),
     ) {
         let same = self.elements.len() == sums.len() && others.len() == sums.len();
         assert!(same, "as many sums as elements");
-        let own = || Zeroizing::new(vec![0; self.outputs]);
-        team.for_each_chunk_mut_with(sums, self.outputs, own, |row, i, sums| {
-            let at = i * self.outputs;
-            row.copy_from_slice(&self.elements[at..][..self.outputs]);
-            join(self.field, row, &others[at..][..self.outputs]);
-            self.field.centre_row(row, sums);
+        team.for_each_chunk_mut(sums, self.outputs, |row, sums| {
+            let at = row * self.outputs..(row + 1) * self.outputs;
+            join(self.field, &self.elements[at.clone()], &others[at], sums);
         });
     }
 }
@@ -205,10 +225,11 @@ mod tests {
         let weights = random.matrix(shape.0, shape.1);
         let pads = Pads::new(&boot, b"pads");
         let mut sequence = pads.sequence();
-        let spent: Vec<Pad> = (0..rows).map(|_| sequence.next()).collect();
-        let masked = pads.hide(&team(), field, spent, &random.row(rows * shape.1), shape.1);
+        let mut spent: Vec<Pad> = (0..rows).map(|_| sequence.next()).collect();
+        let x = random.row(rows * shape.1);
+        let masked = pads.hide(&team(), field, &mut spent, &x, shape.1, Buffer::default());
         let challenge = Challenges::new(&boot).draw(field, 3, 1, &weights);
-        let expected = challenge.expect(&team(), &masked);
+        let expected = challenge.expect(&team(), &masked, Buffer::default());
         let answer = multiply(field, &weights, &masked);
         Exchange {
             weights,
@@ -216,6 +237,17 @@ mod tests {
             expected,
             masked,
             answer,
+        }
+    }
+
+    impl Challenge {
+        fn judge(&self, expected: &Expected, answer: &[u32]) -> Result<Checked, Wrong> {
+            self.check(
+                &team(),
+                expected,
+                Buffer::of(answer),
+                &mut Buffer::default(),
+            )
         }
     }
 
@@ -240,8 +272,8 @@ mod tests {
             (Field::P31, 4, (300, 2)),
         ] {
             let e = exchange(&mut random, field, rows, shape);
-            let checked = e.challenge.check(&team(), &e.expected, e.answer.clone());
-            assert!(checked.ok().unwrap().elements == e.answer);
+            let checked = e.challenge.judge(&e.expected, &e.answer);
+            assert!(*checked.ok().unwrap().elements == *e.answer);
         }
     }
 
@@ -259,7 +291,7 @@ mod tests {
                     return;
                 }
                 faults += 1;
-                assert!(e.challenge.check(&team(), &e.expected, answer).is_err());
+                assert!(e.challenge.judge(&e.expected, &answer).is_err());
             };
             for at in 0..e.answer.len() {
                 let right = e.answer[at];
@@ -335,10 +367,7 @@ mod tests {
             replies.push(exchange(&mut random, field, 3, shape).answer);
             for (which, answer) in replies.into_iter().enumerate() {
                 assert_ne!(answer, e.answer, "{which} changed nothing");
-                assert!(
-                    e.challenge.check(&team(), &e.expected, answer).is_err(),
-                    "{which}"
-                );
+                assert!(e.challenge.judge(&e.expected, &answer).is_err(), "{which}");
             }
         }
     }
@@ -351,7 +380,7 @@ mod tests {
             for at in 0..e.answer.len() {
                 let mut answer = e.answer.clone();
                 answer[at] += field.modulus();
-                assert!(e.challenge.check(&team(), &e.expected, answer).is_err());
+                assert!(e.challenge.judge(&e.expected, &answer).is_err());
             }
         }
     }
@@ -367,7 +396,7 @@ mod tests {
         let e = exchange(&mut random, field, 1, shape);
         let known = challenges.draw(field, 0, 0, &e.weights);
         // Orthogonal to both vectors: their cross product.
-        let [a, b] = &known.vectors;
+        let [a, b] = known.vectors();
         let error: Vec<u32> = (0..3)
             .map(|i| {
                 let (j, k) = ((i + 1) % 3, (i + 2) % 3);
@@ -378,11 +407,8 @@ mod tests {
         let mut wrong = e.answer.clone();
         field.add_row(&mut wrong, &error);
         let check = |challenge: &Challenge| {
-            challenge.check(
-                &team(),
-                &challenge.expect(&team(), &e.masked),
-                wrong.clone(),
-            )
+            let expected = challenge.expect(&team(), &e.masked, Buffer::default());
+            challenge.judge(&expected, &wrong)
         };
         assert!(
             check(&known).is_ok(),
@@ -408,28 +434,24 @@ mod tests {
                 let pad = sequence.next();
                 let mut r = vec![0; columns];
                 pads.elements(field, &pad, &mut r);
-                let masked = pads.hide(&team(), field, vec![pad], &extreme[..columns], columns);
+                let (mut pad, x) = (vec![pad], &extreme[..columns]);
+                let masked = pads.hide(&team(), field, &mut pad, x, columns, Buffer::default());
                 let challenge =
                     Challenges::new(&boot).draw(field, 0, random.next() as u32, &weights);
-                let expected = challenge.expect(&team(), &masked);
+                let expected = challenge.expect(&team(), &masked, Buffer::default());
                 let answer = multiply(field, &weights, &masked);
                 let mut sums = [0; 2];
-                let checked = challenge.check(&team(), &expected, answer).ok().unwrap();
+                let checked = challenge.judge(&expected, &answer).ok().unwrap();
                 checked.without(&team(), &product(field, &weights, &r), &mut sums);
                 let largest = 127 * 127 * columns as i32;
                 assert_eq!(sums, [largest, -largest]);
                 // In shares.
-                let shares = pads.share(
-                    &team(),
-                    field,
-                    vec![sequence.next()],
-                    &extreme[..columns],
-                    columns,
-                );
+                let (mut pad, rooms) = (vec![sequence.next()], Default::default());
+                let shares = pads.share(&team(), field, &mut pad, x, columns, rooms);
                 let [one, two] = shares.map(|masked| {
-                    let expected = challenge.expect(&team(), &masked);
+                    let expected = challenge.expect(&team(), &masked, Buffer::default());
                     let answer = multiply(field, &weights, &masked);
-                    challenge.check(&team(), &expected, answer).ok().unwrap()
+                    challenge.judge(&expected, &answer).ok().unwrap()
                 });
                 one.with(&team(), &two, &mut sums);
                 assert_eq!(sums, [largest, -largest]);

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use casemate_field::{Field, digits::DIGITS};
+use casemate_kernels::mem::Region;
 use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8, matmul_int8_sums};
 use casemate_kernels::team::Team;
 
 use crate::check::{Challenge, Challenges};
 use crate::keys::BootKey;
+use crate::memory::Buffer;
 use crate::pad::{Pad, Pads};
 use crate::pool::{Pool, Shelf};
 
@@ -51,12 +53,18 @@ impl Bench {
         let pads = Pads::new(boot, b"pads");
         Bench {
             field,
-            shelf: Shelf::new(field, pads.sequence()),
+            shelf: shelf(field, &pads, 1, weights.rows()),
             pads,
             challenge: Challenges::new(boot).draw(field, 0, 0, &weights),
             rows: Int8Rows::with_capacity(0, weights.columns()),
             weights,
         }
+    }
+
+    /// The matrix.
+    #[must_use]
+    pub fn weights(&self) -> &Int8Matrix {
+        &self.weights
     }
 
     /// The product of so many rows in the enclave alone.
@@ -71,10 +79,10 @@ impl Bench {
 
     /// Making so many masks at once.
     pub fn masks(&mut self, team: &Team, count: usize) -> Duration {
-        let _ = self.shelf.take(self.shelf.level(), 0);
+        self.shelf = shelf(self.field, &self.pads, count, self.weights.rows());
         let pool = Pool::new(u64::MAX, count);
-        // Enough for `count`, whatever is kept beside them.
-        let bytes = (count * (self.weights.rows() * 4 + 4096)) as u64;
+        // Of masks of which each takes a little more than its numbers.
+        let bytes = (count * (self.weights.rows() * 4 + 64)) as u64;
         pool.divide(bytes, [self.weights.rows()].into_iter());
         let begin = Instant::now();
         pool.step(team, &self.pads, [(&self.shelf, &self.weights)].into_iter());
@@ -89,26 +97,34 @@ impl Bench {
     pub fn online(&mut self, team: &Team, count: usize) -> Online {
         let (outputs, columns) = (self.weights.rows(), self.weights.columns());
         self.masks(team, count);
-        let taken = self
-            .shelf
-            .take(count, 0)
-            .expect("as many masks as were made");
-        let pads: Vec<Pad> = taken.pads;
+        let mut pads: Vec<Pad> = Vec::new();
+        let mut products = Buffer::default();
+        let taken = self.shelf.take(count, 0, &mut pads, &mut products);
+        assert!(taken, "as many masks as were made");
         let x = activations(count, columns);
+        // All memory is there, as it is from the second product on.
+        let (mut room, mut other) = (Buffer::default(), Buffer::default());
+        room.room(x.len()).fill(0);
+        other.room(2 * count).fill(0);
         let begin = Instant::now();
-        let masked = self.pads.hide(team, self.field, pads, &x, columns);
+        let masked = self
+            .pads
+            .hide(team, self.field, &mut pads, &x, columns, room);
         let hide = begin.elapsed();
-        let answer = self.product(team, masked.elements(), count);
+        let mut answer = Buffer::default();
+        self.product(team, masked.elements(), answer.room(count * outputs));
+        let mut found = Buffer::default();
+        found.room(2 * count).fill(0);
         let begin = Instant::now();
-        let expected = self.challenge.expect(team, &masked);
-        let checked = self.challenge.check(team, &expected, answer);
+        let expected = self.challenge.expect(team, &masked, other);
+        let checked = self.challenge.check(team, &expected, answer, &mut found);
         let check = begin.elapsed();
         let Ok(checked) = checked else {
             panic!("an honest product passes");
         };
         let mut sums = vec![0; count * outputs];
         let begin = Instant::now();
-        checked.without(team, &taken.products, &mut sums);
+        checked.without(team, &products, &mut sums);
         let restore = begin.elapsed();
         self.rows.assign(team, &x, columns);
         let mut exact = vec![0; count * outputs];
@@ -122,8 +138,9 @@ impl Bench {
     }
 
     /// What an honest worker returns.
-    fn product(&mut self, team: &Team, elements: &[u32], count: usize) -> Vec<u32> {
+    fn product(&mut self, team: &Team, elements: &[u32], answer: &mut [u32]) {
         let (outputs, columns) = (self.weights.rows(), self.weights.columns());
+        let count = elements.len() / columns;
         let mut digits = vec![0; count * DIGITS * columns];
         let rows = elements.chunks_exact(columns);
         for (row, digits) in rows.zip(digits.chunks_exact_mut(DIGITS * columns)) {
@@ -132,13 +149,23 @@ impl Bench {
         self.rows.assign(team, &digits, columns);
         let mut sums = vec![0; count * DIGITS * outputs];
         matmul_int8_sums(team, &self.rows, &self.weights, &mut sums);
-        let mut answer = vec![0; count * outputs];
         let sums = sums.chunks_exact(DIGITS * outputs);
         for (sums, answer) in sums.zip(answer.chunks_exact_mut(outputs)) {
             self.field.recombine_row(sums, answer);
         }
-        answer
     }
+}
+
+/// Room for so many masks.
+fn shelf(field: Field, pads: &Pads, count: usize, outputs: usize) -> Shelf {
+    Shelf::new(
+        field,
+        pads.sequence(),
+        count,
+        outputs,
+        &mut Region::default(),
+    )
+    .expect("memory for masks")
 }
 
 /// Some rows. What they hold changes no time.

@@ -8,6 +8,7 @@ use casemate_field::Field;
 use casemate_kernels::team::Team;
 
 use crate::keys::BootKey;
+use crate::memory::Buffer;
 use crate::pad::{Masked, Pad, Pads};
 use crate::testing::Random;
 
@@ -175,15 +176,19 @@ fn sent(pads: &Pads, field: Field, reuse: bool) -> Vec<Masked> {
                 true => first.again(),
                 false => sequence.next(),
             };
-            pads.hide(&team(), field, vec![pad], &prompt(row), COLUMNS)
+            let (mut pad, room) = (vec![pad], Buffer::default());
+            pads.hide(&team(), field, &mut pad, &prompt(row), COLUMNS, room)
         })
         .collect()
 }
 
 fn shares(pads: &Pads, field: Field) -> [Vec<Masked>; 2] {
     let mut sequence = pads.sequence();
-    let rows = (0..ROWS)
-        .map(|row| pads.share(&team(), field, vec![sequence.next()], &prompt(row), COLUMNS));
+    let rows = (0..ROWS).map(|row| {
+        let mut pad = vec![sequence.next()];
+        let rooms = Default::default();
+        pads.share(&team(), field, &mut pad, &prompt(row), COLUMNS, rooms)
+    });
     let (first, second) = rows.map(|[first, second]| (first, second)).unzip();
     [first, second]
 }
@@ -289,11 +294,12 @@ fn transcripts(
     let mut sequence = pads.sequence();
     let mut features = Vec::with_capacity(count * FEATURES);
     for _ in 0..count {
-        let spent = match used {
+        let mut spent = match used {
             Some(used) => used.iter().map(Pad::again).collect(),
             None => (0..STEPS).map(|_| sequence.next()).collect(),
         };
-        let masked = pads.hide(&team(), field, spent, prompt, WIDTH);
+        let room = Buffer::default();
+        let masked = pads.hide(&team(), field, &mut spent, prompt, WIDTH, room);
         for x in masked.elements() {
             features.push(field.centre(*x) as f32);
             features.push((x & 0xFF) as f32);

@@ -8,8 +8,8 @@ use casemate_engine::linear::{LinearLayer, LinearScratch};
 use casemate_engine::outsource::{ExactLayer, Outsource, Place, Stack};
 use casemate_kernels::panels::{Int8Matrix, matmul_int8};
 use casemate_kernels::team::Team;
-use zeroize::Zeroizing;
 
+use crate::memory::Buffer;
 use crate::offload::{Group, Offload};
 use crate::plan::{Kind, Preset, Why, decide};
 use crate::public::{PublicMatrix, Weights};
@@ -19,7 +19,7 @@ pub struct Layers {
     offload: Arc<Offload>,
     preset: Preset,
     /// For the sums of one layer after the other.
-    sums: Arc<Mutex<Zeroizing<Vec<i32>>>>,
+    sums: Arc<Mutex<Buffer<i32>>>,
 }
 
 impl Layers {
@@ -37,7 +37,7 @@ impl Layers {
     /// [Starts](Offload::start) workers once all layers are known.
     ///
     /// # Errors
-    /// The operating system's refusal to start a thread.
+    /// The operating system's refusal of memory, or to start a thread.
     pub fn start(&self) -> io::Result<()> {
         self.offload.start()
     }
@@ -92,7 +92,7 @@ struct Outsourced {
     offload: Arc<Offload>,
     group: Arc<Group>,
     layer: Arc<ExactLayer>,
-    sums: Arc<Mutex<Zeroizing<Vec<i32>>>>,
+    sums: Arc<Mutex<Buffer<i32>>>,
 }
 
 impl LinearLayer for Outsourced {
@@ -108,10 +108,7 @@ impl LinearLayer for Outsourced {
         let rows = self.layer.quantise(team, scratch, x);
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let count = rows.rows() * self.layer.outputs();
-        if sums.len() < count {
-            *sums = Zeroizing::new(vec![0; count]);
-        }
-        let sums = &mut sums[..count];
+        let sums = sums.room(count);
         if self.offload.outside(team, &self.group, rows, sums) {
             self.layer.finish(team, rows, sums, y);
         } else {

@@ -13,10 +13,11 @@
 //! | [`plan`] | which matrices go where, and why |
 //! | `layers` (feature `engine`) | layers of the engine whose sums may come from a worker |
 //! | [`link`] | connections to workers: what goes out is masked, what comes in is checked |
+//! | `memory` | where all that is kept: locked, wiped |
 //! | `pad`, `pool` | pads, of which each is used once; W·r of those that wait |
 //! | `spill` | masks that memory has no room for, sealed |
 //! | `check` | two secret vectors for each matrix, and products that passed them |
-//! | [`tls`] | encrypted connections to a pinned key |
+//! | [`tls`] | encrypted connections to a pinned key, which shares must go over |
 //! | [`costs`] | what the parts take, for measurements |
 //! | `public` | matrices that others may see |
 //! | `keys` | the key of a run and the uniform elements made from it |
@@ -33,6 +34,7 @@ mod keys;
 #[cfg(feature = "engine")]
 pub mod layers;
 pub mod link;
+mod memory;
 pub mod offload;
 mod pad;
 pub mod plan;
@@ -51,3 +53,4 @@ pub use link::{Connect, Fault, Transport};
 pub use offload::{Config, Event, Metrics, Offload, Workers};
 pub use pad::{Masked, Pad};
 pub use public::{Private, PublicMatrix, Weights};
+pub use tls::{Encrypted, Pin};

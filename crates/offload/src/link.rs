@@ -5,13 +5,14 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_field::Field;
 use casemate_kernels::team::Team;
 use casemate_wire::{Client, MAX_PAYLOAD, Shape, Timed, WireError};
 
 use crate::check::{Challenge, Checked, Expected};
+use crate::memory::Spare;
 use crate::pad::Masked;
 use crate::public::PublicMatrix;
 
@@ -43,6 +44,11 @@ pub enum Fault {
     /// It took too long.
     #[error("the worker did not answer in time: see what else runs there, or allow more time")]
     Late,
+    /// What it returns is right, and comes so slowly that the enclave is better off alone.
+    #[error(
+        "the worker is slower than no worker: see what else runs there, or allow more slowness"
+    )]
+    Slow,
     /// It said that it would not.
     #[error("the worker refused: compare its memory with the bytes that the plan sends")]
     Refused,
@@ -71,7 +77,9 @@ impl Fault {
     #[must_use]
     pub fn is_misconduct(self) -> bool {
         match self {
-            Fault::Unreachable | Fault::OtherPeer | Fault::Late | Fault::Refused => false,
+            Fault::Unreachable | Fault::OtherPeer | Fault::Late | Fault::Slow | Fault::Refused => {
+                false
+            }
             Fault::Malformed | Fault::OtherWeights | Fault::WrongProduct => true,
         }
     }
@@ -98,7 +106,8 @@ impl From<WireError> for Fault {
 pub(crate) struct Link {
     client: Client<Box<dyn Transport>>,
     challenges: Arc<[Challenge]>,
-    patience: Duration,
+    /// How long this side has waited since it [began](Link::begin).
+    waited: Duration,
 }
 
 /// Rows that were sent and cannot be sent again.
@@ -140,8 +149,19 @@ impl Link {
         Ok(Link {
             client,
             challenges,
-            patience,
+            waited: Duration::ZERO,
         })
+    }
+
+    /// Sets how long everything until the next call may take, all messages together.
+    pub(crate) fn begin(&mut self, limit: Duration) {
+        self.client.stream().within(limit);
+        self.waited = Duration::ZERO;
+    }
+
+    /// How long this side has waited for the other since it began.
+    pub(crate) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Most rows that one message takes.
@@ -155,30 +175,61 @@ impl Link {
     }
 
     /// Sends rows. They are gone afterwards, whether or not they arrived.
-    pub(crate) fn send(&mut self, team: &Team, group: u32, masked: Masked) -> Result<Sent, Fault> {
+    pub(crate) fn send(
+        &mut self,
+        team: &Team,
+        group: u32,
+        masked: Masked,
+        spare: &mut Spare,
+    ) -> Result<Sent, Fault> {
+        let begun = Instant::now();
+        let request = self.client.multiply(group, masked.elements());
+        self.waited += begun.elapsed();
+        let request = request?;
         let challenge = &self.challenges[group as usize];
-        self.client.stream().within(self.patience);
-        let request = self.client.multiply(group, masked.elements())?;
         // The worker has something to do; so have we.
-        let expected = challenge.expect(team, &masked);
+        let expected = challenge.expect(team, &masked, spare.take());
+        let elements = masked.rows() * challenge.outputs();
+        spare.give(masked.into_room());
         Ok(Sent {
             group,
             request,
             expected,
-            elements: masked.rows() * challenge.outputs(),
+            elements,
         })
     }
 
     /// Waits for the product of the rows that were sent first, and checks it.
-    pub(crate) fn receive(&mut self, team: &Team, sent: &Sent) -> Result<Checked, Fault> {
-        let mut answer = vec![0; sent.elements];
-        self.client.stream().within(self.patience);
-        let due = self.client.product(&mut answer)?;
-        if due.request != sent.request {
+    pub(crate) fn receive(
+        &mut self,
+        team: &Team,
+        sent: Sent,
+        spare: &mut Spare,
+    ) -> Result<Checked, Fault> {
+        let mut answer = spare.take();
+        answer.room(sent.elements);
+        let begun = Instant::now();
+        let due = self.client.product(&mut answer);
+        self.waited += begun.elapsed();
+        if due?.request != sent.request {
             return Err(Fault::Malformed);
         }
         let challenge = &self.challenges[sent.group as usize];
-        let checked = challenge.check(team, &sent.expected, answer);
+        let mut room = spare.take();
+        let checked = challenge.check(team, &sent.expected, answer, &mut room);
+        spare.give(room);
+        spare.give(sent.expected.into_room());
         checked.map_err(|_| Fault::WrongProduct)
+    }
+}
+
+#[cfg(test)]
+impl Link {
+    /// Waits for a byte that does not come, and returns how long it has waited.
+    pub(crate) fn wait_in_vain(&mut self) -> Duration {
+        let begun = Instant::now();
+        assert!(self.client.stream().read(&mut [0]).is_err());
+        self.waited += begun.elapsed();
+        self.waited
     }
 }

@@ -4,38 +4,49 @@
 //! there are no masks, or something went wrong. Then the caller multiplies itself and has the same
 //! sums. What a worker returns is written nowhere before it passed its check.
 //!
+//! While a product is under way its connections belong to it. Only a product that has ended well gives them
+//! back; an error, or a panic, ends them.
+//!
 //! Each worker has a thread that connects, draws secret vectors and uploads matrices, and begins again
 //! when the connection ended. Whoever returned something that no honest worker returns waits in
-//! quarantine before it is admitted again, with new vectors, a bounded number of times.
+//! quarantine before it is admitted again, with new vectors, a bounded number of times. Whoever keeps the
+//! engine waiting for too long is set aside, each time for longer.
 
-use std::collections::VecDeque;
-use std::fmt;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::aead::LessSafeKey;
 use casemate_field::Field;
+use casemate_kernels::mem::{Extent, Granted};
 use casemate_kernels::panels::Int8Rows;
 use casemate_kernels::team::Team;
-use zeroize::Zeroizing;
 
 use crate::check::Challenges;
 use crate::keys::BootKey;
-use crate::link::{Connect, Fault, Link, Sent};
-use crate::pad::{Masked, Pad, Pads, Sequence};
+use crate::link::{Connect, Fault};
+use crate::memory;
+use crate::pad::{Pads, Sequence};
 use crate::pool::{Pool, Shelf};
 use crate::public::PublicMatrix;
 use crate::spill::Spill;
+use crate::tls::Encrypted;
 
 mod admission;
+mod exchange;
+mod patience;
+mod report;
 
-use admission::{State, Worker};
+use admission::{End, Worker};
+use exchange::{Borrowed, Scratch, Task};
+use patience::Inside;
+use report::Counts;
+pub use report::{Event, Metrics, Observer};
 
-/// Most messages of one product that are under way at once.
-const UNDER_WAY: usize = 4;
+/// How often the thread that carries masks looks for work, unless it is woken.
+const CARRY: Duration = Duration::from_millis(200);
 
 /// Most groups; that many matrices a worker takes.
 const GROUPS: usize = casemate_wire::MAX_MATRICES as usize;
@@ -53,8 +64,17 @@ pub struct Config {
     pub reserve: usize,
     /// Rows of one message. More are sent in several, so that computing and sending overlap.
     pub rows_at_once: usize,
-    /// How long one message and its answer may take, and one part of a matrix.
+    /// How long one product may take, all its messages and their answers together; also one part of a
+    /// matrix.
     pub patience: Duration,
+    /// How many times as long as inside products may take in the long run.
+    pub slowness: u32,
+    /// What a product may take beyond that, because it has a way to go.
+    pub round_trip: Duration,
+    /// What products may take beyond that in sum, before the worker is set aside.
+    pub waiting: Duration,
+    /// How long it is set aside, at first; twice as long each time, up to 64 times.
+    pub aside: Duration,
     /// How often a worker that returned what no honest one does is admitted again, in one run.
     pub readmissions: u32,
     /// How long it waits for that.
@@ -73,6 +93,10 @@ impl Default for Config {
             reserve: 16,
             rows_at_once: 32,
             patience: Duration::from_secs(5),
+            slowness: 2,
+            round_trip: Duration::from_millis(1),
+            waiting: Duration::from_secs(2),
+            aside: Duration::from_secs(30),
             readmissions: 3,
             quarantine: Duration::from_secs(60),
             retry: Duration::from_secs(1),
@@ -85,74 +109,9 @@ pub enum Workers {
     /// One worker, whose rows are hidden by pads.
     One(Connect),
     /// Two workers that are assumed not to tell each other what they receive. Each has one share of
-    /// every row; no masks are made. The connections must keep what is sent from the enclave's own
-    /// host, which carries both.
-    Two([Connect; 2]),
-}
-
-/// What happened to a worker. Without contents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// It holds all matrices; products go to it from now on.
-    Admitted {
-        /// Which.
-        worker: usize,
-    },
-    /// It will be tried again.
-    Failed {
-        /// Which.
-        worker: usize,
-        /// Why.
-        fault: Fault,
-    },
-    /// It returned what no honest worker does, and is not asked for a while.
-    Quarantined {
-        /// Which.
-        worker: usize,
-        /// Why.
-        fault: Fault,
-        /// How often it will be admitted again.
-        readmissions_left: u32,
-    },
-    /// As before, once too often: it is not asked any more in this run.
-    GivenUp {
-        /// Which.
-        worker: usize,
-        /// Why.
-        fault: Fault,
-    },
-}
-
-/// Who is told of events.
-pub type Observer = Box<dyn Fn(Event) + Send + Sync>;
-
-/// Counts since the start. Nothing in them depends on contents.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Metrics {
-    /// Masks in stock, on the emptiest shelf.
-    pub masks_level: u64,
-    /// Masks on a full shelf.
-    pub masks_depth: u64,
-    /// Masks that lie sealed outside of memory, of all groups.
-    pub masks_outside: u64,
-    /// Masks that were not what was sealed when they came back, and were thrown away.
-    pub masks_lost: u64,
-    /// Masks made, of all groups.
-    pub masks_made: u64,
-    /// Masks used, of all groups.
-    pub masks_used: u64,
-    /// Rows of products that workers computed.
-    pub rows_outside: u64,
-    /// Rows that the enclave computed because there were no masks.
-    pub rows_without_masks: u64,
-    /// Rows that it computed because there was no worker.
-    pub rows_without_worker: u64,
-    /// Rows that it computed again because a worker failed.
-    pub rows_recomputed: u64,
-    /// Faults of workers that an honest one may have.
-    pub failures: u64,
-    /// Faults that no honest one has.
-    pub misconduct: u64,
+    /// every row; no masks are made. The enclave's own host carries both connections, so they are
+    /// encrypted to one key each, and that is a type.
+    Two([Encrypted; 2]),
 }
 
 /// Why a group cannot be computed outside.
@@ -197,23 +156,18 @@ struct Shared {
     running: OnceLock<Running>,
     stop: AtomicBool,
     counts: Counts,
+    /// What the product under way works on.
+    scratch: Mutex<Scratch>,
+    /// Who carries masks to and from where they lie outside.
+    carrier: OnceLock<Thread>,
 }
 
-#[derive(Default)]
-struct Counts {
-    outside: AtomicU64,
-    without_worker: AtomicU64,
-    recomputed: AtomicU64,
-    failures: AtomicU64,
-    misconduct: AtomicU64,
-}
-
-impl Counts {
-    fn note(&self, fault: Fault) {
-        match fault.is_misconduct() {
-            true => self.misconduct.fetch_add(1, Relaxed),
-            false => self.failures.fetch_add(1, Relaxed),
-        };
+impl Shared {
+    /// Tells who carries masks that there is something to do.
+    fn wake_carrier(&self) {
+        if let Some(carrier) = self.carrier.get() {
+            carrier.unpark();
+        }
     }
 }
 
@@ -222,6 +176,21 @@ struct Running {
     field: Field,
     matrices: Vec<PublicMatrix>,
     hiding: Vec<Hiding>,
+    /// How long products take here.
+    inside: Vec<Inside>,
+    /// Where masks lie, if there are any.
+    extent: Option<Extent>,
+}
+
+impl Running {
+    /// Groups that have masks.
+    fn shelves(&self) -> impl Iterator<Item = (&Shelf, &PublicMatrix)> + Clone {
+        let groups = self.hiding.iter().zip(&self.matrices);
+        groups.filter_map(|(hiding, matrix)| match hiding {
+            Hiding::Pads(shelf) => Some((shelf, matrix)),
+            Hiding::Shares(_) => None,
+        })
+    }
 }
 
 /// How the rows of a group are hidden.
@@ -242,7 +211,7 @@ impl Offload {
     pub fn new(config: Config, boot: BootKey, workers: Workers, observer: Observer) -> Offload {
         let (purpose, connects): (&[u8], Vec<Connect>) = match workers {
             Workers::One(connect) => (b"pads", vec![connect]),
-            Workers::Two(connects) => (b"shares", connects.into()),
+            Workers::Two(workers) => (b"shares", workers.map(Encrypted::into_connect).into()),
         };
         Offload {
             shared: Arc::new(Shared {
@@ -257,6 +226,8 @@ impl Offload {
                 running: OnceLock::new(),
                 stop: AtomicBool::new(false),
                 counts: Counts::default(),
+                scratch: Mutex::default(),
+                carrier: OnceLock::new(),
                 config,
             }),
             threads: Mutex::default(),
@@ -289,7 +260,7 @@ impl Offload {
     /// threads of their own.
     ///
     /// # Errors
-    /// The operating system's refusal to start a thread.
+    /// The operating system's refusal of memory, or to start a thread.
     pub fn start(&self) -> std::io::Result<()> {
         {
             let groups = lock(&self.shared.groups);
@@ -297,31 +268,38 @@ impl Offload {
             let Some(field) = widest.max().and_then(Field::for_width) else {
                 return Ok(());
             };
-            let hiding = |_: &Arc<Group>| {
+            let outputs = groups.iter().map(|group| group.matrix.matrix().rows());
+            let outputs: Vec<usize> = outputs.collect();
+            let pool = &self.shared.pool;
+            let one = self.shared.workers.len() == 1;
+            let slots = pool.divide(self.shared.config.pool_bytes, outputs.iter().copied());
+            let shelves = outputs.iter().filter(|_| one);
+            let elements = shelves.map(|outputs| slots.saturating_mul(*outputs));
+            let mut arena = memory::arena::<u32>(elements)?;
+            let extent = arena.extent();
+            let hiding = |outputs: &usize| -> std::io::Result<Hiding> {
                 let sequence = self.shared.pads.sequence();
-                match self.shared.workers.len() {
-                    1 => Hiding::Pads(Shelf::new(field, sequence)),
-                    _ => Hiding::Shares(Mutex::new(sequence)),
+                if !one {
+                    return Ok(Hiding::Shares(Mutex::new(sequence)));
                 }
+                let shelf = Shelf::new(field, sequence, slots, *outputs, &mut arena)?;
+                Ok(Hiding::Pads(shelf))
             };
             let running = Running {
                 field,
                 matrices: groups.iter().map(|group| group.matrix.clone()).collect(),
-                hiding: groups.iter().map(hiding).collect(),
+                hiding: outputs.iter().map(hiding).collect::<std::io::Result<_>>()?,
+                inside: groups.iter().map(|_| Inside::default()).collect(),
+                extent: one.then_some(extent),
             };
             if self.shared.running.set(running).is_err() {
                 return Ok(());
             }
-            let outputs = groups.iter().map(|group| group.matrix.matrix().rows());
-            let outputs: Vec<usize> = outputs.collect();
-            let pool = &self.shared.pool;
-            pool.divide(self.shared.config.pool_bytes, outputs.iter().copied());
-            let (seal, spill) = (
-                lock(&self.shared.seal).take(),
-                lock(&self.shared.spill).take(),
-            );
-            if let (Some(key), Some((file, bytes)), 1) = (seal, spill, self.shared.workers.len()) {
+            let seal = lock(&self.shared.seal).take();
+            let spill = lock(&self.shared.spill).take();
+            if let (Some(key), Some((file, bytes)), true) = (seal, spill, one) {
                 pool.spill_to(Spill::new(key, file, bytes, &outputs));
+                self.carry()?;
             }
         }
         for worker in 0..self.shared.workers.len() {
@@ -331,6 +309,24 @@ impl Offload {
                 .spawn(move || admission::admit(&shared, worker))?;
             lock(&self.threads).push(thread);
         }
+        Ok(())
+    }
+
+    /// Starts a thread that carries masks to and from where they lie outside, since that waits for a file.
+    fn carry(&self) -> std::io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let carry = move || {
+            while !shared.stop.load(Relaxed) {
+                let shelves = || shared.running.get().into_iter().flat_map(Running::shelves);
+                if !shared.pool.carry(shelves().map(|(shelf, _)| shelf)) {
+                    thread::park_timeout(CARRY);
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("casemate-masks".into());
+        let thread = thread.spawn(carry)?;
+        let _ = self.shared.carrier.set(thread.thread().clone());
+        lock(&self.threads).push(thread);
         Ok(())
     }
 
@@ -347,6 +343,13 @@ impl Offload {
         self.shared.workers.iter().all(|worker| worker.wait(limit))
     }
 
+    /// What the system made of the memory for masks, if there are masks and it says so. Little of it is
+    /// there before they are.
+    #[must_use]
+    pub fn mask_memory(&self) -> Option<Granted> {
+        self.shared.running.get()?.extent?.granted().ok()
+    }
+
     /// Computes the exact sums of a group's product with the help of workers. If the answer is `false`,
     /// `sums` holds nothing of use, and the caller has to multiply.
     ///
@@ -358,59 +361,66 @@ impl Offload {
         let Some(running) = shared.running.get() else {
             return false;
         };
-        let outputs = group.matrix.matrix().rows();
+        let matrix = group.matrix.matrix();
+        let (columns, outputs) = (matrix.columns(), matrix.rows());
         assert_eq!(sums.len(), count * outputs, "one sum for each product");
-        let mut states: Vec<_> = shared.workers.iter().map(Worker::state).collect();
-        let links: Option<Vec<&mut Link>> = states.iter_mut().map(|state| state.link()).collect();
-        let Some(mut links) = links else {
-            shared
-                .counts
-                .without_worker
-                .fetch_add(count as u64, Relaxed);
+        let Some(mut links) = Borrowed::take(&shared.workers) else {
+            let counts = &shared.counts;
+            counts.without_worker.fetch_add(count as u64, Relaxed);
             return false;
         };
+        let scratch = &mut *lock(&shared.scratch);
         // Few rows are somebody's next tokens; many are a prompt, which leaves some masks.
         let reserve = match count > shared.config.reserve {
             true => shared.config.reserve,
             false => 0,
         };
-        let taken = match &running.hiding[group.id as usize] {
-            Hiding::Pads(shelf) => match shelf.take(count, reserve) {
-                Some(taken) => (taken.pads, taken.products),
-                None => return false,
-            },
-            Hiding::Shares(sequence) => {
-                let mut sequence = lock(sequence);
-                let pads = (0..count).map(|_| sequence.next()).collect();
-                (pads, Zeroizing::default())
-            }
-        };
-        let columns = rows.columns();
-        let mut x = Zeroizing::new(vec![0; count * columns]);
-        for (i, x) in x.chunks_exact_mut(columns).enumerate() {
-            rows.row(i, x);
+        let hiding = &running.hiding[group.id as usize];
+        if !scratch.take_pads(hiding, count, reserve) {
+            links.give_back();
+            return false;
         }
+        shared.wake_carrier();
+        scratch.take_rows(rows);
+        let inside = running.inside[group.id as usize].time(team, matrix);
+        let tolerated = inside.tolerated(&shared.config, count);
         let task = Task {
-            shared,
-            running,
+            config: &shared.config,
+            pads: &shared.pads,
+            field: running.field,
+            hiding,
             team,
             group: group.id,
             columns,
             outputs,
         };
-        match task.exchange(&mut links, &x, taken, sums) {
+        let begun = Instant::now();
+        links.begin(shared.config.patience);
+        let outcome = task.exchange(&mut links, scratch, sums);
+        let took = begun.elapsed();
+        match outcome {
             Ok(()) => {
                 shared.counts.outside.fetch_add(count as u64, Relaxed);
+                match links.lost(took, tolerated, shared.config.waiting) {
+                    None => links.give_back(),
+                    Some(slow) => {
+                        let end = End::too_slow(Fault::Slow);
+                        shared.counts.note(end);
+                        links.end(slow, end, true);
+                    }
+                }
                 true
             }
             Err((who, fault)) => {
-                shared.counts.note(fault);
                 shared.counts.recomputed.fetch_add(count as u64, Relaxed);
-                for (which, (state, worker)) in states.iter_mut().zip(&shared.workers).enumerate() {
-                    // The others' answers are not waited for, so their connections end, too.
-                    **state = State::Ended((which == who).then_some(fault));
-                    worker.tell();
-                }
+                let lost = links.lost_by(who, took, tolerated, shared.config.waiting);
+                let end = match lost || fault == Fault::Late {
+                    true => End::too_slow(fault),
+                    false => End::of(fault),
+                };
+                shared.counts.note(end);
+                // The others' answers are not waited for, so their connections end, too.
+                links.end(who, end, false);
                 false
             }
         }
@@ -421,12 +431,17 @@ impl Offload {
         let Some(running) = self.shared.running.get() else {
             return false;
         };
-        let shelves = running.hiding.iter().zip(&running.matrices);
-        let shelves = shelves.filter_map(|(hiding, matrix)| match hiding {
-            Hiding::Pads(shelf) => Some((shelf, matrix.matrix())),
-            Hiding::Shares(_) => None,
-        });
-        self.shared.pool.step(team, &self.shared.pads, shelves)
+        let mut untimed = running.inside.iter().zip(&running.matrices);
+        if let Some((inside, matrix)) = untimed.find(|(inside, _)| inside.is_unknown()) {
+            inside.time(team, matrix.matrix());
+            return true;
+        }
+        let shelves = running
+            .shelves()
+            .map(|(shelf, matrix)| (shelf, matrix.matrix()));
+        let made = self.shared.pool.step(team, &self.shared.pads, shelves);
+        self.shared.wake_carrier();
+        made
     }
 
     /// Counts since the start.
@@ -438,19 +453,13 @@ impl Offload {
             rows_without_worker: counts.without_worker.load(Relaxed),
             rows_recomputed: counts.recomputed.load(Relaxed),
             failures: counts.failures.load(Relaxed),
+            set_aside: counts.set_aside.load(Relaxed),
             misconduct: counts.misconduct.load(Relaxed),
             ..Metrics::default()
         };
-        let hiding = self.shared.running.get().map(|running| &running.hiding);
-        let shelves = hiding
-            .into_iter()
-            .flatten()
-            .filter_map(|hiding| match hiding {
-                Hiding::Pads(shelf) => Some(shelf),
-                Hiding::Shares(_) => None,
-            });
+        let running = self.shared.running.get().into_iter();
         let mut level = None;
-        for shelf in shelves {
+        for (shelf, _) in running.flat_map(Running::shelves) {
             metrics.masks_made += shelf.made.load(Relaxed);
             metrics.masks_used += shelf.used.load(Relaxed);
             metrics.rows_without_masks += shelf.refused.load(Relaxed);
@@ -472,128 +481,10 @@ impl Drop for Offload {
     fn drop(&mut self) {
         self.shared.stop.store(true, Relaxed);
         self.shared.workers.iter().for_each(Worker::wake);
+        self.shared.wake_carrier();
         for thread in lock(&self.threads).drain(..) {
             // It panicked, and said so.
             let _ = thread.join();
-        }
-    }
-}
-
-/// One product.
-struct Task<'a> {
-    shared: &'a Shared,
-    running: &'a Running,
-    team: &'a Team,
-    group: u32,
-    columns: usize,
-    outputs: usize,
-}
-
-/// Rows that each worker has, and where their sums go.
-struct UnderWay<'a> {
-    sent: Vec<Sent>,
-    products: &'a [u32],
-    sums: &'a mut [i32],
-}
-
-impl Task<'_> {
-    /// Sends rows, several messages ahead, and writes the sums of answers that pass. Who failed, and
-    /// how, if not all do.
-    fn exchange(
-        &self,
-        links: &mut [&mut Link],
-        x: &[i8],
-        (pads, products): (Vec<Pad>, Zeroizing<Vec<u32>>),
-        sums: &mut [i32],
-    ) -> Result<(), (usize, Fault)> {
-        let most = links.iter().map(|link| link.most_rows(self.group)).min();
-        let at_once = most
-            .unwrap_or(1)
-            .min(self.shared.config.rows_at_once)
-            .max(1);
-        let window = links.iter().map(|link| link.window()).min();
-        let window = window.unwrap_or(1).clamp(1, UNDER_WAY);
-        let mut pads = pads.into_iter();
-        let mut products = products.chunks(at_once * self.outputs);
-        let mut under_way = VecDeque::with_capacity(window);
-        let messages = x.chunks(at_once * self.columns);
-        for (x, sums) in messages.zip(sums.chunks_mut(at_once * self.outputs)) {
-            if under_way.len() == window {
-                self.receive(links, under_way.pop_front())?;
-            }
-            let pads = pads.by_ref().take(x.len() / self.columns).collect();
-            let mut sent = Vec::with_capacity(links.len());
-            for (who, masked) in self.hide(pads, x).into_iter().enumerate() {
-                let link = &mut links[who];
-                sent.push(
-                    link.send(self.team, self.group, masked)
-                        .map_err(|fault| (who, fault))?,
-                );
-            }
-            under_way.push_back(UnderWay {
-                sent,
-                products: products.next().unwrap_or_default(),
-                sums,
-            });
-        }
-        while !under_way.is_empty() {
-            self.receive(links, under_way.pop_front())?;
-        }
-        Ok(())
-    }
-
-    /// What each worker gets of these rows.
-    fn hide(&self, pads: Vec<Pad>, x: &[i8]) -> Vec<Masked> {
-        let (ours, field, columns) = (&self.shared.pads, self.running.field, self.columns);
-        match &self.running.hiding[self.group as usize] {
-            Hiding::Pads(_) => vec![ours.hide(self.team, field, pads, x, columns)],
-            Hiding::Shares(_) => ours.share(self.team, field, pads, x, columns).into(),
-        }
-    }
-
-    fn receive(
-        &self,
-        links: &mut [&mut Link],
-        under_way: Option<UnderWay<'_>>,
-    ) -> Result<(), (usize, Fault)> {
-        let Some(under_way) = under_way else {
-            return Ok(());
-        };
-        let mut checked = Vec::with_capacity(links.len());
-        for (who, (link, sent)) in links.iter_mut().zip(&under_way.sent).enumerate() {
-            checked.push(
-                link.receive(self.team, sent)
-                    .map_err(|fault| (who, fault))?,
-            );
-        }
-        let mut checked = checked.into_iter();
-        match (checked.next(), checked.next()) {
-            (Some(one), None) => one.without(self.team, under_way.products, under_way.sums),
-            (Some(one), Some(two)) => one.with(self.team, &two, under_way.sums),
-            (None, _) => {}
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Event::Admitted { worker } => write!(f, "worker {worker} holds all matrices"),
-            Event::Failed { worker, fault } => {
-                write!(f, "worker {worker} will be tried again: {fault}")
-            }
-            Event::Quarantined {
-                worker,
-                fault,
-                readmissions_left,
-            } => write!(
-                f,
-                "worker {worker} is in quarantine and will be admitted {readmissions_left} times more: {fault}"
-            ),
-            Event::GivenUp { worker, fault } => {
-                write!(f, "worker {worker} is not asked any more: {fault}")
-            }
         }
     }
 }

@@ -6,12 +6,13 @@
 //! compile. A row that is asked for again (a retry, another beam, a recomputation) needs another pad.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::vec::Drain;
 
 use casemate_field::Field;
 use casemate_kernels::team::Team;
-use zeroize::Zeroizing;
 
 use crate::keys::{BootKey, Uniform};
+use crate::memory::Buffer;
 
 /// A pad that was not used: n uniform elements that nobody else knows, n being the width of its group.
 /// They are regenerated from its place when they are needed.
@@ -83,7 +84,8 @@ impl Pads {
         self.uniform.row(field, pad.group, pad.index, out);
     }
 
-    /// Adds a pad to each row of int8 activations.
+    /// Adds a pad to each row of int8 activations, in `room`, and takes these pads away: the first of
+    /// `pads`.
     ///
     /// # Panics
     /// If there is not one pad a row.
@@ -91,20 +93,23 @@ impl Pads {
         &self,
         team: &Team,
         field: Field,
-        pads: Vec<Pad>,
+        pads: &mut Vec<Pad>,
         x: &[i8],
         columns: usize,
+        room: Buffer<u32>,
     ) -> Masked {
-        let mut masked = Masked::new(field, pads.len(), columns, x.len());
-        let own = || Zeroizing::new(vec![0; columns]);
-        team.for_each_chunk_mut_with(&mut masked.elements, columns, own, |r, row, out| {
-            self.elements(field, &pads[row], r);
-            field.mask_row(&x[row * columns..][..columns], r, out);
+        let spent = spend(pads, x.len(), columns);
+        let spent = spent.as_slice();
+        let mut masked = Masked::new(field, columns, x.len(), room);
+        team.for_each_chunk_mut(&mut masked.elements, columns, |row, out| {
+            self.elements(field, &spent[row], out);
+            field.mask_in_place(out, &x[row * columns..][..columns]);
         });
         masked
     }
 
-    /// Divides each row of int8 activations into two that add up to it, each of which alone is uniform.
+    /// Divides each row of int8 activations into two that add up to it, each of which alone is uniform;
+    /// otherwise as [`Pads::hide`].
     ///
     /// # Panics
     /// If there is not one pad a row.
@@ -112,23 +117,33 @@ impl Pads {
         &self,
         team: &Team,
         field: Field,
-        pads: Vec<Pad>,
+        pads: &mut Vec<Pad>,
         x: &[i8],
         columns: usize,
+        rooms: [Buffer<u32>; 2],
     ) -> [Masked; 2] {
-        let mut first = Masked::new(field, pads.len(), columns, x.len());
-        let mut second = Masked::new(field, pads.len(), columns, x.len());
+        let spent = spend(pads, x.len(), columns);
+        let spent = spent.as_slice();
+        let [mut first, mut second] = rooms.map(|room| Masked::new(field, columns, x.len(), room));
         team.for_each_chunk_mut(&mut first.elements, columns, |row, out| {
-            self.elements(field, &pads[row], out);
+            self.elements(field, &spent[row], out);
         });
-        let zeros = vec![0; columns];
         team.for_each_chunk_mut(&mut second.elements, columns, |row, out| {
             let at = row * columns;
-            field.mask_row(&x[at..][..columns], &zeros, out);
-            field.sub_row(out, &first.elements[at..][..columns]);
+            field.share_row(&x[at..][..columns], &first.elements[at..][..columns], out);
         });
         [first, second]
     }
+}
+
+/// Takes pads away for rows of so many elements together: gone when the value is, however that ends.
+fn spend(pads: &mut Vec<Pad>, elements: usize, columns: usize) -> Drain<'_, Pad> {
+    let rows = elements / columns;
+    assert!(
+        rows * columns == elements && rows <= pads.len(),
+        "one pad a row"
+    );
+    pads.drain(..rows)
 }
 
 /// Rows that may leave the enclave: each alone is uniform, whatever it hides. Only this module makes
@@ -136,18 +151,23 @@ impl Pads {
 pub struct Masked {
     field: Field,
     columns: usize,
-    elements: Vec<u32>,
+    elements: Buffer<u32>,
 }
 
 impl Masked {
-    /// Room for rows, as zeros.
-    fn new(field: Field, rows: usize, columns: usize, elements: usize) -> Masked {
-        assert_eq!(rows * columns, elements, "one pad a row");
+    /// Room for rows.
+    fn new(field: Field, columns: usize, elements: usize, mut room: Buffer<u32>) -> Masked {
+        room.room(elements);
         Masked {
             field,
             columns,
-            elements: vec![0; elements],
+            elements: room,
         }
+    }
+
+    /// The memory, once nobody needs the rows any more.
+    pub(crate) fn into_room(self) -> Buffer<u32> {
+        self.elements
     }
 
     /// The field of its elements.
@@ -233,8 +253,9 @@ mod tests {
     #[should_panic(expected = "one pad a row")]
     fn rows_without_a_pad_each_are_not_hidden() {
         let pads = pads();
-        let pad = pads.sequence().next();
-        pads.hide(&Team::new(1).unwrap(), Field::P29, vec![pad], &[1; 8], 4);
+        let mut one = vec![pads.sequence().next()];
+        let (team, room) = (Team::new(1).unwrap(), Buffer::default());
+        pads.hide(&team, Field::P29, &mut one, &[1; 8], 4, room);
     }
 
     #[test]
@@ -244,16 +265,25 @@ mod tests {
             let pads = pads();
             let mut sequence = pads.sequence();
             let x: Vec<i8> = (0..3 * 255).map(|i| (i % 255 - 127) as i8).collect();
-            let spent: Vec<Pad> = (0..3).map(|_| sequence.next()).collect();
+            let mut spent: Vec<Pad> = (0..4).map(|_| sequence.next()).collect();
+            let left = spent[3].index;
             let mut r = vec![0; x.len()];
             for (pad, r) in spent.iter().zip(r.chunks_exact_mut(255)) {
                 pads.elements(field, pad, r);
             }
-            let again = spent.iter().map(Pad::again).collect();
-            let masked = pads.hide(&team, field, spent, &x, 255);
+            let mut again = spent.iter().map(Pad::again).collect();
+            let room = Buffer::of(&[7; 2000]);
+            let masked = pads.hide(&team, field, &mut spent, &x, 255, room);
+            assert_eq!(
+                (spent.len(), spent[0].index),
+                (1, left),
+                "the others are gone"
+            );
             assert_eq!((masked.rows(), masked.columns()), (3, 255));
             assert!(field.contains(masked.elements()));
-            let [first, second] = pads.share(&team, field, again, &x, 255);
+            let rooms = [Buffer::default(), Buffer::of(&[9; 5])];
+            let [first, second] = pads.share(&team, field, &mut again, &x, 255, rooms);
+            assert_eq!(again.len(), 1);
             for (i, x) in x.iter().enumerate() {
                 let x = i32::from(*x);
                 assert_eq!(field.centre(field.sub(masked.elements[i], r[i])), x);

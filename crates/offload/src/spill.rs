@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce};
-use zeroize::Zeroizing;
 
+use crate::memory::Buffer;
 use crate::pad::Pad;
 
 const CONTEXT: &[u8; 23] = b"casemate/1 offload mask";
@@ -27,9 +27,24 @@ pub(crate) struct Spill {
     key: LessSafeKey,
     file: File,
     places: Vec<Place>,
+    /// What is to be sealed, the oldest first.
+    waiting: Mutex<VecDeque<Waiting>>,
+    /// For those that will wait.
+    spare: Mutex<Vec<Buffer<u32>>>,
+    /// An entry on its way, in clear for a moment, and a mask that came back.
+    entry: Mutex<Buffer<u8>>,
+    opened: Mutex<Buffer<u32>>,
     /// Set once the file could not be written.
     full: AtomicBool,
     pub(crate) lost: AtomicU64,
+}
+
+/// A mask that has a slot and is not there yet.
+struct Waiting {
+    group: usize,
+    slot: u32,
+    pad: Pad,
+    product: Buffer<u32>,
 }
 
 /// The part of the file that a group has: entries of one length.
@@ -71,6 +86,10 @@ impl Spill {
             key,
             file,
             places,
+            waiting: Mutex::default(),
+            spare: Mutex::default(),
+            entry: Mutex::default(),
+            opened: Mutex::default(),
             full: AtomicBool::new(false),
             lost: AtomicU64::new(0),
         }
@@ -94,13 +113,38 @@ impl Spill {
         }
     }
 
-    /// Seals a mask. One for which there is no room is dropped.
+    /// Whether masks wait to be written.
+    pub(crate) fn is_busy(&self) -> bool {
+        !lock(&self.waiting).is_empty()
+    }
+
+    /// Has a mask wait until somebody [writes](Spill::write) it. One for which there is no room is dropped.
     pub(crate) fn put(&self, group: usize, pad: Pad, product: &[u32]) {
-        let place = &self.places[group];
-        let Some(slot) = place.entries().free.pop() else {
-            return;
+        if let Some(slot) = self.places[group].entries().free.pop() {
+            let mut kept = lock(&self.spare).pop().unwrap_or_default();
+            kept.room(product.len()).copy_from_slice(product);
+            lock(&self.waiting).push_back(Waiting {
+                group,
+                slot,
+                pad,
+                product: kept,
+            });
+        }
+    }
+
+    /// Seals a mask that waits for it; false if there is none. It waits for the file.
+    pub(crate) fn write(&self) -> bool {
+        let Some(next) = lock(&self.waiting).pop_front() else {
+            return false;
         };
-        match self.write(place, slot, &pad, product) {
+        let Waiting {
+            group,
+            slot,
+            pad,
+            product,
+        } = next;
+        let place = &self.places[group];
+        match self.seal(place, slot, &pad, &product) {
             Ok(()) => place.entries().kept.push_back((pad, slot)),
             Err(_) => {
                 // Its disk is full, or gone. What lies there can still be read.
@@ -108,56 +152,72 @@ impl Spill {
                 place.entries().free.push(slot);
             }
         }
+        lock(&self.spare).push(product);
+        true
     }
 
-    fn write(&self, place: &Place, slot: u32, pad: &Pad, product: &[u32]) -> io::Result<()> {
-        let mut entry = Zeroizing::new(Vec::with_capacity(
-            product.len() * 4 + AES_256_GCM.tag_len(),
-        ));
-        entry.extend(product.iter().flat_map(|x| x.to_le_bytes()));
+    fn seal(&self, place: &Place, slot: u32, pad: &Pad, product: &[u32]) -> io::Result<()> {
+        let mut entry = lock(&self.entry);
+        let entry = entry.room(entry_bytes(place.outputs) as usize);
+        let (words, tag) = entry.split_at_mut(place.outputs * size_of::<u32>());
+        for (word, x) in words.as_chunks_mut::<4>().0.iter_mut().zip(product) {
+            *word = x.to_le_bytes();
+        }
         let (nonce, aad) = context(pad);
-        self.key
-            .seal_in_place_append_tag(nonce, aad, &mut *entry)
-            .map_err(io::Error::other)?;
-        self.file.write_all_at(&entry, place.offset(slot))
+        let sealed = self.key.seal_in_place_separate_tag(nonce, aad, words);
+        tag.copy_from_slice(sealed.map_err(io::Error::other)?.as_ref());
+        self.file.write_all_at(entry, place.offset(slot))
     }
 
-    /// Takes the oldest mask of a group back. Those that are not what was sealed are lost.
-    pub(crate) fn take(&self, group: usize) -> Option<(Pad, Zeroizing<Vec<u32>>)> {
+    /// Takes the oldest mask of a group back, if there is one. Those that are not what was sealed are
+    /// lost. It waits for the file.
+    pub(crate) fn take<T>(&self, group: usize, with: impl FnOnce(Pad, &[u32]) -> T) -> Option<T> {
         let place = &self.places[group];
+        let mut entry = lock(&self.entry);
+        let mut product = lock(&self.opened);
         loop {
             let (pad, slot) = place.entries().kept.pop_front()?;
-            let product = self.read(place, slot, &pad);
+            let product = product.room(place.outputs);
+            let opened = self.open(place, slot, &pad, &mut entry, product);
             place.entries().free.push(slot);
-            match product {
-                Some(product) => return Some((pad, product)),
+            match opened {
+                Some(()) => return Some(with(pad, product)),
                 None => self.lost.fetch_add(1, Relaxed),
             };
         }
     }
 
-    fn read(&self, place: &Place, slot: u32, pad: &Pad) -> Option<Zeroizing<Vec<u32>>> {
-        let mut entry = Zeroizing::new(vec![0; entry_bytes(place.outputs) as usize]);
-        self.file
-            .read_exact_at(&mut entry, place.offset(slot))
-            .ok()?;
+    fn open(
+        &self,
+        place: &Place,
+        slot: u32,
+        pad: &Pad,
+        entry: &mut Buffer<u8>,
+        product: &mut [u32],
+    ) -> Option<()> {
+        let entry = entry.room(entry_bytes(place.outputs) as usize);
+        self.file.read_exact_at(entry, place.offset(slot)).ok()?;
         let (nonce, aad) = context(pad);
-        let opened = self.key.open_in_place(nonce, aad, &mut entry).ok()?;
-        let words = opened.as_chunks::<4>().0.iter();
-        Some(Zeroizing::new(
-            words.map(|x| u32::from_le_bytes(*x)).collect(),
-        ))
+        let opened = self.key.open_in_place(nonce, aad, entry).ok()?;
+        for (x, word) in product.iter_mut().zip(opened.as_chunks::<4>().0) {
+            *x = u32::from_le_bytes(*word);
+        }
+        Some(())
     }
 }
 
 impl Place {
     fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.entries)
     }
 
     fn offset(&self, slot: u32) -> u64 {
         self.start + u64::from(slot) * entry_bytes(self.outputs)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn entry_bytes(outputs: usize) -> u64 {
@@ -188,6 +248,18 @@ mod tests {
         (Spill::new(boot.seal(), file, bytes, &OUTPUTS), seen)
     }
 
+    impl Spill {
+        fn put_now(&self, group: usize, pad: Pad, product: &[u32]) {
+            self.put(group, pad, product);
+            while self.write() {}
+            assert!(!self.is_busy());
+        }
+
+        fn take_now(&self, group: usize) -> Option<(Pad, Vec<u32>)> {
+            self.take(group, |pad, product| (pad, product.to_vec()))
+        }
+    }
+
     fn product(random: &mut Random, outputs: usize) -> Vec<u32> {
         (0..outputs).map(|_| random.below(1 << 29) as u32).collect()
     }
@@ -207,20 +279,43 @@ mod tests {
                     let product = product(&mut random, OUTPUTS[group]);
                     let pad = sequence.next();
                     put[group].push((pad.place(), product.clone()));
-                    spill.put(group, pad, &product);
+                    spill.put_now(group, pad, &product);
                 }
                 assert_eq!((spill.room(group), spill.level(group)), (0, 5));
             }
             assert!(file.metadata().unwrap().len() <= 5 * 84 + 40);
             for (group, put) in put.iter().enumerate() {
                 for (place, product) in &put[..5] {
-                    let (pad, found) = spill.take(group).unwrap();
-                    assert_eq!((pad.place(), &*found), (*place, product));
+                    let (pad, found) = spill.take_now(group).unwrap();
+                    assert_eq!((pad.place(), &found), (*place, product));
                 }
-                assert!(spill.take(group).is_none());
+                assert!(spill.take_now(group).is_none());
             }
         }
         assert_eq!(spill.lost.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn what_waits_has_its_slot_and_is_not_there_yet() {
+        let boot = BootKey::of([1; 32]);
+        let mut sequence = Pads::new(&boot, b"pads").sequence();
+        let (spill, file) = spill(&boot, 3 * 84);
+        let product = product(&mut Random::new(6), 10);
+        for _ in 0..5 {
+            spill.put(0, sequence.next(), &product);
+        }
+        assert_eq!(
+            (spill.room(0), spill.level(0), spill.is_busy()),
+            (0, 0, true)
+        );
+        assert_eq!(file.metadata().unwrap().len(), 0, "nothing was written");
+        assert!(spill.take_now(0).is_none());
+        for written in 1..=3 {
+            assert!(spill.write());
+            assert_eq!(spill.level(0), written);
+        }
+        assert!(!spill.write() && !spill.is_busy());
+        assert_eq!(spill.take_now(0).unwrap().1, product);
     }
 
     #[test]
@@ -229,7 +324,7 @@ mod tests {
         let mut sequence = Pads::new(&boot, b"pads").sequence();
         let (spill, file) = spill(&boot, 1000);
         let product = product(&mut Random::new(2), 10);
-        spill.put(0, sequence.next(), &product);
+        spill.put_now(0, sequence.next(), &product);
         let mut bytes = vec![0; 56];
         file.read_exact_at(&mut bytes, 0).unwrap();
         for x in &product {
@@ -246,12 +341,12 @@ mod tests {
         // Every bit of an entry.
         for bit in 0..56 * 8 {
             let (spill, file) = spill(&boot, 1000);
-            spill.put(0, sequence.next(), &product(&mut random, 10));
+            spill.put_now(0, sequence.next(), &product(&mut random, 10));
             let mut byte = [0];
             file.read_exact_at(&mut byte, bit / 8).unwrap();
             byte[0] ^= 1 << (bit % 8);
             file.write_all_at(&byte, bit / 8).unwrap();
-            assert!(spill.take(0).is_none(), "bit {bit}");
+            assert!(spill.take_now(0).is_none(), "bit {bit}");
             assert_eq!(spill.lost.load(Relaxed), 1);
         }
         // Two in each other's place, and one that lay there before.
@@ -261,17 +356,17 @@ mod tests {
             file.read_exact_at(&mut bytes, at * 56).unwrap();
             bytes
         };
-        spill.put(0, sequence.next(), &product(&mut random, 10));
-        spill.put(0, sequence.next(), &product(&mut random, 10));
+        spill.put_now(0, sequence.next(), &product(&mut random, 10));
+        spill.put_now(0, sequence.next(), &product(&mut random, 10));
         let (first, second) = (entry(0), entry(1));
         file.write_all_at(&second, 0).unwrap();
         file.write_all_at(&first, 56).unwrap();
-        assert!(spill.take(0).is_none());
+        assert!(spill.take_now(0).is_none());
         assert_eq!((spill.lost.load(Relaxed), spill.level(0)), (2, 0));
-        spill.put(0, sequence.next(), &product(&mut random, 10));
+        spill.put_now(0, sequence.next(), &product(&mut random, 10));
         let slot = u64::from(entry(0) == second);
         file.write_all_at(&first, slot * 56).unwrap();
-        assert!(spill.take(0).is_none());
+        assert!(spill.take_now(0).is_none());
     }
 
     #[test]
@@ -280,14 +375,14 @@ mod tests {
         let mut sequence = Pads::new(&boot, b"pads").sequence();
         let (spill, file) = spill(&boot, 1000);
         let product = product(&mut Random::new(4), 10);
-        spill.put(0, sequence.next(), &product);
+        spill.put_now(0, sequence.next(), &product);
         file.set_len(20).unwrap();
-        assert!(spill.take(0).is_none());
+        assert!(spill.take_now(0).is_none());
         // A file that cannot be written.
         let read_only = File::open("/dev/null").unwrap();
         let refusing = Spill::new(boot.seal(), read_only, 1000, &OUTPUTS);
         assert!(refusing.room(0) > 0);
-        refusing.put(0, sequence.next(), &product);
+        refusing.put_now(0, sequence.next(), &product);
         assert_eq!(
             (refusing.level(0), refusing.room(0), refusing.room(1)),
             (0, 0, 0)
@@ -301,10 +396,10 @@ mod tests {
         let (spill, file) = spill(&one, 1000);
         let pad = pads.sequence().next();
         let again = pad.again();
-        spill.put(0, pad, &product(&mut Random::new(5), 10));
+        spill.put_now(0, pad, &product(&mut Random::new(5), 10));
         let next = Spill::new(two.seal(), file, 1000, &OUTPUTS);
         let slot = spill.places[0].entries().kept[0].1;
         next.places[0].entries().kept.push_back((again, slot));
-        assert!(next.take(0).is_none());
+        assert!(next.take_now(0).is_none());
     }
 }

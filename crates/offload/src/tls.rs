@@ -25,7 +25,7 @@ use rustls::{
     PeerIncompatible, SignatureScheme, StreamOwned,
 };
 
-use crate::link::Transport;
+use crate::link::{Connect, Transport};
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo), as 64 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +49,27 @@ impl FromStr for Pin {
 impl fmt::Display for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex::encode(self.0))
+    }
+}
+
+/// How an encrypted connection to one pinned key is made, each time one is needed. There is no other
+/// way to make one than by that handshake.
+pub struct Encrypted(Connect);
+
+impl Encrypted {
+    /// Over connections that `socket` makes, each with a handshake that may take so long.
+    pub fn new(
+        socket: impl Fn() -> io::Result<Timed> + Send + Sync + 'static,
+        pin: Pin,
+        within: Duration,
+    ) -> Encrypted {
+        Encrypted(Box::new(move || connect(socket()?, pin, within)))
+    }
+
+    /// For one worker, which would do without.
+    #[must_use]
+    pub fn into_connect(self) -> Connect {
+        self.0
     }
 }
 

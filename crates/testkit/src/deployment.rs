@@ -21,6 +21,7 @@ pub use http::{HttpReply, http_get};
 pub use program::{Launch, Program};
 pub use recorder::{Recorder, Recording, TlsEnds};
 pub use replicas::{CertificateFacts, GatewayFacts, ReplicaFacts, free_addresses};
+pub use workers::WorkerPlace;
 
 use std::fs;
 use std::io;
@@ -101,7 +102,8 @@ pub struct Deployment {
     adapters: Vec<AdapterFacts>,
     /// Patterns of tensors that are sealed as public.
     public: Vec<String>,
-    worker: Option<String>,
+    /// What the enclave's configuration says of its workers.
+    workers: Option<String>,
     config: Option<PathBuf>,
     measurement: Option<MeasurementFacts>,
     policies: Option<PolicyFacts>,
@@ -276,7 +278,7 @@ impl Deployment {
             sealed: None,
             adapters: Vec::new(),
             public: Vec::new(),
-            worker: None,
+            workers: None,
             config: None,
             measurement: None,
             policies: None,

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::patience::Lost;
 use super::{Event, Running, Shared, lock};
 use crate::check::Challenge;
 use crate::link::{Connect, Fault, Link};
@@ -17,25 +18,69 @@ pub(super) struct Worker {
     connect: Connect,
     state: Mutex<State>,
     changed: Condvar,
+    /// What was lost by waiting for it.
+    pub(super) lost: Mutex<Lost>,
 }
 
 pub(super) enum State {
     /// Not admitted yet.
     Outside,
     /// It holds all matrices.
-    Ready(Link),
-    /// It did until this happened, or until another worker's fault ended both connections.
-    Ended(Option<Fault>),
+    Ready(Box<Link>),
+    /// As before, and a product is under way.
+    Lent,
+    /// It was ready until this happened, or until its product ended for another reason.
+    Ended(Option<End>),
     /// It is not asked any more.
     GivenUp,
 }
 
+/// How a worker's connection ended while it was ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) fault: Fault,
+    /// Whether too much time was lost by waiting for it.
+    too_slow: bool,
+}
+
+impl End {
+    /// By a fault.
+    pub(super) fn of(fault: Fault) -> End {
+        let too_slow = false;
+        End { fault, too_slow }
+    }
+
+    /// By a fault, and too much time was lost.
+    pub(super) fn too_slow(fault: Fault) -> End {
+        let too_slow = true;
+        End { fault, too_slow }
+    }
+
+    /// Whether the worker is set aside for it.
+    pub(super) fn sets_aside(&self) -> bool {
+        self.too_slow && !self.fault.is_misconduct()
+    }
+}
+
 impl State {
-    pub(super) fn link(&mut self) -> Option<&mut Link> {
-        match self {
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self, State::Ready(_))
+    }
+
+    /// Takes the connection, if it is ready, for one product.
+    pub(super) fn lend(&mut self) -> Option<Box<Link>> {
+        match std::mem::replace(self, State::Lent) {
             State::Ready(link) => Some(link),
-            _ => None,
+            other => {
+                *self = other;
+                None
+            }
         }
+    }
+
+    /// Whether it holds all matrices.
+    fn holds(&self) -> bool {
+        matches!(self, State::Ready(_) | State::Lent)
     }
 }
 
@@ -45,6 +90,7 @@ impl Worker {
             connect,
             state: Mutex::new(State::Outside),
             changed: Condvar::new(),
+            lost: Mutex::default(),
         }
     }
 
@@ -52,29 +98,29 @@ impl Worker {
         lock(&self.state)
     }
 
-    /// Wakes whoever waits for another state.
-    pub(super) fn tell(&self) {
-        self.changed.notify_all();
-    }
-
     /// Has its thread look at what was changed beside the state.
     pub(super) fn wake(&self) {
         // Whoever looked before has begun to wait when the lock is ours.
         drop(self.state());
-        self.tell();
+        self.changed.notify_all();
     }
 
-    fn set(&self, state: State) {
+    pub(super) fn set(&self, state: State) {
         *self.state() = state;
-        self.tell();
+        self.changed.notify_all();
+    }
+
+    /// Makes it ready again after a product. Nobody waits for that.
+    pub(super) fn put_back(&self, link: Box<Link>) {
+        *self.state() = State::Ready(link);
     }
 
     /// Waits until it is ready, unless it never will be or the time is over.
     pub(super) fn wait(&self, limit: Duration) -> bool {
-        let waits = |state: &mut State| !matches!(state, State::Ready(_) | State::GivenUp);
+        let waits = |state: &mut State| !state.holds() && !matches!(state, State::GivenUp);
         let waited = self.changed.wait_timeout_while(self.state(), limit, waits);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        matches!(*state, State::Ready(_))
+        state.holds()
     }
 }
 
@@ -86,26 +132,32 @@ pub(super) fn admit(shared: &Shared, which: usize) {
     let mut drawn = None;
     let mut wait = Duration::ZERO;
     let mut retry = config.retry;
+    let mut aside = config.aside;
     while pause(shared, worker, wait) {
-        let fault = match open(shared, which, misconduct, &mut drawn) {
+        let end = match open(shared, which, misconduct, &mut drawn) {
             Ok(link) => {
-                worker.set(State::Ready(link));
+                worker.set(State::Ready(Box::new(link)));
                 (shared.observer)(Event::Admitted { worker: which });
                 let since = Instant::now();
-                let fault = until_it_ends(shared, worker);
+                let end = until_it_ends(shared, worker);
                 // Only who did well for a while is connected to again as soon as at first.
                 if since.elapsed() > config.retry * LONGEST {
                     retry = config.retry;
                 }
+                if since.elapsed() > config.aside * LONGEST {
+                    aside = config.aside;
+                }
                 wait = Duration::ZERO;
-                let Some(fault) = fault else { continue };
-                fault
+                let Some(end) = end else { continue };
+                end
             }
             Err(fault) => {
-                shared.counts.note(fault);
-                fault
+                let end = End::of(fault);
+                shared.counts.note(end);
+                end
             }
         };
+        let fault = end.fault;
         if shared.stop.load(Relaxed) {
             return;
         }
@@ -125,6 +177,14 @@ pub(super) fn admit(shared: &Shared, which: usize) {
                 readmissions_left,
             });
             wait = config.quarantine;
+        } else if end.sets_aside() {
+            wait = aside;
+            aside = (aside * 2).min(config.aside * LONGEST);
+            (shared.observer)(Event::SetAside {
+                worker: which,
+                fault,
+                wait,
+            });
         } else {
             (shared.observer)(Event::Failed {
                 worker: which,
@@ -201,13 +261,12 @@ fn pause(shared: &Shared, worker: &Worker, wait: Duration) -> bool {
 }
 
 /// Waits until the worker's connection ends; why, if it is its own fault.
-fn until_it_ends(shared: &Shared, worker: &Worker) -> Option<Fault> {
-    let goes_on =
-        |state: &mut State| matches!(state, State::Ready(_)) && !shared.stop.load(Relaxed);
+fn until_it_ends(shared: &Shared, worker: &Worker) -> Option<End> {
+    let goes_on = |state: &mut State| state.holds() && !shared.stop.load(Relaxed);
     let waited = worker.changed.wait_while(worker.state(), goes_on);
     let state = waited.unwrap_or_else(PoisonError::into_inner);
     match *state {
-        State::Ended(fault) => fault,
+        State::Ended(end) => end,
         _ => None,
     }
 }

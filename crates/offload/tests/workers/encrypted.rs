@@ -2,7 +2,6 @@
 //! nothing and replaces nobody.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -19,19 +18,23 @@ use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
 
-use crate::fake::{Enclave, Fake, config};
+use crate::fake::{Enclave, Fake, Line, config};
 use crate::testing::Random;
 
 const WITHIN: Duration = Duration::from_secs(30);
 
-/// What ends TLS for a worker.
-struct Terminator {
+/// A worker's key, and TLS that shows it.
+pub(crate) struct Identity {
     config: Arc<ServerConfig>,
-    pin: Pin,
+    pub(crate) pin: Pin,
 }
 
-impl Terminator {
-    fn new(version: &'static SupportedProtocolVersion) -> Terminator {
+impl Identity {
+    pub(crate) fn new() -> Identity {
+        Identity::with_version(&TLS13)
+    }
+
+    fn with_version(version: &'static SupportedProtocolVersion) -> Identity {
         let pair = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(Vec::new())
             .unwrap()
@@ -49,78 +52,21 @@ impl Terminator {
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)
             .unwrap();
-        Terminator {
+        Identity {
             config: Arc::new(config),
             pin: pin.parse().unwrap(),
         }
     }
 
-    /// Connections through TLS to a worker, expecting `pin`; everything on the line is noted.
-    fn connect(&self, pin: Pin, fake: &Fake, line: &Arc<Mutex<Vec<u8>>>) -> Connect {
-        let (config, fake, line) = (Arc::clone(&self.config), fake.clone(), Arc::clone(line));
-        Box::new(move || {
-            let listener = TcpListener::bind("127.0.0.1:0")?;
-            let near = TcpStream::connect(listener.local_addr()?)?;
-            let (far, _) = listener.accept()?;
-            let (config, fake, line) = (Arc::clone(&config), fake.clone(), Arc::clone(&line));
-            thread::spawn(move || relay(config, far, fake.accept(), line));
-            tls::connect(Timed::tcp(near)?, pin, WITHIN)
-        })
+    /// The inner end of a connection whose other end speaks TLS; what is on the line is noted.
+    pub(crate) fn shown_on(&self, far: UnixStream, line: Arc<Mutex<Vec<u8>>>) -> Line {
+        let connection = ServerConnection::new(Arc::clone(&self.config)).unwrap();
+        Line::new(StreamOwned::new(connection, Tap(far, line)))
     }
-}
-
-/// Passes on what comes from one side at a time, as the protocol alternates while a test sends one product
-/// after the other.
-fn relay(
-    config: Arc<ServerConfig>,
-    far: TcpStream,
-    worker: UnixStream,
-    line: Arc<Mutex<Vec<u8>>>,
-) -> Option<()> {
-    let tapped = Tap(far.try_clone().ok()?, line);
-    let mut tls = StreamOwned::new(ServerConnection::new(config).ok()?, tapped);
-    while tls.conn.is_handshaking() {
-        tls.conn.complete_io(&mut tls.sock).ok()?;
-    }
-    far.set_read_timeout(Some(Duration::from_millis(1))).ok()?;
-    worker.set_nonblocking(true).ok()?;
-    let mut from_worker = worker.try_clone().ok()?;
-    let mut to_worker = worker;
-    let mut piece = vec![0; 1 << 16];
-    loop {
-        match tls.read(&mut piece) {
-            Ok(0) => return None,
-            Ok(read) => write_all(&mut to_worker, &piece[..read])?,
-            Err(error) if later(&error) => {}
-            Err(_) => return None,
-        }
-        match from_worker.read(&mut piece) {
-            Ok(0) => return None,
-            Ok(read) => tls.write_all(&piece[..read]).ok()?,
-            Err(error) if later(&error) => {}
-            Err(_) => return None,
-        }
-    }
-}
-
-fn later(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
-}
-
-/// The worker reads on, so it is only a moment.
-fn write_all(to: &mut UnixStream, mut bytes: &[u8]) -> Option<()> {
-    while !bytes.is_empty() {
-        match to.write(bytes) {
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if later(&error) => thread::yield_now(),
-            Err(_) => return None,
-        }
-    }
-    Some(())
 }
 
 /// Notes what is on the line in both directions.
-struct Tap(TcpStream, Arc<Mutex<Vec<u8>>>);
+struct Tap(UnixStream, Arc<Mutex<Vec<u8>>>);
 
 impl Read for Tap {
     fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
@@ -148,8 +94,9 @@ fn shares_to_pinned_workers_are_right_and_nobody_on_the_line_reads_one() {
     let fakes = [Fake::honest(), Fake::honest()];
     let lines: [Arc<Mutex<Vec<u8>>>; 2] = Default::default();
     let workers = [0, 1].map(|which| {
-        let terminator = Terminator::new(&TLS13);
-        terminator.connect(terminator.pin, &fakes[which], &lines[which])
+        let identity = Identity::new();
+        let pin = identity.pin;
+        fakes[which].encrypted_by(identity, pin, &lines[which])
     });
     let matrix = random.matrix(20, 60);
     let enclave = Enclave::new(config(), 1, Workers::Two(workers), vec![matrix]);
@@ -176,16 +123,18 @@ fn shares_to_pinned_workers_are_right_and_nobody_on_the_line_reads_one() {
 fn another_key_another_version_and_no_tls_are_refused() {
     let fake = Fake::honest();
     let line = Arc::default();
-    let right = Terminator::new(&TLS13);
     let outcome = |connect: Connect| connect().map(|_| ()).map_err(|error| error.kind());
-    assert_eq!(outcome(right.connect(right.pin, &fake, &line)), Ok(()));
-    let other = Terminator::new(&TLS13);
+    let connect = |identity: Identity, pin| fake.encrypted_by(identity, pin, &line).into_connect();
+    let right = Identity::new();
+    let pin = right.pin;
+    assert_eq!(outcome(connect(right, pin)), Ok(()));
     let refused = Err(ErrorKind::InvalidData);
-    assert_eq!(outcome(other.connect(right.pin, &fake, &line)), refused);
-    let old = Terminator::new(&TLS12);
-    assert_eq!(outcome(old.connect(old.pin, &fake, &line)), refused);
+    assert_eq!(outcome(connect(Identity::new(), pin)), refused);
+    let old = Identity::with_version(&TLS12);
+    let its = old.pin;
+    assert_eq!(outcome(connect(old, its)), refused);
     // The enclave says so, and goes on trying.
-    let other = Terminator::new(&TLS13).connect(right.pin, &fake, &line);
+    let other = connect(Identity::new(), pin);
     let nobodys = Config {
         retry: Duration::from_secs(3600),
         ..config()
@@ -206,13 +155,13 @@ fn another_key_another_version_and_no_tls_are_refused() {
     let plain: Connect = Box::new(move || {
         let (near, mut far) = UnixStream::pair()?;
         far.write_all(&[2; 64])?;
-        tls::connect(Timed::unix(near), right.pin, WITHIN)
+        tls::connect(Timed::unix(near), pin, WITHIN)
     });
     assert_eq!(outcome(plain), refused);
     // Nobody there.
     let silent: Connect = Box::new(move || {
         let (near, _far) = UnixStream::pair()?;
-        let connected = tls::connect(Timed::unix(near), right.pin, Duration::from_millis(50));
+        let connected = tls::connect(Timed::unix(near), pin, Duration::from_millis(50));
         connected.map(|connection| connection as Box<dyn Transport>)
     });
     assert_eq!(outcome(silent), Err(ErrorKind::TimedOut));

@@ -67,7 +67,7 @@ fn tokens_and_logits_are_those_of_the_enclave() {
         for shares in [false, true] {
             let workers = match shares {
                 false => Workers::One(Fake::honest().connect()),
-                true => Workers::Two([Fake::honest().connect(), Fake::honest().connect()]),
+                true => Workers::Two([Fake::honest().encrypted(), Fake::honest().encrypted()]),
             };
             let there = outsourced(&model, &["*"], preset, workers, small());
             assert!(there.offload.wait(Duration::from_secs(60)));

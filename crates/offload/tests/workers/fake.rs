@@ -11,12 +11,14 @@ use casemate_field::Field;
 use casemate_kernels::panels::{Int8Matrix, Int8Rows, matmul_int8_sums};
 use casemate_kernels::team::Team;
 use casemate_offload::offload::Group;
+use casemate_offload::tls::Pin;
 use casemate_offload::{
-    BootKey, Config, Connect, Event, Offload, PublicMatrix, Transport, Workers,
+    BootKey, Config, Connect, Encrypted, Event, Offload, PublicMatrix, Transport, Workers,
 };
 use casemate_wire::server::refuse;
 use casemate_wire::{Multiply, Receiver, Refusal, Request, Responder, Timed, Weights, Welcome};
 
+use crate::encrypted::Identity;
 use crate::testing::Random;
 
 /// What a worker does with a product that it has computed.
@@ -27,8 +29,12 @@ pub(crate) enum Act {
     Raw(Vec<u8>),
     /// Says nothing for so long, then answers.
     Delay(Duration, Vec<u32>),
+    /// Writes bytes as they are, one by one with such pauses.
+    Trickle(Duration, Vec<u8>),
     /// Closes.
     HangUp,
+    /// Says nothing for so long, then closes.
+    HangUpAfter(Duration),
     /// Refuses.
     Refuse,
 }
@@ -104,29 +110,51 @@ impl Fake {
         Box::new(move || Ok(Box::new(Timed::unix(fake.accept())) as Box<dyn Transport>))
     }
 
+    /// Behind TLS with a key of its own.
+    pub(crate) fn encrypted(&self) -> Encrypted {
+        let identity = Identity::new();
+        let pin = identity.pin;
+        self.encrypted_by(identity, pin, &Arc::default())
+    }
+
+    /// Behind TLS, which shows `identity` to one who expects `pin`. What is on the line is noted.
+    pub(crate) fn encrypted_by(
+        &self,
+        identity: Identity,
+        pin: Pin,
+        line: &Arc<Mutex<Vec<u8>>>,
+    ) -> Encrypted {
+        let (fake, line) = (self.clone(), Arc::clone(line));
+        let socket = move || {
+            let line = Arc::clone(&line);
+            Ok(Timed::unix(
+                fake.accept_through(|far| identity.shown_on(far, line)),
+            ))
+        };
+        Encrypted::new(socket, pin, Duration::from_secs(30))
+    }
+
     /// The client's end of a new connection.
     pub(crate) fn accept(&self) -> UnixStream {
+        self.accept_through(Line::new)
+    }
+
+    fn accept_through(&self, through: impl FnOnce(UnixStream) -> Line) -> UnixStream {
         let (near, far) = UnixStream::pair().unwrap();
-        let fake = self.clone();
+        let (fake, line) = (self.clone(), through(far));
         fake.0.lock().unwrap().connections += 1;
         // It ends with the connection.
-        thread::spawn(move || fake.serve(far));
+        thread::spawn(move || fake.serve(line));
         near
     }
 
-    fn serve(&self, socket: UnixStream) -> Option<()> {
-        let offer = Welcome {
-            window: 4,
-            max_payload: 8 << 20,
-            memory: 1 << 30,
-            max_rows: 1024,
-            name: "fake".to_owned(),
-        };
-        let mut writer = socket.try_clone().ok()?;
-        let reader = Recorder(socket, self.clone());
+    fn serve(&self, line: Line) -> Option<()> {
+        let offer = offer();
+        let mut writer = line.clone();
+        let reader = Recorder(line, self.clone());
         let mut receiver = Receiver::open(reader, offer.clone()).ok()?;
         let hello = receiver.hello();
-        let mut responder = Responder::open(writer.try_clone().ok()?, hello, &offer).ok()?;
+        let mut responder = Responder::open(writer.clone(), hello, &offer).ok()?;
         let mut matrices = Vec::new();
         loop {
             match receiver.request().ok()? {
@@ -159,11 +187,21 @@ impl Fake {
                             thread::sleep(time);
                             responder.product(&asked, &product).ok()?;
                         }
+                        Act::Trickle(pause, bytes) => {
+                            for byte in bytes {
+                                writer.write_all(&[byte]).ok()?;
+                                thread::sleep(pause);
+                            }
+                        }
                         Act::Raw(bytes) => {
                             writer.write_all(&bytes).ok()?;
                             return None;
                         }
                         Act::HangUp => return None,
+                        Act::HangUpAfter(time) => {
+                            thread::sleep(time);
+                            return None;
+                        }
                         Act::Refuse => return refuse(&mut writer, Refusal::Failed).ok(),
                     }
                 }
@@ -172,8 +210,48 @@ impl Fake {
     }
 }
 
+/// What a worker in this process offers.
+pub(crate) fn offer() -> Welcome {
+    Welcome {
+        window: 4,
+        max_payload: 8 << 20,
+        memory: 1 << 30,
+        max_rows: 1024,
+        name: "fake".to_owned(),
+    }
+}
+
+/// A connection, for who reads and who writes.
+#[derive(Clone)]
+pub(crate) struct Line(Arc<Mutex<dyn Stream>>);
+
+pub(crate) trait Stream: Read + Write + Send {}
+impl<S: Read + Write + Send> Stream for S {}
+
+impl Line {
+    pub(crate) fn new(stream: impl Stream + 'static) -> Line {
+        Line(Arc::new(Mutex::new(stream)))
+    }
+}
+
+impl Read for Line {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().read(out)
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().flush()
+    }
+}
+
 /// Notes what is read.
-struct Recorder(UnixStream, Fake);
+struct Recorder(Line, Fake);
 
 impl Read for Recorder {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
@@ -212,6 +290,9 @@ pub(crate) fn config() -> Config {
         pool_bytes: 4 << 20,
         reserve: 0,
         patience: Duration::from_secs(30),
+        // Whatever else this machine is doing.
+        waiting: Duration::from_secs(3600),
+        aside: Duration::ZERO,
         quarantine: Duration::ZERO,
         retry: Duration::ZERO,
         ..Config::default()

@@ -2,11 +2,14 @@
 //! fault, and the enclave goes on.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use casemate_field::Field;
 use casemate_offload::{Config, Event, Fault, Workers};
+use casemate_wire::{Hello, MIN_PAYLOAD, Multiply, Responder};
 
-use crate::fake::{Act, Conduct, Enclave, Fake, config};
+use crate::fake::{Act, Conduct, Enclave, Fake, config, offer};
 use crate::testing::Random;
 
 /// Of each product so many rows.
@@ -61,7 +64,7 @@ fn caught(times: usize, expected: Fault, conduct: Conduct) {
         .into_iter()
         .filter_map(|event| match event {
             Event::Admitted { .. } => None,
-            Event::Failed { fault, .. } => Some(fault),
+            Event::Failed { fault, .. } | Event::SetAside { fault, .. } => Some(fault),
             Event::Quarantined { fault, .. } | Event::GivenUp { fault, .. } => Some(fault),
         })
         .collect();
@@ -226,7 +229,7 @@ fn a_worker_that_does_not_answer_is_not_waited_for() {
     let fake = Fake::new(conduct);
     let config = Config {
         patience: Duration::from_secs(2),
-        retry: Duration::from_secs(3600),
+        aside: Duration::from_secs(3600),
         ..config()
     };
     let enclave = enclave(config, &fake);
@@ -243,6 +246,146 @@ fn a_worker_that_does_not_answer_is_not_waited_for() {
         (3, 3)
     );
     assert_eq!((metrics.failures, metrics.misconduct), (1, 0));
+    assert_eq!(metrics.set_aside, 1);
+}
+
+/// Whatever moves meanwhile: a byte now and then, or a message now and then, each of which is in time.
+#[test]
+fn a_product_has_one_time_limit_however_it_comes() {
+    const MESSAGES: u64 = 40;
+    let pause = Duration::from_millis(100);
+    let bytes: Conduct = Box::new(move |n, asked, product| match n {
+        0..MESSAGES => Act::Answer(product),
+        _ => Act::Trickle(pause, frame(asked, &product)),
+    });
+    let messages: Conduct = Box::new(move |n, _, product| match n {
+        0..MESSAGES => Act::Answer(product),
+        _ => Act::Delay(pause, product),
+    });
+    for conduct in [bytes, messages] {
+        let config = Config {
+            patience: Duration::from_millis(1500),
+            rows_at_once: 1,
+            aside: Duration::from_secs(3600),
+            ..config()
+        };
+        let enclave = enclave(config, &Fake::new(conduct));
+        enclave.wait();
+        let x = Random::new(1).row(MESSAGES as usize * WIDTH);
+        assert!(enclave.product(0, &x));
+        // Four seconds at least, of which no single step takes a tenth of the limit.
+        assert!(!enclave.product(0, &x));
+        let (worker, fault) = (0, Fault::Late);
+        let wait = Duration::from_secs(3600);
+        let events = settled(&enclave, 2);
+        assert_eq!(
+            events[1],
+            Event::SetAside {
+                worker,
+                fault,
+                wait
+            }
+        );
+    }
+}
+
+/// A frame of PRODUCT.
+fn frame(asked: &Multiply, product: &[u32]) -> Vec<u8> {
+    let hello = Hello {
+        field: Field::P29,
+        max_payload: MIN_PAYLOAD,
+    };
+    let mut bytes = Vec::new();
+    let mut responder = Responder::open(&mut bytes, hello, &offer()).unwrap();
+    responder.product(asked, product).unwrap();
+    let opening = bytes.len() - (24 + 4 * product.len());
+    bytes.split_off(opening)
+}
+
+/// Events, once there are so many; they are told by another thread.
+fn settled(enclave: &Enclave, count: usize) -> Vec<Event> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while enclave.events().len() < count {
+        assert!(Instant::now() < end, "{:?}", enclave.events());
+        thread::sleep(Duration::from_millis(5));
+    }
+    enclave.events()
+}
+
+/// Always right, always in time, and of no use.
+#[test]
+fn a_worker_that_is_always_just_in_time_is_set_aside_for_longer_each_time() {
+    let pause = Duration::from_millis(300);
+    let fake = Fake::new(Box::new(move |_, _, product| Act::Delay(pause, product)));
+    let aside = Duration::from_millis(50);
+    let config = Config {
+        waiting: Duration::from_secs(1),
+        aside,
+        ..config()
+    };
+    let enclave = enclave(config, &fake);
+    let mut random = Random::new(3);
+    for round in 0..3u32 {
+        enclave.wait();
+        let mut asked = 0;
+        while enclave.events().len() == 1 + 2 * round as usize {
+            // Nothing of it is wrong, so nothing is computed again.
+            let outside = enclave.product(0, &random.row(ROWS * WIDTH));
+            asked += u64::from(outside);
+            // The thread that tells is not this one.
+            thread::sleep(Duration::from_millis(1));
+            assert!(asked <= 40, "it is believed for ever");
+        }
+        let (worker, fault) = (0, Fault::Slow);
+        let wait = aside * (1 << round);
+        let told = enclave.events()[1 + 2 * round as usize];
+        assert_eq!(
+            told,
+            Event::SetAside {
+                worker,
+                fault,
+                wait
+            }
+        );
+        enclave.wait();
+        settled(&enclave, 3 + 2 * round as usize);
+    }
+    let metrics = enclave.offload.metrics();
+    assert_eq!(
+        (metrics.set_aside, metrics.failures, metrics.misconduct),
+        (3, 3, 0)
+    );
+    assert_eq!(metrics.rows_recomputed, 0);
+}
+
+/// It keeps the engine waiting and then hangs up, which is another fault each time and costs as much.
+#[test]
+fn waiting_for_who_then_hangs_up_counts_too() {
+    let pause = Duration::from_millis(300);
+    let conduct: Conduct = Box::new(move |_, _, _| Act::HangUpAfter(pause));
+    let config = Config {
+        waiting: Duration::from_millis(1000),
+        aside: Duration::from_secs(3600),
+        ..config()
+    };
+    let enclave = enclave(config, &Fake::new(conduct));
+    let (worker, fault) = (0, Fault::Unreachable);
+    let wait = Duration::from_secs(3600);
+    let set_aside = Event::SetAside {
+        worker,
+        fault,
+        wait,
+    };
+    for asked in 0.. {
+        assert!(asked < 40, "{:?}", enclave.events());
+        while !enclave.offload.wait(Duration::from_millis(20)) {
+            if enclave.events().last() == Some(&set_aside) {
+                assert_eq!(enclave.offload.metrics().set_aside, 1);
+                return;
+            }
+        }
+        assert!(!enclave.product(0, &Random::new(1).row(WIDTH)));
+    }
 }
 
 /// Every message of a long product can be the one that fails; then all of it is computed again.
@@ -367,7 +510,7 @@ fn either_of_two_workers_is_caught() {
                 Act::Answer(product)
             }))
         });
-        let workers = Workers::Two(fakes.each_ref().map(Fake::connect));
+        let workers = Workers::Two(fakes.each_ref().map(Fake::encrypted));
         let matrix = Random::new(99).matrix(OUTPUTS, WIDTH);
         let enclave = Enclave::new(patient(), 5, workers, vec![matrix]);
         let x = Random::new(1).row(ROWS * WIDTH);
