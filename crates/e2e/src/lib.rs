@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod canary;
+pub mod namespaces;
 pub mod search;
 pub mod soak;
 pub mod watch;
