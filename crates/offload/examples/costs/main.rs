@@ -2,7 +2,9 @@
 //! enclave, in one run: `cargo run --release -p casemate-offload --example costs [ROUNDS]`.
 //!
 //! One block and the head are in memory (235 MB of weights, so no cache holds them); the block's times
-//! count 32 times. Medians over the rounds.
+//! count 32 times. Medians over the rounds. Last, whole exchanges with a worker in this process.
+
+mod protocol;
 
 use std::time::Duration;
 
@@ -52,6 +54,7 @@ fn main() {
             break;
         }
     }
+    protocol::measure(benches.iter().map(Bench::weights), cores, rounds);
 }
 
 /// A matrix of weights of all magnitudes.
