@@ -46,6 +46,29 @@ pub trait Backend: Send {
         elements: &[u32],
         out: &mut Vec<u32>,
     ) -> Result<(), BackendError>;
+
+    /// The same in two steps, if it can do something else between them.
+    fn overlapping(&mut self) -> Option<&mut dyn Overlapping> {
+        None
+    }
+}
+
+/// Products that are begun before the last one is finished.
+pub trait Overlapping {
+    /// How many may be begun and not finished; 1 or more.
+    fn most(&self) -> usize;
+
+    /// Begins a product, as [`Backend::multiply`], and copies what it needs.
+    ///
+    /// # Errors
+    /// The device's, and [`BackendError::NoMatrix`].
+    fn begin(&mut self, matrix: u32, elements: &[u32]) -> Result<(), BackendError>;
+
+    /// Waits for the product that was begun first of those that are not finished.
+    ///
+    /// # Errors
+    /// The device's.
+    fn finish(&mut self, out: &mut Vec<u32>) -> Result<(), BackendError>;
 }
 
 /// Why something was not computed.

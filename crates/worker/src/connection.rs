@@ -1,6 +1,7 @@
 //! One client, from HELLO to the end. One thread reads and judges, another computes and answers, so that
 //! a client that sends while it is sent to never waits for itself.
 
+use std::collections::VecDeque;
 use std::io::Read;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -289,7 +290,8 @@ impl Answering {
 
     fn answer_all(&mut self, queue: &Queue<Work>) -> Result<(), Ended> {
         let mut product = Vec::new();
-        while let Ok(work) = queue.recv() {
+        let mut next = None;
+        while let Some(work) = next.take().or_else(|| queue.recv().ok()) {
             match work {
                 Work::Ready(matrix) => self.send(|to| to.ready(matrix))?,
                 Work::Load(came, counted) => {
@@ -300,16 +302,58 @@ impl Answering {
                     self.send(|to| to.loaded(came.load.matrix, &came.digest))?;
                     self.served.matrices += 1;
                 }
+                Work::Multiply(multiply) if self.backend.overlapping().is_some() => {
+                    next = self.overlap(multiply, queue, &mut product)?;
+                }
                 Work::Multiply(multiply) => {
                     let elements = &multiply.elements;
                     self.backend
                         .multiply(multiply.matrix, elements, &mut product)?;
-                    self.send(|to| to.product(&multiply, &product))?;
-                    self.served.products += 1;
+                    self.send_product(&multiply, &product)?;
                 }
                 Work::Refuse(ended) => return Err(ended),
             }
         }
+        Ok(())
+    }
+
+    /// Answers a product and those that arrive meanwhile, each begun before the last is finished. Returns what arrived and
+    /// is no product.
+    fn overlap(
+        &mut self,
+        first: Multiply,
+        queue: &Queue<Work>,
+        product: &mut Vec<u32>,
+    ) -> Result<Option<Work>, Ended> {
+        let mut next = Some(Work::Multiply(first));
+        let mut begun = VecDeque::new();
+        loop {
+            let Some(backend) = self.backend.overlapping() else {
+                return Ok(next);
+            };
+            while begun.len() < backend.most() {
+                match next.take().or_else(|| queue.try_recv().ok()) {
+                    Some(Work::Multiply(multiply)) => {
+                        backend.begin(multiply.matrix, &multiply.elements)?;
+                        begun.push_back(multiply);
+                    }
+                    other => {
+                        next = other;
+                        break;
+                    }
+                }
+            }
+            let Some(multiply) = begun.pop_front() else {
+                return Ok(next);
+            };
+            backend.finish(product)?;
+            self.send_product(&multiply, product)?;
+        }
+    }
+
+    fn send_product(&mut self, multiply: &Multiply, product: &[u32]) -> Result<(), Ended> {
+        self.send(|to| to.product(multiply, product))?;
+        self.served.products += 1;
         Ok(())
     }
 
