@@ -1,4 +1,4 @@
-//! CPU compute kernels, memory mapping and locking, the thread team: the one home of `unsafe` code.
+//! CPU compute kernels, memory mapping and locking, the thread team: the one home of `unsafe` code that an enclave links.
 //!
 //! What lives here: [`mem::Region`] (where weights, caches and keys lie), [`team::Team`] (the
 //! threads that compute), [`cpu::Isa`] (which instructions they may use) and the arithmetic of a
