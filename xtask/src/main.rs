@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod arm;
+mod cuda;
 mod demo;
 mod fetch;
 mod fuzz;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{arm, fetch, licences, process, rooms, threats, workspace};
+use crate::{arm, cuda, fetch, licences, process, rooms, threats, workspace};
 
 /// Debian packages that tests use, each with a command that succeeds where it is there. Rust, Python 3 and pip are
 /// expected.
@@ -28,13 +28,13 @@ const VULKAN: (&str, &[&str]) = (
 );
 
 /// Packages of the virtual environment for the client tests.
-const PYTHON: &[&str] = &["openai==3.52.0"];
+const PYTHON: &str = "openai==3.52.0";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Only run tests whose name contains this; format, lints and licences are skipped. `neon` runs the kernels' tests for
     /// aarch64 in an emulator, `wgpu` those of products on a GPU or on Vulkan in software, whose libraries are built for
-    /// nothing else
+    /// nothing else, `cuda` those of kernels for NVIDIA GPUs: emulated, and on a GPU with measurements if there is one
     #[arg(long)]
     only: Option<String>,
 }
@@ -59,6 +59,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut skipped = BTreeSet::new();
     if options.only.as_deref() == Some(arm::NAME) {
         let outcome = emulated(&arm::Toolchain::obtain()?, &mut skipped)?;
+        return report(&outcome, &skipped, &data, started);
+    }
+    if options.only.as_deref() == Some(cuda::NAME) {
+        obtain([&cuda::COMPILER], &mut skipped);
+        let mut outcome = cuda::emulated(&mut skipped)?;
+        outcome.add(cuda::on_a_gpu(&mut skipped)?);
         return report(&outcome, &skipped, &data, started);
     }
     step("tools and models");
@@ -123,6 +129,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 skipped.insert(format!("tests of NEON kernels in an emulator: {error:#}"));
             }
         }
+        outcome.add(cuda::emulated(&mut skipped)?);
+        skipped
+            .insert("products on an NVIDIA GPU: `--only cuda` runs them where there is one".into());
     }
     report(&outcome, &skipped, &data, started)
 }
@@ -130,10 +139,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// The kernels' tests as programs for aarch64.
 fn emulated(toolchain: &arm::Toolchain, skipped: &mut BTreeSet<String>) -> Result<Outcome> {
     step("kernels for aarch64 in an emulator");
-    let mut sum = Outcome {
-        ok: true,
-        ..Outcome::default()
-    };
+    let mut sum = Outcome::none();
     for (at, mut cargo) in toolchain.tests().into_iter().enumerate() {
         let log = format!("casemate-test-neon-{at}.log");
         let outcome = run_tests(&mut cargo, &log, skipped)?;
@@ -145,7 +151,7 @@ fn emulated(toolchain: &arm::Toolchain, skipped: &mut BTreeSet<String>) -> Resul
     Ok(sum)
 }
 
-fn step(name: &str) {
+pub(crate) fn step(name: &str) {
     println!("\n== {name}");
 }
 
@@ -156,9 +162,30 @@ fn data_folder() -> PathBuf {
 
 /// Installs what is missing; what cannot be had is written into `skipped` and its tests skip themselves.
 fn prepare(skipped: &mut BTreeSet<String>, wgpu: bool) -> Result<Option<PathBuf>> {
-    let missing: Vec<_> = DEBIAN
-        .iter()
-        .chain(wgpu.then_some(&VULKAN))
+    let also = [&cuda::COMPILER].into_iter().chain(wgpu.then_some(&VULKAN));
+    obtain(DEBIAN.iter().chain(also), skipped);
+    if let Err(error) = fetch::demo_model() {
+        skipped.insert(format!("tests with SmolLM2-135M-Instruct: {error:#}"));
+    }
+    if let Err(error) = fetch::stories15m() {
+        skipped.insert(format!("tests with stories15M: {error:#}"));
+    }
+    match environment("casemate-venv", &[PYTHON.to_owned()]) {
+        Ok(python) => Ok(Some(python)),
+        Err(error) => {
+            skipped.insert(format!("tests with the openai package: {error:#}"));
+            Ok(None)
+        }
+    }
+}
+
+/// Installs those Debian packages that are missing; that they cannot be had is written into `skipped`.
+fn obtain<'a>(
+    packages: impl IntoIterator<Item = &'a (&'a str, &'a [&'a str])>,
+    skipped: &mut BTreeSet<String>,
+) {
+    let missing: Vec<_> = packages
+        .into_iter()
         .filter(|(_, probe)| !process::succeeds(probe))
         .map(|(package, _)| *package)
         .collect();
@@ -166,19 +193,6 @@ fn prepare(skipped: &mut BTreeSet<String>, wgpu: bool) -> Result<Option<PathBuf>
         && let Err(error) = install(&missing)
     {
         skipped.insert(format!("Debian packages {}: {error:#}", missing.join(", ")));
-    }
-    if let Err(error) = fetch::demo_model() {
-        skipped.insert(format!("tests with SmolLM2-135M-Instruct: {error:#}"));
-    }
-    if let Err(error) = fetch::stories15m() {
-        skipped.insert(format!("tests with stories15M: {error:#}"));
-    }
-    match python_environment() {
-        Ok(python) => Ok(Some(python)),
-        Err(error) => {
-            skipped.insert(format!("tests with the openai package: {error:#}"));
-            Ok(None)
-        }
     }
 }
 
@@ -204,12 +218,12 @@ fn install(packages: &[&str]) -> Result<()> {
     )
 }
 
-/// A virtual environment with the client packages; made once per list of packages.
-fn python_environment() -> Result<PathBuf> {
-    let directory = workspace().join("target/casemate-venv");
+/// A virtual environment with packages; made once per list of them.
+pub(crate) fn environment(name: &str, packages: &[String]) -> Result<PathBuf> {
+    let directory = workspace().join("target").join(name);
     let python = directory.join("bin/python");
     let marker = directory.join("packages");
-    let wanted = PYTHON.join("\n");
+    let wanted = packages.join("\n");
     if fs::read_to_string(&marker).is_ok_and(|have| have == wanted) {
         return Ok(python);
     }
@@ -217,22 +231,31 @@ fn python_environment() -> Result<PathBuf> {
     process::run(
         Command::new(&python)
             .args(["-m", "pip", "install", "--quiet"])
-            .args(PYTHON),
+            .args(packages),
     )?;
     fs::write(&marker, wanted).with_context(|| format!("cannot write {}", marker.display()))?;
     Ok(python)
 }
 
-#[derive(Default)]
-struct Outcome {
-    passed: usize,
+pub(crate) struct Outcome {
+    pub(crate) passed: usize,
     failed: usize,
     ignored: usize,
-    ok: bool,
+    pub(crate) ok: bool,
 }
 
 impl Outcome {
-    fn add(&mut self, other: Outcome) {
+    /// Of no test.
+    pub(crate) fn none() -> Outcome {
+        Outcome {
+            passed: 0,
+            failed: 0,
+            ignored: 0,
+            ok: true,
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: Outcome) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
@@ -242,7 +265,7 @@ impl Outcome {
 
 /// Runs cargo test, shows one line per test program, keeps the whole output in a file, and collects what tests say
 /// they skipped.
-fn run_tests(
+pub(crate) fn run_tests(
     cargo: &mut Command,
     log_name: &str,
     skipped: &mut BTreeSet<String>,
@@ -261,7 +284,7 @@ fn run_tests(
         .stderr(writer)
         .spawn()?;
     cargo.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut outcome = Outcome::default();
+    let mut outcome = Outcome::none();
     let mut in_failures = false;
     for line in BufReader::new(reader).lines() {
         let line = line?;

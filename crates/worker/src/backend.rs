@@ -1,6 +1,8 @@
 //! What multiplies.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
@@ -19,6 +21,11 @@ pub trait Device: Send + Sync {
 
     /// Bytes that a matrix takes, as it is kept; none if it cannot be kept.
     fn bytes(&self, shape: Shape) -> Option<u64>;
+
+    /// Bytes that matrices of each of so many connections may take, if they are kept in memory of the device's own.
+    fn memory(&self, _connections: u64) -> Option<u64> {
+        None
+    }
 
     /// For one connection.
     ///

@@ -3,7 +3,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`backend`] | what multiplies: the processor, or with the feature `wgpu` a GPU |
+//! | [`backend`] | what multiplies: the processor, or with the features `cuda` and `wgpu` a GPU |
 //! | [`memory`] | how much each connection may take, and the sizes people write |
 //! | [`connection`] | one client, from HELLO to the end |
 //! | [`listener`] | where clients arrive, and how many at once |

@@ -66,6 +66,8 @@ enum Backend {
     Auto,
     /// The processor
     Cpu,
+    /// An NVIDIA GPU through CUDA
+    Cuda,
     /// A GPU through Vulkan, or Vulkan in software
     Wgpu,
 }
@@ -103,6 +105,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot wait for signals")?;
     let device = runtime.block_on(device(arguments))?;
+    let memory = of_device(memory, &*device, arguments.connections.into())?;
     // Before anything is accepted, so that no signal is missed.
     let mut ends = runtime.block_on(async {
         Ok::<_, std::io::Error>([
@@ -146,13 +149,32 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// No more than the device has, if matrices are kept in memory of its own.
+fn of_device(memory: u64, device: &dyn Device, connections: u64) -> anyhow::Result<u64> {
+    match device.memory(connections) {
+        Some(0) => anyhow::bail!(
+            "{} has no memory left for {connections} connections: see what else uses it, or take fewer --connections",
+            device.name()
+        ),
+        Some(most) if most < memory => {
+            info!("{} has less memory than --memory allows", device.name());
+            Ok(most)
+        }
+        _ => Ok(memory),
+    }
+}
+
 async fn device(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
     match arguments.backend {
         Backend::Cpu => cpu(arguments),
+        Backend::Cuda => cuda(),
         Backend::Wgpu => gpu().await,
-        Backend::Auto => match gpu().await {
-            Ok(gpu) if gpu.is_hardware() => Ok(gpu),
-            _ => cpu(arguments),
+        Backend::Auto => match cuda() {
+            Ok(cuda) => Ok(cuda),
+            Err(_) => match gpu().await {
+                Ok(gpu) if gpu.is_hardware() => Ok(gpu),
+                _ => cpu(arguments),
+            },
         },
     }
 }
@@ -162,6 +184,18 @@ fn cpu(arguments: &Arguments) -> anyhow::Result<Arc<dyn Device>> {
     let threads = arguments.threads.or_else(cores);
     let threads = threads.map_or(1, NonZeroUsize::get);
     Ok(Arc::new(Cpu::new(threads).context("cannot start threads")?))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> anyhow::Result<Arc<dyn Device>> {
+    use casemate_worker::backend::cuda::Cuda;
+
+    Ok(Arc::new(Cuda::new()?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> anyhow::Result<Arc<dyn Device>> {
+    anyhow::bail!("this worker was built without cuda; `--features cuda` builds one with it")
 }
 
 #[cfg(feature = "wgpu")]
