@@ -3,13 +3,18 @@
 use std::fs;
 use std::path::Path;
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 use casemate_container::ModelDigest;
 use casemate_e2e::{Stage, TINY};
 use casemate_testkit::adapters::TinyAdapter;
-use casemate_testkit::deployment::{Deployment, EnclaveSettings, Role};
+use casemate_testkit::deployment::{Deployment, EnclaveSettings, Recorder, Role};
 use casemate_testkit::models::Tiny;
 use serde_json::{Value, json};
+
+/// Short, so that enclaves soon ask the broker again; after half of it there is time left for a request.
+const CREDENTIAL_SECONDS: u64 = 30;
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn write_adapter(path: &Path, seed: u64) {
     let adapter = TinyAdapter {
@@ -39,6 +44,12 @@ fn until_enclave() -> Stage {
 
 fn until_sealed() -> Stage {
     let mut stage = Stage::new().unwrap();
+    seal_all(&mut stage);
+    stage
+}
+
+/// The model and the adapters `bills` and `letters`.
+fn seal_all(stage: &mut Stage) {
     let model = stage.tiny_model();
     let [bills, letters] = ["bills", "letters"].map(|name| stage.path(format!("peft-{name}")));
     write_adapter(&bills, 3);
@@ -50,11 +61,14 @@ fn until_sealed() -> Stage {
     deployment.seal(&model, TINY, 1).unwrap();
     deployment.seal_adapter(&bills, "bills", false).unwrap();
     deployment.seal_adapter(&letters, "letters", false).unwrap();
-    stage
 }
 
 fn admit(deployment: &mut Deployment) {
     deployment.configure_enclave(&settings()).unwrap();
+    admit_as_configured(deployment);
+}
+
+fn admit_as_configured(deployment: &mut Deployment) {
     deployment.measure_enclave().unwrap();
     deployment.write_policies().unwrap();
     deployment.admit_model().unwrap();
@@ -183,8 +197,30 @@ fn receipt(stage: &Stage, bundle: &Path, more: &[&str]) -> Output {
         .unwrap()
 }
 
+/// As [`until_enclave`], with the host's own server between enclave and broker.
+fn until_enclave_through_the_host() -> (Stage, Recorder) {
+    let mut stage = Stage::new().unwrap();
+    stage.deployment.credentials_for(CREDENTIAL_SECONDS);
+    seal_all(&mut stage);
+    let deployment = &mut stage.deployment;
+    let config = deployment.configure_enclave(&settings()).unwrap();
+    let broker = deployment.broker().unwrap().url.clone();
+    let address = broker.trim_start_matches("http://").parse().unwrap();
+    let host = Recorder::start(address, None).unwrap();
+    let text = fs::read_to_string(&config).unwrap();
+    assert_eq!(text.matches(&broker).count(), 1);
+    let through = format!("http://{}", host.address());
+    fs::write(&config, text.replace(&broker, &through)).unwrap();
+    admit_as_configured(deployment);
+    (stage, host)
+}
+
 /// Starts the enclave, which must end with a denial; its claim.
 fn denied_start(stage: &mut Stage) -> String {
+    denial(stage)["claim"].as_str().unwrap().to_owned()
+}
+
+fn denial(stage: &mut Stage) -> Value {
     let error = stage
         .deployment
         .start_enclave()
@@ -192,8 +228,7 @@ fn denied_start(stage: &mut Stage) -> String {
     let error = error.to_string();
     let line = error.lines().find_map(|line| line.strip_prefix("denial: "));
     let line = line.unwrap_or_else(|| panic!("{error}"));
-    let denial: Value = serde_json::from_str(line).unwrap();
-    denial["claim"].as_str().unwrap().to_owned()
+    serde_json::from_str(line).unwrap()
 }
 
 #[test]
@@ -215,6 +250,59 @@ fn exchanged_adapters_are_refused() {
     let model = stage.deployment.sealed().unwrap().path.clone();
     fs::copy(&model, &paths[0]).unwrap();
     assert_eq!(denied_start(&mut stage), "wrong-key");
+}
+
+/// Both grants are the provider's, for adapters to the same model, and whoever passes requests on says which is which.
+#[test]
+fn exchanged_grants_of_two_adapters_end_the_start() {
+    let (mut stage, host) = until_enclave_through_the_host();
+    let digests: Vec<_> = stage
+        .deployment
+        .adapters()
+        .iter()
+        .map(|a| a.digest.clone())
+        .collect();
+    host.exchange("/model/bills HTTP", "/model/letters HTTP");
+    let denial = denial(&mut stage);
+    let found = format!(
+        "the key broker's grant for the adapter \"bills\" is for {}, and the configuration has {} under that name",
+        digests[1], digests[0]
+    );
+    assert_eq!(
+        (&denial["by"], &denial["class"], &denial["claim"]),
+        (&json!("enclave"), &json!("refused"), &json!("grant.adapter"))
+    );
+    assert_eq!(denial["found"], json!(found));
+    // Nor do the files help that belong to the grants.
+    let paths: Vec<_> = stage
+        .deployment
+        .adapters()
+        .iter()
+        .map(|a| a.path.clone())
+        .collect();
+    let aside = stage.path("aside");
+    fs::rename(&paths[0], &aside).unwrap();
+    fs::rename(&paths[1], &paths[0]).unwrap();
+    fs::rename(&aside, &paths[1]).unwrap();
+    assert_eq!(denied_start(&mut stage), "grant.adapter");
+}
+
+#[test]
+fn exchanged_grants_are_not_taken_at_a_renewal_either() {
+    let (mut stage, host) = until_enclave_through_the_host();
+    stage.deployment.start_enclave().unwrap();
+    let url = stage.deployment.start_proxy().unwrap().url;
+    let before = chat(&url, "bills", "hello", 24);
+    host.exchange("/model/bills HTTP", "/model/letters HTTP");
+    let said = "could not be renewed error=the key broker's grant for the adapter \"bills\" is for";
+    let start = Instant::now();
+    let log = stage.path("logs/casemate-enclave.log");
+    while !fs::read_to_string(&log).unwrap().contains(said) {
+        assert!(start.elapsed() < PATIENCE, "it is not refused");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // As long as the credential holds, and a minute longer, all is as it was.
+    assert_eq!(text(&chat(&url, "bills", "hello", 24)), text(&before));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use axum::http::uri::Authority;
 use casemate_attest::TomlFault;
+use casemate_container::ModelDigest;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::{Compute, KvType, Speculation};
 use casemate_release::api_key;
@@ -82,6 +83,17 @@ pub struct Adapter {
     pub path: PathBuf,
     /// Resource that holds its key grant, `repository/type/tag`.
     pub resource: String,
+    /// Digest of the adapter, as `casemate seal` prints it: what the name stands for is measured, and nobody can put
+    /// another adapter of the same provider behind it.
+    #[serde(deserialize_with = "digest")]
+    pub digest: ModelDigest,
+}
+
+fn digest<'de, D: Deserializer<'de>>(d: D) -> Result<ModelDigest, D::Error> {
+    let text = String::deserialize(d)?;
+    text.parse().map_err(|_| {
+        D::Error::custom("the digest of an adapter is 64 hex digits, as `casemate seal` prints them")
+    })
 }
 
 fn adapters<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Adapter>, D::Error> {
@@ -386,6 +398,8 @@ mod tests {
 
     const KEY: &str = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
 
+    const DIGEST: &str = "abababababababababababababababababababababababababababababababab";
+
     fn text() -> String {
         format!(
             "[service]\nname = \"m\"\nlisten = \"127.0.0.1:0\"\n[model]\npath = \"m.casemate\"\n[broker]\nurl = \
@@ -495,13 +509,16 @@ mod tests {
     fn adapters_have_names_and_resources_of_their_own() {
         let adapter = |name: &str, resource: &str| {
             format!(
-                "[[adapter]]\nname = {name:?}\npath = \"a.casemate\"\nresource = {resource:?}\n"
+                "[[adapter]]\nname = {name:?}\npath = \"a.casemate\"\nresource = {resource:?}\ndigest = \"{DIGEST}\"\n"
             )
         };
         let with = |adapters: String| MeasuredConfig::parse((text() + &adapters).into_bytes());
         let two = adapter("a", "default/model/a") + &adapter("b", "default/model/b");
         let parsed = with(two).ok().unwrap().config.adapters;
         assert_eq!((parsed.len(), parsed[1].name.as_str()), (2, "b"));
+        assert_eq!(parsed[1].digest.to_string(), DIGEST);
+        let without = adapter("a", "x/y/z").replace(&format!("digest = \"{DIGEST}\"\n"), "");
+        let short = adapter("a", "x/y/z").replace(DIGEST, "abcd");
         for (adapters, said) in [
             (adapter("m", "default/model/a"), "service's name"),
             (adapter("a", "default/model/m"), "model's resource"),
@@ -510,6 +527,8 @@ mod tests {
             (adapter("", "x/y/z"), "visible ASCII"),
             (adapter("a b", "x/y/z"), "visible ASCII"),
             (adapter("a", "x/y/z") + "rank = 4\n", "rank"),
+            (without, "missing field `digest`"),
+            (short, "64 hex digits"),
         ] {
             let message = refused(text() + &adapters);
             assert!(message.contains(said), "{message}");

@@ -124,6 +124,14 @@ fn provisioning(error: &ProvisionError) -> Option<StartDenial> {
             "a credential for this enclave's keyset and service",
             "look for who answers in the broker's place between here and the broker",
         )),
+        ProvisionError::OtherAdapter { expected, .. } => Some(enclave(
+            "refused",
+            "grant.adapter",
+            error.to_string(),
+            &format!("a grant for the adapter {expected}"),
+            "compare `digest` in the configuration with what `casemate seal` printed, and both with what the broker \
+             stores under this resource; if they agree, somebody between here and the broker exchanges its answers",
+        )),
         ProvisionError::ConfigurationNotMeasured => Some(enclave(
             "refused",
             "configuration.measured",

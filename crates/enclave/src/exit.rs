@@ -77,6 +77,7 @@ fn provisioning(error: &ProvisionError) -> u8 {
                 None => SYSTEM,
             }
         }
+        ProvisionError::OtherAdapter { .. } => REFUSED,
         ProvisionError::NoPolicyVersion => MALFORMED,
         ProvisionError::Unreachable { .. }
         | ProvisionError::Tee(_)
@@ -87,7 +88,7 @@ fn provisioning(error: &ProvisionError) -> u8 {
 #[cfg(test)]
 mod tests {
     use anyhow::Context;
-    use casemate_container::NotAuthentic;
+    use casemate_container::{ModelDigest, NotAuthentic};
     use casemate_release::Unverified;
 
     use super::*;
@@ -112,7 +113,13 @@ mod tests {
     fn codes_tell_who_has_to_do_something() {
         let unverified = || ReleaseError::from(Unverified::Grant);
         let io = ConfigError::Io(std::io::ErrorKind::NotFound.into());
-        let cases: [(anyhow::Error, u8); 11] = [
+        let exchanged = ProvisionError::OtherAdapter {
+            name: "bills".into(),
+            expected: ModelDigest([1; 32]),
+            found: ModelDigest([2; 32]),
+        };
+        let cases: [(anyhow::Error, u8); 12] = [
+            (exchanged.into(), 30),
             (denied("malformed").into(), 10),
             (denied("not_genuine").into(), 20),
             (denied("refused").into(), 30),

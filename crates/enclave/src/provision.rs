@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use casemate_attest::{Report, ReportData, TeeKind};
 use casemate_channel::keyset::{ChannelBinding, KeysetDigest, Purpose, Role, report_data};
+use casemate_container::ModelDigest;
 use casemate_container::signing::VerifyingKey;
 use casemate_release::ReleaseError;
 use casemate_release::client::{Attested, Exchange};
@@ -67,6 +68,19 @@ pub enum ProvisionError {
     /// The broker does not say under which policy it released the key, so no keyset can name it.
     #[error("the broker's token names no policy version: is it Casemate's?")]
     NoPolicyVersion,
+    /// The grant is the provider's, but for another adapter than the measured configuration has under this name.
+    #[error(
+        "the key broker's grant for the adapter {name:?} is for {found}, and the configuration has {expected} under \
+         that name"
+    )]
+    OtherAdapter {
+        /// What requests call it.
+        name: String,
+        /// Digest in the configuration.
+        expected: ModelDigest,
+        /// Digest in the grant.
+        found: ModelDigest,
+    },
     /// The credential is valid, but for another keyset or service: somebody between here and the broker exchanged it.
     #[error("the credential is for another keyset or service")]
     OtherCredential,
@@ -98,8 +112,8 @@ pub struct Provisioner {
     http: reqwest::Client,
     url: String,
     resource: String,
-    /// Of the adapters, in the order of the configuration.
-    adapters: Vec<String>,
+    /// In the order of the configuration.
+    adapters: Vec<config::Adapter>,
     provider: VerifyingKey,
     issuer: VerifyingKey,
     service: String,
@@ -137,7 +151,7 @@ impl Provisioner {
             http,
             url: broker.url.trim_end_matches('/').to_owned(),
             resource: broker.resource.clone(),
-            adapters: config.adapters.iter().map(|a| a.resource.clone()).collect(),
+            adapters: config.adapters.clone(),
             provider: broker.provider,
             issuer: broker.issuer,
             service: config.service.name.clone(),
@@ -199,9 +213,10 @@ impl Provisioner {
             .obtain_grant(&attested, &self.resource, "the key")
             .await?;
         let mut adapters = Vec::with_capacity(self.adapters.len());
-        for resource in &self.adapters {
+        for adapter in &self.adapters {
             let what = "the key of an adapter";
-            adapters.push(self.obtain_grant(&attested, resource, what).await?);
+            let grant = self.obtain_grant(&attested, &adapter.resource, what);
+            adapters.push(of_adapter(adapter, grant.await?)?);
         }
         let policy_version = attested
             .policy_version()
@@ -289,6 +304,22 @@ impl Provisioner {
             .await
             .map_err(|source| ProvisionError::Unreachable { url, source })
     }
+}
+
+/// The grant, if it is for the adapter that the configuration has under this name. Which resource an answer is of, only
+/// its sender says: who stands between here and the broker can exchange the answers to two requests.
+fn of_adapter(
+    adapter: &config::Adapter,
+    grant: VerifiedGrant,
+) -> Result<VerifiedGrant, ProvisionError> {
+    if *grant.model_digest() == adapter.digest {
+        return Ok(grant);
+    }
+    Err(ProvisionError::OtherAdapter {
+        name: adapter.name.clone(),
+        expected: adapter.digest,
+        found: *grant.model_digest(),
+    })
 }
 
 /// Reads a bounded answer; a refusal becomes an error that carries the broker's own words.

@@ -70,10 +70,11 @@ impl Deployment {
         for adapter in &self.adapters {
             let _ = write!(
                 lines,
-                "\n[[adapter]]\nname = {}\npath = {}\nresource = {}\n",
+                "\n[[adapter]]\nname = {}\npath = {}\nresource = {}\ndigest = {}\n",
                 quoted(&adapter.name),
                 quoted(&adapter.path.display().to_string()),
                 quoted(&resource(&adapter.name)),
+                quoted(&adapter.digest),
             );
         }
         lines

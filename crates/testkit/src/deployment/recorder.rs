@@ -1,5 +1,5 @@
-//! Somebody in the middle: passes bytes between those who connect and one server, writes down all of them, and holds
-//! answers back when told to. Ends TLS on both sides if it is given the gateway's key, to write down what is inside.
+//! Somebody in the middle: passes bytes between those who connect and one server, writes down all of them, holds answers
+//! back when told to, and asks for something else than was asked for. Ends TLS on both sides if it is given the gateway's key, to write down what is inside.
 
 use std::fs;
 use std::io;
@@ -93,6 +93,8 @@ struct Shared {
     recordings: Mutex<Vec<Recording>>,
     /// How many bytes of each connection's answers may pass.
     passing: watch::Sender<usize>,
+    /// What stands for each other in requests.
+    exchanged: Mutex<Option<[Vec<u8>; 2]>>,
 }
 
 impl Recorder {
@@ -107,6 +109,7 @@ impl Recorder {
         let shared = Arc::new(Shared {
             recordings: Mutex::default(),
             passing: watch::Sender::new(usize::MAX),
+            exchanged: Mutex::default(),
         });
         let accepting = Arc::clone(&shared);
         runtime.spawn(async move {
@@ -138,6 +141,13 @@ impl Recorder {
         self.shared.passing.send_replace(bytes);
     }
 
+    /// From now on requests pass with the one text in place of the other, both ways round. Each must be within one piece
+    /// as it is sent, as the head of a short request is.
+    pub fn exchange(&self, one: &str, other: &str) {
+        let texts = [one, other].map(|text| text.as_bytes().to_vec());
+        *self.shared.exchanged() = Some(texts);
+    }
+
     /// Lets everything pass.
     pub fn release_answers(&self) {
         self.hold_answers_after(usize::MAX);
@@ -157,6 +167,38 @@ impl Shared {
         self.recordings
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exchanged(&self) -> MutexGuard<'_, Option<[Vec<u8>; 2]>> {
+        self.exchanged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A piece of a request as it goes on.
+    fn altered(&self, piece: &[u8]) -> Vec<u8> {
+        let exchanged = self.exchanged();
+        let Some([one, other]) = &*exchanged else {
+            return piece.to_vec();
+        };
+        let mut altered = Vec::with_capacity(piece.len());
+        let mut rest = piece;
+        while let Some((&first, behind)) = rest.split_first() {
+            let found = [(one, other), (other, one)]
+                .into_iter()
+                .find(|(asked, _)| rest.starts_with(asked));
+            match found {
+                Some((asked, instead)) => {
+                    altered.extend_from_slice(instead);
+                    rest = &rest[asked.len()..];
+                }
+                None => {
+                    altered.push(first);
+                    rest = behind;
+                }
+            }
+        }
+        altered
     }
 
     async fn connect(
@@ -203,7 +245,7 @@ impl Shared {
                 if let Some(recording) = self.recordings().get_mut(index) {
                     recording.to_server.extend_from_slice(&buffer[..count]);
                 }
-                to_server.write_all(&buffer[..count]).await?;
+                to_server.write_all(&self.altered(&buffer[..count])).await?;
             }
         };
         let answers = async {

@@ -24,6 +24,15 @@ pub(super) const TABLE: &[Explanation] = &[
         "Copy the granted model into its place. To serve this one, have the provider grant it: `casemate grant --model`.",
     ),
     about(
+        &["grant.adapter"],
+        "The broker's grant for an adapter is for the one whose digest the enclave's configuration has under that name.",
+        "The digest in the configuration is of an older seal of the adapter, or the grant of another one was stored under \
+         its resource. If neither is so, the host or the network exchanged the broker's answers about two adapters.",
+        "Compare three: `digest` in the configuration, what `casemate seal` printed, and what `casemate-broker admin \
+         resource list` shows under the resource. Correct the one that differs; if they agree, look at the path between \
+         enclave and broker.",
+    ),
+    about(
         &["configuration.measured"],
         "The configuration that the enclave read is the one that the TEE measured.",
         "The file changed while the enclave started, or was named by a path that leads elsewhere meanwhile.",
