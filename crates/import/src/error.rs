@@ -464,6 +464,8 @@ pub enum Unsupported {
     Adapter,
     /// A tensor of an adapter that is not a factor of a product.
     AdapterTensor { tensor: String },
+    /// A regular expression over names of modules, and tensors that are not of the same modules in every block.
+    ModulePattern { key: String, pattern: String },
 }
 
 impl fmt::Display for Unsupported {
@@ -521,6 +523,12 @@ impl fmt::Display for Unsupported {
                 f,
                 "tensor `{tensor}` is not lora_A or lora_B of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or \
                  down_proj; adapters of other modules, embeddings, biases or magnitudes (DoRA) are not supported"
+            ),
+            Self::ModulePattern { key, pattern } => write!(
+                f,
+                "`{key}` is the regular expression {pattern:?}, which is not evaluated here, and there are tensors for \
+                 some modules in some blocks only: write the names of the adapter's modules as a list into \
+                 `target_modules`, in full where they differ from block to block, and leave `exclude_modules` empty"
             ),
         }
     }

@@ -16,6 +16,7 @@
 pub(crate) mod adapter;
 mod config;
 mod directory;
+mod modules;
 mod names;
 mod safetensors;
 mod shards;

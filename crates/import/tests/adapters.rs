@@ -176,29 +176,173 @@ fn settings_must_be_there_and_possible() {
     }
 }
 
+/// What comes of an adapter for Q and down, in both blocks, with these lists of modules.
+fn with_modules(targets: Value, excluded: Value) -> Result<(), ImportError> {
+    let adapter = TinyAdapter {
+        targets: vec![Target::Query, Target::Down],
+        ..TinyAdapter::default()
+    };
+    with_modules_of(&adapter.build(&base(), BASE), targets, excluded)
+}
+
+fn with_modules_of(
+    adapter: &MemoryAdapter,
+    targets: Value,
+    excluded: Value,
+) -> Result<(), ImportError> {
+    let directory = written(adapter, |settings| {
+        settings["target_modules"] = targets;
+        settings["exclude_modules"] = excluded;
+    });
+    // Without the base's architecture, the last block that has tensors is the last.
+    let without = open_adapter(directory.path(), BASE, None).map(|_| ());
+    let with = open(directory.path()).map(|_| ());
+    let said = |outcome: &Result<(), ImportError>| outcome.as_ref().err().map(ToString::to_string);
+    assert_eq!(said(&without), said(&with));
+    with
+}
+
+/// Only Q of the first block and down of the second.
+fn uneven() -> MemoryAdapter {
+    let adapter = TinyAdapter {
+        targets: vec![Target::Query, Target::Down],
+        ..TinyAdapter::default()
+    };
+    let full = adapter.build(&base(), BASE);
+    let empty = TinyAdapter {
+        targets: Vec::new(),
+        ..adapter
+    };
+    let mut built = empty.build(&base(), BASE);
+    for (tensor, values) in full.tensors.iter().zip(&full.values) {
+        if tensor.name.starts_with("blk.0.attn_q") || tensor.name.starts_with("blk.1.ffn_down") {
+            built.push(&tensor.name, tensor.dtype, &tensor.shape, values);
+        }
+    }
+    built
+}
+
 #[test]
 fn tensors_and_settings_must_agree() {
-    let of = |targets: &[Target]| {
-        TinyAdapter {
-            targets: targets.to_vec(),
-            ..TinyAdapter::default()
+    let none = || json!(null);
+    for listed in [
+        json!(["q_proj", "down_proj"]),
+        json!(["self_attn.q_proj", "down_proj"]),
+        // In full, as PEFT writes what cannot be said shorter.
+        json!([
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.0.mlp.down_proj",
+            "model.layers.1.mlp.down_proj",
+        ]),
+        json!(["q_proj", "layers.0.mlp.down_proj", "1.mlp.down_proj"]),
+        // Names that models of other kinds have.
+        json!(["q_proj", "down_proj", "query_key_value", "c_attn"]),
+        json!(".*\\.(q_proj|down_proj)"),
+    ] {
+        assert!(with_modules(listed.clone(), none()).is_ok(), "{listed}");
+    }
+    let refused = |listed: Value| with_modules(listed, none()).unwrap_err().to_string();
+    for (listed, said) in [
+        (
+            json!(["q_proj"]),
+            "there are tensors for model.layers.0.mlp.down_proj, but adapter_config.json does not list it",
+        ),
+        (
+            json!(["q_proj", "down_proj", "up_proj"]),
+            "lists up_proj under target_modules, but there are no tensors for model.layers.0.mlp.up_proj",
+        ),
+        // `j_proj` is no module because its letters end one.
+        (json!(["_proj"]), "does not list it under target_modules"),
+        (json!([]), "does not list it under target_modules"),
+        // A block more than the base has, and one less.
+        (
+            json!(["q_proj", "down_proj", "model.layers.2.self_attn.q_proj"]),
+            "lists model.layers.2.self_attn.q_proj under target_modules",
+        ),
+        (
+            json!(["model.layers.0.self_attn.q_proj", "down_proj"]),
+            "there are tensors for model.layers.1.self_attn.q_proj",
+        ),
+        // One digit more is another block.
+        (
+            json!(["0.self_attn.q_proj", "11.self_attn.q_proj", "down_proj"]),
+            "there are tensors for model.layers.1.self_attn.q_proj",
+        ),
+        (
+            json!(["q_proj", "down_proj", "lm_head"]),
+            "lists lm_head under target_modules, but there are no tensors for lm_head",
+        ),
+        (
+            json!(["q_proj", "down_proj", "embed_tokens"]),
+            "there are no tensors for model.embed_tokens",
+        ),
+        (
+            json!("all-linear"),
+            "has all-linear under target_modules, but there are no tensors for model.layers.0.self_attn.k_proj",
+        ),
+    ] {
+        let found = refused(listed.clone());
+        assert!(found.contains(said), "{listed}: {found}");
+    }
+}
+
+#[test]
+fn what_is_excluded_has_no_tensors_and_lacks_none() {
+    let linear = json!("all-linear");
+    let attention = ["k_proj", "v_proj", "o_proj"];
+    let excluded = json!([&attention[..], &["gate_proj", "mlp.up_proj"]].concat());
+    assert!(with_modules(linear.clone(), excluded).is_ok());
+    let found = with_modules(linear.clone(), json!(attention)).unwrap_err();
+    let said = "no tensors for model.layers.0.mlp.gate_proj";
+    assert!(found.to_string().contains(said), "{found}");
+    let found = with_modules(json!(["q_proj", "down_proj"]), json!(["1.mlp.down_proj"]));
+    let said = "there are tensors for model.layers.1.mlp.down_proj, but adapter_config.json lists it under exclude_modules";
+    assert!(found.unwrap_err().to_string().contains(said));
+    for nothing in [json!(null), json!([]), json!("")] {
+        assert!(with_modules(json!(["q_proj", "down_proj"]), nothing).is_ok());
+    }
+    let uneven = uneven();
+    let listed = json!(["q_proj", "down_proj"]);
+    let excluded = json!(["model.layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"]);
+    assert!(with_modules_of(&uneven, listed.clone(), excluded).is_ok());
+    let excluded = json!(["model.layers.1.self_attn.q_proj"]);
+    let found = with_modules_of(&uneven, listed, excluded).unwrap_err();
+    let said = "no tensors for model.layers.0.mlp.down_proj";
+    assert!(found.to_string().contains(said), "{found}");
+}
+
+/// A regular expression is believed where the tensors leave only one thing that it can mean.
+#[test]
+fn an_expression_is_refused_where_blocks_differ() {
+    let uneven = uneven();
+    let full = json!([
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj"
+    ]);
+    assert!(with_modules_of(&uneven, full, json!(null)).is_ok());
+    let expression = "model\\.layers\\.(0\\.self_attn\\.q|1\\.mlp\\.down)_proj";
+    let linear = "all-linear";
+    for (targets, excluded, key) in [
+        (json!(expression), json!(null), "target_modules"),
+        (json!(linear), json!(".*1\\.self.*"), "exclude_modules"),
+        (
+            json!(["q_proj", "down_proj"]),
+            json!(".*1\\.self.*"),
+            "exclude_modules",
+        ),
+    ] {
+        match with_modules_of(&uneven, targets, excluded) {
+            Err(ImportError::Unsupported {
+                need: Unsupported::ModulePattern { key: named, .. },
+                path,
+            }) => {
+                assert_eq!(named, key);
+                assert!(path.ends_with("adapter_model.safetensors"));
+            }
+            other => panic!("{key}: {other:?}"),
         }
-        .build(&base(), BASE)
-    };
-    let with = |listed: Value| {
-        let adapter = of(&[Target::Query, Target::Down]);
-        let directory = written(&adapter, |settings| settings["target_modules"] = listed);
-        open(directory.path()).err().map(|e| e.to_string())
-    };
-    assert_eq!(with(json!(["q_proj", "down_proj"])), None);
-    assert_eq!(with(json!(["self_attn.q_proj", "down_proj"])), None);
-    let error = with(json!(["q_proj"])).unwrap();
-    assert!(error.contains("mlp.down_proj, but"), "{error}");
-    let error = with(json!(["q_proj", "down_proj", "up_proj"])).unwrap();
-    assert!(error.contains("lists up_proj"), "{error}");
-    // `j_proj` is no module because its letters end one.
-    let error = with(json!(["_proj"])).unwrap();
-    assert!(error.contains("target_modules"), "{error}");
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ use casemate_container::{
 use serde_json::{Map, Value};
 
 use super::directory::{Directory, MAX_SETTINGS, json_fault};
+use super::modules::{Module, Modules};
 use super::names;
 use super::safetensors::{self, StoredTensor};
 use crate::error::{Fault, ImportError, Missing, Problem, Unsupported};
@@ -31,7 +32,6 @@ const WITHOUT_EFFECT: [&str; 17] = [
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "exclude_modules",
     "inference_mode",
     "lora_dropout",
     "megatron_core",
@@ -41,6 +41,7 @@ const WITHOUT_EFFECT: [&str; 17] = [
     "revision",
     "task_type",
     // Read here.
+    "exclude_modules",
     "lora_alpha",
     "peft_type",
     "r",
@@ -125,7 +126,7 @@ fn check(
             }
             .into());
         };
-        modules.insert(module);
+        modules.extend(module);
         let dtype = tensor.dtype()?;
         tensors.push(SourceTensor {
             name,
@@ -138,20 +139,23 @@ fn check(
     config
         .check_tensors(fields, base)
         .map_err(|mismatch| Fault::Adapter { mismatch })?;
-    settings.check_modules(&modules)?;
+    settings
+        .modules
+        .check(&modules, base.map(|base| base.layers))?;
     Ok(tensors)
 }
 
-/// `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` as module (`self_attn.q_proj`) and canonical name.
-fn canonical(name: &str) -> Option<(String, String)> {
+/// `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` as canonical name, and its module if that is one that
+/// adapters can change.
+fn canonical(name: &str) -> Option<(Option<Module>, String)> {
     let inner = name.strip_prefix("base_model.model.")?;
     let (module, factor) = match inner.strip_suffix(".lora_A.weight") {
         Some(module) => (module, 'a'),
         None => (inner.strip_suffix(".lora_B.weight")?, 'b'),
     };
-    let (_, within) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    module.strip_prefix("model.layers.")?;
     let weight = names::canonical_name(&format!("{module}.weight"))?;
-    Some((within.to_owned(), format!("{weight}.lora_{factor}")))
+    Some((Module::parse(module), format!("{weight}.lora_{factor}")))
 }
 
 /// What `adapter_config.json` says.
@@ -159,8 +163,7 @@ struct Settings {
     rank: u32,
     alpha: f32,
     rank_stabilised: bool,
-    /// Names of modules or ends of them, where they are listed; a regular expression is not held against the tensors.
-    modules: Option<Vec<String>>,
+    modules: Modules,
 }
 
 impl Settings {
@@ -185,7 +188,7 @@ impl Settings {
                 Some(Value::Bool(value)) => *value,
                 Some(_) => return Err(wrong_type("use_rslora", "a Boolean")),
             },
-            modules: modules(values.get("target_modules"))?,
+            modules: Modules::read(values.get("target_modules"), values.get("exclude_modules"))?,
         };
         for (key, holds) in [
             (
@@ -204,48 +207,6 @@ impl Settings {
             }
         }
         Ok(settings)
-    }
-
-    /// Every module that has tensors is listed, and every listed one has some.
-    fn check_modules(&self, found: &BTreeSet<String>) -> Result<(), Problem> {
-        let Some(listed) = &self.modules else {
-            return Ok(());
-        };
-        let names = |entry: &str, module: &str| {
-            module == entry
-                || module
-                    .strip_suffix(entry)
-                    .is_some_and(|rest| rest.ends_with('.'))
-        };
-        let contradiction = |first, second| Problem::from(Fault::Contradiction { first, second });
-        if let Some(module) = found
-            .iter()
-            .find(|module| !listed.iter().any(|entry| names(entry, module)))
-        {
-            return Err(contradiction(
-                format!("there are tensors for {module}"),
-                format!("{SETTINGS} does not list it under target_modules"),
-            ));
-        }
-        match listed
-            .iter()
-            .find(|entry| !found.iter().any(|module| names(entry, module)))
-        {
-            None => Ok(()),
-            Some(entry) => Err(contradiction(
-                format!("{SETTINGS} lists {entry} under target_modules"),
-                "there are no tensors for it".to_owned(),
-            )),
-        }
-    }
-}
-
-fn modules(value: Option<&Value>) -> Result<Option<Vec<String>>, Problem> {
-    match value {
-        None | Some(Value::Null | Value::String(_)) => Ok(None),
-        Some(value) => serde_json::from_value(value.clone())
-            .map(Some)
-            .map_err(|_| wrong_type("target_modules", "a list of names")),
     }
 }
 
@@ -290,7 +251,7 @@ fn setting(key: &str, value: &Value) -> Problem {
     Unsupported::Setting { key, value }.into()
 }
 
-fn wrong_type(key: &str, expected: &'static str) -> Problem {
+pub(super) fn wrong_type(key: &str, expected: &'static str) -> Problem {
     let key = key.to_owned();
     Fault::WrongType { key, expected }.into()
 }
