@@ -121,17 +121,17 @@ struct Metered {
 }
 
 impl Meter {
-    /// Takes the tokens of all prompts of a request, before any of it is computed.
+    /// Takes the tokens of all prompts of a request, before any of it is computed. They come back unless it is.
     ///
     /// # Errors
     /// The answer to a caller who has used up its tokens: what was generated beyond the limit counts too.
-    pub(crate) fn take_prompt(&self, tokens: usize) -> Result<(), ApiError> {
+    pub(crate) fn take_prompt(&self, tokens: usize) -> Result<Taken, ApiError> {
         let Some(metered) = &self.0 else {
-            return Ok(());
+            return Ok(Taken(None));
         };
         let wanted = u32::try_from(tokens).unwrap_or(u32::MAX);
         let now = (metered.clock)();
-        metered.key.take_tokens(now, wanted).map_err(|reached| {
+        let taken = metered.key.take_tokens(now, wanted).map_err(|reached| {
             metered.metrics.denied(Denied::Tokens);
             let Reached { limit, period, shortage } = reached;
             let per = per(period);
@@ -144,13 +144,35 @@ impl Meter {
                 ),
             };
             refusal("tokens", period, message, retry_after(shortage))
-        })
+        });
+        taken.map(|()| Taken(Some((Arc::clone(metered), now, wanted))))
     }
 
     /// Counts one token that was generated.
     pub(crate) fn generated(&self) {
         if let Some(metered) = &self.0 {
             metered.key.charge_tokens((metered.clock)(), 1);
+        }
+    }
+}
+
+/// Tokens that were taken for prompts, from whom and when. Dropped, they are given back: the request is refused after all,
+/// for lack of a place for instance, and nothing is computed.
+#[must_use = "dropped, the tokens are given back"]
+pub(crate) struct Taken(Option<(Arc<Metered>, Duration, u32)>);
+
+impl Taken {
+    /// The prompts are computed.
+    pub(crate) fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some((metered, taken, tokens)) = self.0.take() {
+            let now = (metered.clock)();
+            metered.key.give_tokens_back(taken, now, tokens);
         }
     }
 }

@@ -415,11 +415,16 @@ fn another_list_is_logged_even_if_it_is_as_long() {
 }
 
 fn model() -> Router {
+    model_with(EngineOptions::default().max_waiting)
+}
+
+fn model_with(max_waiting: usize) -> Router {
     let options = EngineOptions {
         compute: Compute::F32,
         threads: 1,
         max_context: 256,
         max_batch: 4,
+        max_waiting,
         ..EngineOptions::default()
     };
     let engine = Engine::load(support::tiny_model(), &options, &Silent).unwrap();
@@ -432,6 +437,50 @@ fn chat(words: &str, max_tokens: u32, stream: bool) -> String {
         "max_tokens": max_tokens, "temperature": 0, "stream": stream,
     })
     .to_string()
+}
+
+/// Who is refused because the service is full, or for what cannot be served, pays no tokens for it: of the minute or of the
+/// day.
+#[tokio::test]
+async fn what_is_refused_after_all_costs_no_tokens() {
+    let limits = Limits {
+        tokens_per_minute: at_most(1000),
+        tokens_per_day: at_most(1000),
+        ..Limits::default()
+    };
+    let door = Door::new(vec![key("a", 1, limits)], model_with(4));
+    let answers = |n: u32, words: &str| {
+        json!({
+            "model": "tiny", "messages": [{"role": "user", "content": words}],
+            "max_tokens": 4, "temperature": 0, "n": n,
+        })
+        .to_string()
+    };
+    let left = |headers: &HeaderMap| {
+        ["", "-day"].map(|of| {
+            let name = format!("x-ratelimit-remaining-tokens{of}");
+            field(headers, &name).parse::<u32>().unwrap()
+        })
+    };
+    // Five answers at once do not fit a queue of four.
+    for _ in 0..50 {
+        let (status, headers, body) = door.ask(1, &answers(5, "hello")).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+        assert_eq!(body["error"]["code"], "overloaded");
+        assert_eq!(left(&headers), [1000, 1000]);
+    }
+    // Longer than the context, and shorter than the limit.
+    let (status, headers, body) = door.ask(1, &answers(1, &"x ".repeat(300))).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+    assert_eq!(left(&headers), [1000, 1000]);
+    // What is served is paid.
+    let (status, _, body) = door.ask(1, &answers(2, "hello")).await;
+    assert_eq!(status, StatusCode::OK, "{body}");
+    let usage = &body["usage"];
+    let [prompt, made] = ["prompt_tokens", "completion_tokens"].map(|n| usage[n].as_u64().unwrap());
+    let (_, after, _) = door.ask(1, "{").await;
+    let paid = 1000 - u32::try_from(2 * prompt + made).unwrap();
+    assert_eq!(left(&after), [paid, paid]);
 }
 
 #[tokio::test]

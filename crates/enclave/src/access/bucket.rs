@@ -100,6 +100,18 @@ impl Bucket {
         self.level = self.level.saturating_sub(used);
     }
 
+    /// Puts back what was taken at `taken`, since it was not used, less what has flowed in since then: a bucket that was
+    /// full would have gained none of that. So nobody has more than if nothing had been taken.
+    pub(super) fn give_back(&mut self, taken: Duration, now: Duration, amount: u32) {
+        self.refill(now);
+        let held = now.saturating_sub(taken).as_nanos().div_ceil(1_000_000);
+        let gained = i64::try_from(held)
+            .unwrap_or(i64::MAX)
+            .saturating_mul(self.rate());
+        let back = (i64::from(amount) * self.period.parts()).saturating_sub(gained);
+        self.level = self.level.saturating_add(back.max(0)).min(self.most());
+    }
+
     /// What it gains in its period, and holds at most.
     #[must_use]
     pub(super) fn limit(&self) -> u32 {
@@ -160,6 +172,21 @@ mod tests {
         assert_eq!(bucket.state(ms(0)), (0, ms(90_000)));
         assert_eq!(bucket.take(ms(30_000), 1), Err(Shortage::Until(ms(1_000))));
         bucket.take(ms(31_000), 1).unwrap();
+    }
+
+    #[test]
+    fn what_was_taken_in_vain_comes_back() {
+        let mut bucket = bucket(60);
+        bucket.take(ms(0), 50).unwrap();
+        bucket.give_back(ms(0), ms(0), 50);
+        assert_eq!(bucket.state(ms(0)), (60, ms(0)));
+        // What others took meanwhile stays taken, and what flowed in meanwhile is not had twice.
+        bucket.take(ms(0), 60).unwrap();
+        bucket.take(ms(30_000), 30).unwrap();
+        bucket.give_back(ms(0), ms(30_000), 60);
+        assert_eq!(bucket.state(ms(30_000)).0, 30);
+        bucket.give_back(ms(0), ms(90_000), 60);
+        assert_eq!(bucket.state(ms(90_000)).0, 60, "never more than it holds");
     }
 
     #[test]
@@ -241,6 +268,23 @@ mod tests {
                     prop_assert!(bucket.clone().take(now + wait - ms(1), amount).is_err());
                     prop_assert_eq!(bucket.take(now + wait, amount), Ok(()));
                 }
+            }
+        }
+
+        /// Whatever is taken and given back besides: nobody has more for it than who never asked.
+        #[test]
+        fn giving_back_wins_nothing(per_minute in 1u32..300, steps in steps(), takes in proptest::collection::vec(0u32..300, 60)) {
+            let [mut plain, mut bucket] = [bucket(per_minute), bucket(per_minute)];
+            let mut now = Duration::ZERO;
+            for (step, amount) in steps.into_iter().zip(takes) {
+                let taken = bucket.take(now, amount).is_ok().then_some(now);
+                now += step.wait;
+                plain.charge(now, step.amount);
+                bucket.charge(now, step.amount);
+                if let Some(taken) = taken {
+                    bucket.give_back(taken, now, amount);
+                }
+                prop_assert!(bucket.level <= plain.level, "{} {}", bucket.level, plain.level);
             }
         }
 

@@ -78,6 +78,13 @@ impl Limited {
         }
     }
 
+    fn give_back(&self, taken: Duration, now: Duration, amount: u32) {
+        for bucket in [&self.minute, &self.day].into_iter().flatten() {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.give_back(taken, now, amount);
+        }
+    }
+
     fn left(&self, period: Period, now: Duration) -> Option<Left> {
         let bucket = match period {
             Period::Minute => &self.minute,
@@ -101,6 +108,11 @@ impl Key {
 
     pub(super) fn charge_tokens(&self, now: Duration, tokens: u32) {
         self.usage.tokens.charge(now, tokens);
+    }
+
+    /// Puts back tokens that were taken then and not used.
+    pub(super) fn give_tokens_back(&self, taken: Duration, now: Duration, tokens: u32) {
+        self.usage.tokens.give_back(taken, now, tokens);
     }
 
     pub(super) fn requests(&self, period: Period, now: Duration) -> Option<Left> {

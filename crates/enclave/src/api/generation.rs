@@ -144,7 +144,8 @@ impl Api {
         let room = Arc::new(self.hold(job.user, job.bytes_held())?);
         // Every choice counts its prompt, though those that run together read it once.
         let prompts: usize = job.prompts.iter().map(Vec::len).sum();
-        job.meter
+        let taken = job
+            .meter
             .take_prompt(prompts.saturating_mul(job.choices as usize))?;
         let mut generation = Generation {
             api: self.clone(),
@@ -214,6 +215,7 @@ impl Api {
         }
         // All of them or none, and they begin in one step where there is room.
         generation.requests = self.engine().submit_together(together)?;
+        taken.keep();
         Ok(generation)
     }
 }
