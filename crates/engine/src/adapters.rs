@@ -5,7 +5,9 @@
 //! adapters, nothing is merged into weights, and rows without an adapter keep every bit. A row's sum depends on nothing
 //! but the row, so neither does its answer on neighbours, threads or instruction set.
 //!
-//! Per product: A as its rank rows of inputs, and B transposed, as rank rows of outputs.
+//! Per product: A as its rank rows of inputs, and B transposed, as rank rows of outputs. Each of `A x` is one dot product, and
+//! each output adds its `rank` terms one after another, whoever does: so many rows are shared out by rows, and few (tokens)
+//! in two steps, first the elements of all `A x`, then columns of the outputs.
 
 use std::io;
 use std::ops::Range;
@@ -22,8 +24,15 @@ use crate::dequant::dequantise;
 use crate::error::{LoadError, SubmitError};
 use crate::outsource::Stack;
 
-/// Below this many multiplications, waking the team costs more than it saves.
+/// Below this many multiplications, which read as many numbers, waking the team costs more than it saves: these take one
+/// thread some 10 µs, a run of the team takes one or two.
 const WORTH_SHARING: usize = 1 << 15;
+/// With fewer rows for each member than this, rows are not shared out, but what there is to do for them.
+const ROWS_PER_MEMBER: usize = 2;
+/// Into how many pieces for each member that is divided, since some come late.
+const PIECES: usize = 4;
+/// Fewest columns of a piece: shorter ones take longer to hand out than to add to.
+const LEAST_COLUMNS: usize = 256;
 
 /// Which of the loaded adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,6 +68,9 @@ pub(crate) struct Adapted {
     pub(crate) adapter: AdapterIndex,
     pub(crate) rows: Range<usize>,
 }
+
+/// Room for the `A x` of rows that the team works on together. It comes from prompts, so it lies where they do.
+pub(crate) struct LowRank(Region);
 
 impl Adapters {
     /// Takes verified adapters to the model `digest` with this configuration.
@@ -96,38 +108,130 @@ impl Adapters {
         self.0.iter().map(|lora| lora.factors.len() as u64).sum()
     }
 
+    /// Working memory for batches of at most `rows` rows on a team of so many members.
+    pub(crate) fn scratch(&self, members: usize, rows: usize) -> io::Result<LowRank> {
+        let stacked = Stack::OF_A_BLOCK.map(|stack| stack.targets().len());
+        let stacked = stacked.into_iter().max().unwrap_or(0);
+        let rank = self.0.iter().map(|lora| lora.rank).max().unwrap_or(0);
+        let rows = rows.min(members.saturating_mul(ROWS_PER_MEMBER));
+        let bytes = rows
+            .checked_mul(stacked * rank)
+            .and_then(|numbers| numbers.checked_mul(size_of::<f32>()));
+        let bytes = bytes.ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(LowRank(Region::zeroed(bytes, Purpose::State)?))
+    }
+
     /// Adds to the output rows `y` of a layer's stack what the adapters of `spans` make of its input rows `x`.
     pub(crate) fn apply(
         &self,
         team: &Team,
+        scratch: &mut LowRank,
         spans: &[Adapted],
-        layer: usize,
-        stack: Stack,
+        (layer, stack): (usize, Stack),
         (x, inputs): (&[f32], usize),
         (y, outputs): (&mut [f32], usize),
     ) {
-        for span in spans {
-            let lora = &self.0[span.adapter.0];
-            let rows = span.rows.len();
-            let x = &x[span.rows.start * inputs..span.rows.end * inputs];
-            let y = &mut y[span.rows.start * outputs..span.rows.end * outputs];
-            let row = |i: usize, y: &mut [f32]| {
-                lora.add(
-                    team.isa(),
-                    layer,
-                    stack,
-                    &x[i * inputs..(i + 1) * inputs],
-                    y,
-                );
-            };
-            if rows * lora.rank * (inputs + outputs) < WORTH_SHARING {
-                y.chunks_exact_mut(outputs)
-                    .enumerate()
-                    .for_each(|(i, y)| row(i, y));
-            } else {
-                team.for_each_chunk_mut(y, outputs, row);
+        let add = |row: usize, y: &mut [f32]| {
+            if let Some((_, lora)) = self.adapter_of(spans, row) {
+                let x = &x[row * inputs..(row + 1) * inputs];
+                lora.add(team.isa(), layer, stack, x, y);
             }
+        };
+        let (mut rows, mut work) = (0, 0);
+        for span in spans {
+            rows += span.rows.len();
+            work += span.rows.len() * self.0[span.adapter.0].numbers(layer, stack);
         }
+        if work < WORTH_SHARING || team.members() == 1 {
+            for row in spans.iter().flat_map(|span| span.rows.clone()) {
+                add(row, &mut y[row * outputs..(row + 1) * outputs]);
+            }
+        } else if rows < ROWS_PER_MEMBER * team.members() {
+            self.apply_together(
+                team,
+                scratch,
+                spans,
+                (layer, stack),
+                (x, inputs),
+                (y, outputs),
+            );
+        } else {
+            team.for_each_chunk_mut(y, outputs, add);
+        }
+    }
+
+    /// As [`Self::apply`], for few rows: every member has a part of each of them.
+    fn apply_together(
+        &self,
+        team: &Team,
+        scratch: &mut LowRank,
+        spans: &[Adapted],
+        (layer, stack): (usize, Stack),
+        (x, inputs): (&[f32], usize),
+        (y, outputs): (&mut [f32], usize),
+    ) {
+        let (isa, pieces) = (team.isa(), PIECES * team.members());
+        let targets = stack.targets();
+        let rows: usize = spans.iter().map(|span| span.rows.len()).sum();
+        let of_spans = spans.iter().map(|span| self.0[span.adapter.0].rank);
+        let rank = of_spans.max().unwrap_or(0);
+        // For each row that has an adapter, and each product of the stack, as much as the largest rank.
+        let width = targets.len() * rank;
+        let inner = &mut scratch.0.as_f32_mut()[..rows * width];
+        let few = inner.len().div_ceil(pieces).max(1);
+        team.for_each_chunk_mut(inner, few, |index, inner| {
+            for (at, value) in (index * few..).zip(inner) {
+                let (nth, element) = (at / width, at % width);
+                let Some((row, lora)) = self.nth(spans, nth) else {
+                    continue;
+                };
+                let x = &x[row * inputs..(row + 1) * inputs];
+                let (target, r) = (targets[element / rank], element % rank);
+                if let Some(inner) = lora.inner(isa, layer, target, r, x) {
+                    *value = inner;
+                }
+            }
+        });
+        let inner = &*inner;
+        let few = (rows * outputs).div_ceil(pieces).max(LEAST_COLUMNS);
+        team.for_each_chunk_mut(y, few, |index, mut y| {
+            let mut at = index * few;
+            while !y.is_empty() {
+                let (row, column) = (at / outputs, at % outputs);
+                let of_row = y.len().min(outputs - column);
+                let (piece, rest) = y.split_at_mut(of_row);
+                if let Some((nth, lora)) = self.adapter_of(spans, row) {
+                    let inner = &inner[nth * width..(nth + 1) * width];
+                    lora.add_columns(isa, layer, stack, (inner, rank), column, piece);
+                }
+                at += of_row;
+                y = rest;
+            }
+        });
+    }
+
+    /// The adapter of a row, and the how-manieth row with one it is.
+    fn adapter_of(&self, spans: &[Adapted], row: usize) -> Option<(usize, &Lora)> {
+        let mut before = 0;
+        for span in spans {
+            if span.rows.contains(&row) {
+                let nth = before + row - span.rows.start;
+                return Some((nth, &self.0[span.adapter.0]));
+            }
+            before += span.rows.len();
+        }
+        None
+    }
+
+    /// The nth row with an adapter, and that.
+    fn nth(&self, spans: &[Adapted], mut nth: usize) -> Option<(usize, &Lora)> {
+        for span in spans {
+            if nth < span.rows.len() {
+                return Some((span.rows.start + nth, &self.0[span.adapter.0]));
+            }
+            nth -= span.rows.len();
+        }
+        None
     }
 }
 
@@ -223,6 +327,22 @@ impl Lora {
         Ok(lora)
     }
 
+    /// How many numbers the factors of a stack's products have: as many multiplications a row takes.
+    fn numbers(&self, layer: usize, stack: Stack) -> usize {
+        let products = stack.targets().iter();
+        let products = products.filter_map(|target| self.layers[layer][*target as usize].as_ref());
+        products.map(|p| p.a.len() + p.b.len()).sum()
+    }
+
+    /// The rth element of `scale · A x`, where the adapter has one for this product.
+    fn inner(&self, isa: Isa, layer: usize, target: Target, r: usize, x: &[f32]) -> Option<f32> {
+        let product = self.layers[layer][target as usize].as_ref()?;
+        let a = self.factors.as_f32()[product.a.clone()]
+            .chunks_exact(x.len())
+            .nth(r)?;
+        Some(self.scale * dot(isa, a, x))
+    }
+
     /// Adds to one output row what one input row makes.
     fn add(&self, isa: Isa, layer: usize, stack: Stack, x: &[f32], y: &mut [f32]) {
         let factors = self.factors.as_f32();
@@ -239,6 +359,36 @@ impl Lora {
             for (a, b) in a.zip(b) {
                 axpy(isa, self.scale * dot(isa, a, x), b, y);
             }
+        }
+    }
+
+    /// Adds to columns of one output row, of which `column` is the first, what `inner` makes: `scale · A x` of each
+    /// product, `rank` numbers apart.
+    fn add_columns(
+        &self,
+        isa: Isa,
+        layer: usize,
+        stack: Stack,
+        (inner, rank): (&[f32], usize),
+        column: usize,
+        y: &mut [f32],
+    ) {
+        let factors = self.factors.as_f32();
+        let last = column + y.len();
+        let mut first = 0;
+        for (&target, inner) in stack.targets().iter().zip(inner.chunks_exact(rank)) {
+            let outputs = self.outputs[target as usize];
+            let (from, to) = (column.max(first), last.min(first + outputs));
+            if let Some(product) = &self.layers[layer][target as usize]
+                && from < to
+            {
+                let y = &mut y[from - column..to - column];
+                let b = factors[product.b.clone()].chunks_exact(outputs);
+                for (b, inner) in b.zip(inner) {
+                    axpy(isa, *inner, &b[from - first..to - first], y);
+                }
+            }
+            first += outputs;
         }
     }
 }

@@ -14,7 +14,7 @@ use casemate_kernels::norm::rmsnorm;
 use casemate_kernels::rope::{RopeLayout, RopeTable};
 use casemate_kernels::team::Team;
 
-use crate::adapters::{Adapted, Adapters};
+use crate::adapters::{Adapted, Adapters, LowRank};
 use crate::kv::{KvCache, Slot};
 use crate::linear::LinearScratch;
 use crate::outsource::Stack;
@@ -102,6 +102,7 @@ pub(crate) struct Model {
     adapters: Arc<Adapters>,
     /// Of the batch at hand; kept for its memory.
     adapted: Vec<Adapted>,
+    low_rank: LowRank,
     team: Team,
     rope: RopeTable,
     rope_layout: RopeLayout,
@@ -201,6 +202,7 @@ impl Model {
             },
             logit_rows,
             weights,
+            low_rank: adapters.scratch(team.members(), rows)?,
             adapters,
             adapted: Vec::with_capacity(wanted),
             team,
@@ -249,9 +251,10 @@ impl Model {
             }
         }
         let (hidden, q, ffn) = (self.hidden, self.q, self.ffn);
-        let adapt = |layer, stack, x: (&[f32], usize), y: (&mut [f32], usize)| {
-            let adapted = &self.adapted;
-            self.adapters.apply(team, adapted, layer, stack, x, y);
+        let mut adapt = |layer, stack, x: (&[f32], usize), y: (&mut [f32], usize)| {
+            let (adapted, scratch) = (&self.adapted, &mut self.low_rank);
+            self.adapters
+                .apply(team, scratch, adapted, (layer, stack), x, y);
         };
 
         let (pool, spans) = cache.locate(&batch.spans);

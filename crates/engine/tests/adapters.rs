@@ -224,6 +224,62 @@ fn requests_of_different_adapters_run_together_as_they_would_alone() {
     }
 }
 
+/// Products large enough to be shared out: by rows where there are many, by elements and columns where there are few. Who
+/// computes what changes no bit.
+#[test]
+fn adapters_compute_the_same_bits_on_any_number_of_threads() {
+    let config = ModelConfig {
+        // So that columns of one row are divided, also within gate and up.
+        ffn: 400,
+        ..llama()
+    };
+    let model = Tiny::new(config, 5);
+    let large = TinyAdapter {
+        rank: 300,
+        alpha: 150.0,
+        ..TinyAdapter::default()
+    };
+    let partial = TinyAdapter {
+        seed: 11,
+        rank: 170,
+        alpha: 85.0,
+        targets: vec![Target::Key, Target::AttentionOutput, Target::Up],
+        ..TinyAdapter::default()
+    };
+    for compute in [Compute::F32, Compute::Int8Row] {
+        let on = |threads| {
+            let options = EngineOptions {
+                threads,
+                ..options(compute)
+            };
+            engine(&model, &[large.clone(), partial.clone()], &options)
+        };
+        let last = |engine: &Engine, adapter, rows: usize| {
+            let mut last = Vec::new();
+            let row = |_: usize, row: &[f32]| last = row.to_vec();
+            engine.evaluate_with(adapter, &TEXT[..rows], row).unwrap();
+            last.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let rows = [1, 2, 3, 5, 24];
+        // Without an adapter, with the first, with the second; and all of them in the same steps.
+        let computed = |(engine, digests): (Engine, Vec<ModelDigest>)| {
+            let kinds = [None, Some(digests[0]), Some(digests[1])];
+            let logits = kinds.map(|kind| rows.map(|rows| last(&engine, kind, rows)));
+            let request = |i: usize| under(kinds[i % 3], &TEXT[..5 + 2 * i]);
+            let pending: Vec<_> = (0..4).map(|i| start(&engine, request(i))).collect();
+            let answers = pending.into_iter().map(|pending| pending.wait().ids);
+            (logits, answers.collect::<Vec<_>>())
+        };
+        let (logits, answers) = computed(on(1));
+        assert!(logits[0] != logits[1] && logits[0] != logits[2]);
+        for threads in [2, 3, 7] {
+            let found = computed(on(threads));
+            assert!(found.0 == logits, "{compute:?} on {threads} threads");
+            assert_eq!(found.1, answers, "{compute:?} on {threads} threads");
+        }
+    }
+}
+
 /// What was computed under an adapter is not found without it, or under another.
 #[test]
 fn pages_are_found_under_their_own_adapter_only() {
