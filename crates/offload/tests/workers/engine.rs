@@ -3,25 +3,38 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use casemate_container::Silent;
+use casemate_container::{ModelSource, Silent};
 use casemate_engine::outsource::Outsource;
 use casemate_engine::{Compute, Engine, Sampling};
 use casemate_offload::layers::Layers;
 use casemate_offload::plan::Preset;
 use casemate_offload::{BootKey, Config, Fault, Metrics, Offload, Workers};
+use casemate_testkit::adapters::TinyAdapter;
 
 use crate::fake::{Act, Fake, config};
 use crate::support::tiny::{Tiny, llama};
-use crate::support::{generate, greedy, load, logits, open_with, options};
+use crate::support::{generate, greedy, load, logits, open_adapter, open_with, options};
 
 /// An engine with workers, and what they do for it.
-struct Outsourced {
-    engine: Engine,
-    offload: Arc<Offload>,
+pub(crate) struct Outsourced {
+    pub(crate) engine: Engine,
+    pub(crate) offload: Arc<Offload>,
 }
 
 fn outsourced(
     model: &Tiny,
+    public: &[&str],
+    preset: Preset,
+    workers: Workers,
+    config: Config,
+) -> Outsourced {
+    outsourced_with(model, &[], public, preset, workers, config)
+}
+
+/// As an enclave does it, with adapters beside the model.
+pub(crate) fn outsourced_with(
+    model: &dyn ModelSource,
+    adapters: &[TinyAdapter],
     public: &[&str],
     preset: Preset,
     workers: Workers,
@@ -32,15 +45,25 @@ fn outsourced(
     let layers = Arc::new(Layers::new(Arc::clone(&offload), preset));
     let public = public.iter().map(|&pattern| pattern.to_owned()).collect();
     let container = open_with(model, public);
+    let base = container.digest();
+    let adapters = adapters.iter();
+    let adapters = adapters.map(|a| open_adapter(&a.build(model.config(), base)));
     let options = options(Compute::Int8Row);
     let outsource = Arc::clone(&layers) as Arc<dyn Outsource>;
-    let engine = Engine::load_with(container, vec![], &options, Some(outsource), &Silent).unwrap();
+    let engine = Engine::load_with(
+        container,
+        adapters.collect(),
+        &options,
+        Some(outsource),
+        &Silent,
+    );
+    let engine = engine.unwrap();
     layers.start().unwrap();
     Outsourced { engine, offload }
 }
 
 /// Waits until idle times have filled the pool.
-fn filled(offload: &Offload) -> Metrics {
+pub(crate) fn filled(offload: &Offload) -> Metrics {
     for _ in 0..6000 {
         let metrics = offload.metrics();
         if metrics.masks_level == metrics.masks_depth && metrics.masks_depth > 0 {

@@ -1,5 +1,6 @@
 //! Products with the help of workers in this process, honest and not.
 
+mod adapters;
 mod encrypted;
 mod engine;
 mod fake;

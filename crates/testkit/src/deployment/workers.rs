@@ -32,7 +32,7 @@ impl Deployment {
         let launch = self
             .launch("casemate-worker", "casemate-worker")
             .option("--listen", format!("unix:{}", socket.display()))
-            .option("--memory", "512MiB")
+            .option("--memory", "1GiB")
             .option("--threads", "1");
         let program = launch.serve(&self.logs(), START)?;
         let address = program.address().to_owned();
