@@ -46,6 +46,11 @@ def main() -> int:
     body[6] = [{0: "alice", 1: alice, 2: 60, 3: 100000, 4: 4}, {0: "bob", 1: bob}]
     assert decode(envelope[0]) == body
 
+    received = vectors["received"]
+    data = bytes.fromhex(received["cbor"])
+    assert decode(data) == [["default/model/smollm2", b"\x61" * 32], ["default/model/bills", b"\x62" * 32]]
+    assert hashlib.sha256(b"casemate received resources v1\0" + data).hexdigest() == received["digest"]
+
     credential = vectors["credential"]
     key, text = public(credential["issuer_seed"])
     assert text == credential["issuer"]
@@ -80,7 +85,7 @@ def main() -> int:
         assert previous.hex() == entry["hash"]
     size = len(log["entries"]).to_bytes(8, "big")
     key.verify(bytes.fromhex(log["head_signature"]), b"casemate decision log head v1\0" + size + previous)
-    print("grant, credential, rollbacks and log verify")
+    print("grant, received, credential, rollbacks and log verify")
     return 0
 
 

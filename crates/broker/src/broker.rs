@@ -30,6 +30,7 @@ use casemate_release::rcar::{
     AttestResponse, Attestation, Challenge, HashAlgorithm, NONCE_BYTES, Request, ResourcePath,
     tee_name,
 };
+use casemate_release::received;
 use casemate_release::rollback::sha256;
 
 use self::judgement::Refusal;
@@ -348,7 +349,7 @@ impl Broker {
         let keyset = Keyset::decode(&request.keyset)?;
         let keyset_digest = KeysetDigest::of(&request.keyset);
         let expected = report_data(
-            Purpose::Credential,
+            Purpose::Credential(received::digest(&request.received)),
             Role::Service,
             &keyset_digest,
             &request.nonce,

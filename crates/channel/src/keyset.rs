@@ -237,8 +237,9 @@ impl FromStr for KeysetDigest {
 /// What a quote over a keyset is for. A quote made for one purpose proves nothing for another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Shown to the broker, which then signs a deployment credential.
-    Credential,
+    /// Shown to the broker, which then signs a deployment credential, by an enclave that received in the same session what
+    /// this digest names (`casemate_release::received`).
+    Credential([u8; 32]),
     /// Shown to users.
     Serving,
 }
@@ -261,7 +262,7 @@ pub enum ChannelBinding {
 }
 
 /// The report data of a quote over a keyset:
-/// SHA-512 of the CBOR array `[domain, purpose, role, keyset digest, nonce, binding]`.
+/// SHA-512 of the CBOR array `[domain, purpose, role, keyset digest, nonce, binding, ? received]`.
 pub fn report_data(
     purpose: Purpose,
     role: Role,
@@ -269,9 +270,9 @@ pub fn report_data(
     nonce: &[u8; 32],
     binding: &ChannelBinding,
 ) -> ReportData {
-    let purpose = match purpose {
-        Purpose::Credential => "credential",
-        Purpose::Serving => "serving",
+    let (purpose, received) = match purpose {
+        Purpose::Credential(received) => ("credential", Some(received)),
+        Purpose::Serving => ("serving", None),
     };
     let role = match role {
         Role::Service => "service",
@@ -281,13 +282,17 @@ pub fn report_data(
         ChannelBinding::TlsExporter(value) => value,
     };
     let mut cbor = minicbor::Encoder::new(Vec::with_capacity(192));
-    cbor.array(6)
+    cbor.array(6 + u64::from(received.is_some()))
         .and_then(|e| e.str(DOMAIN))
         .and_then(|e| e.str(purpose))
         .and_then(|e| e.str(role))
         .and_then(|e| e.bytes(&keyset.0))
         .and_then(|e| e.bytes(nonce))
         .and_then(|e| e.bytes(binding))
+        .and_then(|e| match &received {
+            Some(received) => e.bytes(received),
+            None => Ok(e),
+        })
         .expect("writing to a Vec cannot fail");
     let mut out = [0; 64];
     out.copy_from_slice(digest::digest(&digest::SHA512, &cbor.into_writer()).as_ref());
@@ -501,7 +506,14 @@ mod tests {
         );
         let others = [
             report_data(
-                Purpose::Credential,
+                Purpose::Credential([0; 32]),
+                Role::Service,
+                &digest,
+                &nonce,
+                &ChannelBinding::Key,
+            ),
+            report_data(
+                Purpose::Credential([1; 32]),
                 Role::Service,
                 &digest,
                 &nonce,
@@ -529,8 +541,9 @@ mod tests {
                 &ChannelBinding::TlsExporter([0; 32]),
             ),
         ];
-        for other in &others {
+        for (index, other) in others.iter().enumerate() {
             assert_ne!(base, *other);
+            assert!(!others[..index].contains(other));
         }
     }
 

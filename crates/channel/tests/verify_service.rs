@@ -117,7 +117,7 @@ fn refuses_a_keyset_that_the_evidence_does_not_vouch_for() {
 #[test]
 fn refuses_evidence_that_was_made_for_the_broker() {
     let service = Service {
-        purpose: Purpose::Credential,
+        purpose: Purpose::Credential([0; 32]),
         ..Service::new()
     };
     service.denied(Class::NotGenuine, "report_data");

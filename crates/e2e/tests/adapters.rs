@@ -270,7 +270,11 @@ fn exchanged_grants_of_two_adapters_end_the_start() {
     );
     assert_eq!(
         (&denial["by"], &denial["class"], &denial["claim"]),
-        (&json!("enclave"), &json!("refused"), &json!("grant.adapter"))
+        (
+            &json!("enclave"),
+            &json!("refused"),
+            &json!("grant.adapter")
+        )
     );
     assert_eq!(denial["found"], json!(found));
     // Nor do the files help that belong to the grants.
@@ -303,6 +307,37 @@ fn exchanged_grants_are_not_taken_at_a_renewal_either() {
     }
     // As long as the credential holds, and a minute longer, all is as it was.
     assert_eq!(text(&chat(&url, "bills", "hello", 24)), text(&before));
+}
+
+/// One adapter, granted to everybody at one path and to API keys at another. The enclave cannot tell which grant came, the
+/// broker can.
+#[test]
+fn the_grant_of_another_path_for_the_same_adapter_ends_the_start() {
+    let (mut stage, host) = until_enclave_through_the_host();
+    let deployment = &mut stage.deployment;
+    deployment.api_key("alice", &[]).unwrap();
+    let work = deployment.work_dir().to_path_buf();
+    let (adapter, grant) = (deployment.adapters()[0].clone(), work.join("keyed.grant"));
+    let made = deployment
+        .launch("casemate-grant-keyed", "casemate")
+        .arg("grant")
+        .option("--data-key", &adapter.data_key)
+        .option("--signing-key", &deployment.keys().unwrap().signing_key)
+        .option("--model", &adapter.path)
+        .option("--api-keys", work.join("api-keys.toml"))
+        .option("--out", &grant);
+    made.run(&work.join("logs"), false).unwrap();
+    let grant = grant.display().to_string();
+    let put = ["resource", "put", "default/model/keyed", "--grant", &grant];
+    deployment.administer(&put.map(str::as_ref)).unwrap();
+    host.exchange("/model/bills HTTP", "/model/keyed HTTP");
+    let denial = denial(&mut stage);
+    assert_eq!(
+        (&denial["by"], &denial["class"], &denial["claim"]),
+        (&json!("broker"), &json!("refused"), &json!("received"))
+    );
+    let found = "default/model/bills was not released in this session";
+    assert_eq!(denial["found"], json!(found));
 }
 
 #[test]

@@ -254,6 +254,21 @@ impl Access {
         *table = Arc::new(newer);
     }
 
+    /// Lets nobody in whom a newer grant does not let in, and logs that somebody is not. Whom it adds, and other limits, wait
+    /// for [`Access::replace`].
+    pub fn withdraw(&self, access: &api_key::Access) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let narrower = table.without(access, (self.clock)());
+        if !narrower.says_the_same_as(&table) {
+            match &narrower {
+                Table::Open => {}
+                Table::Keyed(keys) if keys.len() == 1 => info!("access: 1 API key, changed"),
+                Table::Keyed(keys) => info!("access: {} API keys, changed", keys.len()),
+            }
+        }
+        *table = Arc::new(narrower);
+    }
+
     fn table(&self) -> Arc<Table> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(&table)

@@ -13,6 +13,7 @@ use casemate_container::ModelDigest;
 use casemate_container::signing::VerifyingKey;
 use casemate_engine::{Compute, KvType, Speculation};
 use casemate_release::api_key;
+use casemate_release::rcar::ResourcePath;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
@@ -82,17 +83,24 @@ pub struct Adapter {
     /// The sealed container.
     pub path: PathBuf,
     /// Resource that holds its key grant, `repository/type/tag`.
-    pub resource: String,
+    #[serde(deserialize_with = "resource")]
+    pub resource: ResourcePath,
     /// Digest of the adapter, as `casemate seal` prints it: what the name stands for is measured, and nobody can put
     /// another adapter of the same provider behind it.
     #[serde(deserialize_with = "digest")]
     pub digest: ModelDigest,
 }
 
+fn resource<'de, D: Deserializer<'de>>(d: D) -> Result<ResourcePath, D::Error> {
+    String::deserialize(d)?.parse().map_err(D::Error::custom)
+}
+
 fn digest<'de, D: Deserializer<'de>>(d: D) -> Result<ModelDigest, D::Error> {
     let text = String::deserialize(d)?;
     text.parse().map_err(|_| {
-        D::Error::custom("the digest of an adapter is 64 hex digits, as `casemate seal` prints them")
+        D::Error::custom(
+            "the digest of an adapter is 64 hex digits, as `casemate seal` prints them",
+        )
     })
 }
 
@@ -313,7 +321,8 @@ pub struct Broker {
     #[serde(with = "key")]
     pub provider: VerifyingKey,
     /// Resource that holds the key grant, `repository/type/tag`.
-    pub resource: String,
+    #[serde(deserialize_with = "resource")]
+    pub resource: ResourcePath,
 }
 
 mod key {
@@ -529,6 +538,7 @@ mod tests {
             (adapter("a", "x/y/z") + "rank = 4\n", "rank"),
             (without, "missing field `digest`"),
             (short, "64 hex digits"),
+            (adapter("a", "x/y"), "resource path"),
         ] {
             let message = refused(text() + &adapters);
             assert!(message.contains(said), "{message}");

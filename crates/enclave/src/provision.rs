@@ -19,7 +19,10 @@ use casemate_release::issuance::{
     CHALLENGE_PATH, CREDENTIAL_PATH, CredentialRequest, CredentialResponse, IssuanceChallenge,
 };
 use casemate_release::random::SystemRandom;
-use casemate_release::rcar::{ATTEST_PATH, AUTH_PATH, ErrorInformation, RESOURCE_PATH};
+use casemate_release::rcar::{
+    ATTEST_PATH, AUTH_PATH, ErrorInformation, RESOURCE_PATH, ResourcePath,
+};
+use casemate_release::received::{self, Received};
 use casemate_tee::{QuoteProvider, TeeError};
 use reqwest::header::{CONTENT_TYPE, COOKIE, SET_COOKIE};
 use thiserror::Error;
@@ -111,7 +114,7 @@ fn said(text: &str) -> String {
 pub struct Provisioner {
     http: reqwest::Client,
     url: String,
-    resource: String,
+    resource: ResourcePath,
     /// In the order of the configuration.
     adapters: Vec<config::Adapter>,
     provider: VerifyingKey,
@@ -128,6 +131,8 @@ pub struct Session {
     pub grant: VerifiedGrant,
     /// Those of the adapters, in the order of the configuration.
     pub adapters: Vec<VerifiedGrant>,
+    /// As what each came, the model's first: the broker confirms it with the credential.
+    received: Vec<Received>,
     /// Version of the broker's policy under which it was released, in the broker's words; the broker compares it again
     /// before it signs a credential.
     pub policy_version: u64,
@@ -212,11 +217,18 @@ impl Provisioner {
         let grant = self
             .obtain_grant(&attested, &self.resource, "the key")
             .await?;
+        let as_received = |path: &ResourcePath, grant: &VerifiedGrant| Received {
+            path: path.clone(),
+            sha256: *grant.envelope_sha256(),
+        };
+        let mut received = vec![as_received(&self.resource, &grant)];
         let mut adapters = Vec::with_capacity(self.adapters.len());
         for adapter in &self.adapters {
             let what = "the key of an adapter";
             let grant = self.obtain_grant(&attested, &adapter.resource, what);
-            adapters.push(of_adapter(adapter, grant.await?)?);
+            let grant = of_adapter(adapter, grant.await?)?;
+            received.push(as_received(&adapter.resource, &grant));
+            adapters.push(grant);
         }
         let policy_version = attested
             .policy_version()
@@ -225,6 +237,7 @@ impl Provisioner {
             attested,
             grant,
             adapters,
+            received,
             policy_version,
         })
     }
@@ -232,7 +245,7 @@ impl Provisioner {
     async fn obtain_grant(
         &self,
         attested: &Attested,
-        resource: &str,
+        resource: &ResourcePath,
         what: &'static str,
     ) -> Result<VerifiedGrant, ProvisionError> {
         let url = format!("{}{RESOURCE_PATH}/{resource}", self.url);
@@ -244,7 +257,8 @@ impl Provisioner {
         Ok(attested.grant(&read(what, response).await?, &self.provider)?)
     }
 
-    /// Has the broker sign that `keyset` belongs to its deployment; returns the credential's bytes and contents.
+    /// Has the broker sign that `keyset` belongs to its deployment, and with it confirm that each grant of the session is the
+    /// one it released as what was asked for; returns the credential's bytes and contents.
     pub async fn obtain_credential(
         &self,
         session: &Session,
@@ -259,7 +273,7 @@ impl Provisioner {
         let nonce = challenge.nonce();
         let digest = KeysetDigest::of(&keyset);
         let binding = report_data(
-            Purpose::Credential,
+            Purpose::Credential(received::digest(&session.received)),
             Role::Service,
             &digest,
             &nonce,
@@ -269,6 +283,7 @@ impl Provisioner {
         let request = CredentialRequest {
             nonce,
             service: self.service.clone(),
+            received: session.received.clone(),
             keyset,
             evidence,
         };

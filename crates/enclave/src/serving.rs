@@ -225,8 +225,9 @@ impl Serving {
     }
 
     /// Renews keyset and credential. Attests anew for it, so the broker's current policy decides, and a withdrawn
-    /// permission ends the service when the last credential expires. The grant is received anew, and whom it lets in is
-    /// let in from then on.
+    /// permission ends the service when the last credential expires. Grants are received anew. Whom they let in no more is
+    /// let in no more from then on; whom they let in anew, only once the broker has confirmed with its credential that they
+    /// are what it released under these names.
     async fn renew_all(&self, now: u64) -> Result<(), ServingError> {
         let session = self.provisioner.obtain_key().await?;
         session
@@ -239,10 +240,10 @@ impl Serving {
                 .check_model(&adapter.digest, adapter.version)
                 .map_err(|_| ServingError::ModelChanged)?;
         }
-        // Whom the provider lets in now, even if the credential cannot be had.
-        self.access.replace(session.grant.access());
+        // Even if the credential cannot be had.
+        self.access.withdraw(session.grant.access());
         for (adapter, grant) in adapters.iter().zip(&session.adapters) {
-            adapter.replace_users(grant.access());
+            adapter.withdraw(grant.access());
         }
         // A fresh credential needs a keyset that outlives it, so both are renewed together.
         let (renewed, signer) = new_identity(
@@ -253,6 +254,10 @@ impl Serving {
             now,
         )
         .await?;
+        self.access.replace(session.grant.access());
+        for (adapter, grant) in adapters.iter().zip(&session.adapters) {
+            adapter.replace_users(grant.access());
+        }
         self.publish(renewed, signer, now);
         Ok(())
     }

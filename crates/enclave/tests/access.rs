@@ -368,6 +368,38 @@ async fn a_newer_grant_decides_and_forgets_nothing() {
     assert_eq!(door.ask(1, "").await.2["caller"], "renamed");
 }
 
+/// Between a grant that was received and the credential that confirms it: whom it takes out is out, whom it adds is not in.
+#[tokio::test]
+async fn a_newer_grant_lets_nobody_in_before_it_is_confirmed() {
+    let limits = |requests| Limits {
+        requests_per_minute: at_most(requests),
+        ..Limits::default()
+    };
+    let old = vec![key("stays", 1, limits(2)), key("goes", 2, limits(2))];
+    let new = || keyed(vec![key("stays", 1, limits(9)), key("comes", 3, limits(2))]);
+    let door = Door::new(old, mirror());
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    door.access.withdraw(&api_key::Access::Open);
+    assert_eq!(door.ask(3, "").await.0, StatusCode::UNAUTHORIZED);
+    door.access.withdraw(&new());
+    assert_eq!(door.ask(2, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(door.ask(3, "").await.0, StatusCode::UNAUTHORIZED);
+    // With the limits of before, and what was used of them.
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    assert_eq!(door.ask(1, "").await.0, StatusCode::TOO_MANY_REQUESTS);
+    // A list of others leaves nobody.
+    door.access.withdraw(&keyed(two_keys()[1..].to_vec()));
+    assert_eq!(door.ask(1, "").await.0, StatusCode::UNAUTHORIZED);
+    door.access.replace(&new());
+    assert_eq!(door.ask(1, "").await.0, StatusCode::OK);
+    assert_eq!(door.ask(3, "").await.0, StatusCode::OK);
+    // And what was open is open to those of the list alone.
+    let open = Door::granted(&api_key::Access::Open, mirror());
+    open.access.withdraw(&new());
+    assert_eq!(open.ask(2, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(open.ask(3, "").await.0, StatusCode::OK);
+}
+
 /// Lines of the log about a grant that takes the place of one with two keys.
 fn logged(grant: &api_key::Access) -> Vec<String> {
     let door = Door::new(two_keys(), mirror());

@@ -238,11 +238,37 @@ async fn an_adapter_is_for_whom_its_grant_lets_in() {
         assert_eq!(status, StatusCode::NOT_FOUND);
         assert_eq!(service.chat(caller, "bills").await.0, StatusCode::OK);
     }
-    // A newer grant decides.
-    service.adapters[1].replace_users(&Access::Open);
+    // A newer grant decides, once it is confirmed.
+    let letters = &service.adapters[1];
+    letters.withdraw(&Access::Open);
+    for caller in &others {
+        assert_eq!(
+            service.chat(caller, "letters").await.0,
+            StatusCode::NOT_FOUND
+        );
+    }
+    letters.replace_users(&Access::Open);
     for caller in &others {
         assert_eq!(service.chat(caller, "letters").await.0, StatusCode::OK);
     }
+    // What it takes away is gone before.
+    let of = |name: &str, hash| ApiKey {
+        name: name.into(),
+        hash,
+        limits: api_key::Limits::default(),
+    };
+    let keyed = |keys| Access::Keyed(ApiKeys::new(keys).unwrap());
+    let both = vec![of("alice", [1; 32]), of("bob", [2; 32])];
+    letters.withdraw(&keyed(both));
+    assert!(letters.lets_in(Some(&alice())) && letters.lets_in(Some(&bob())));
+    assert!(!letters.lets_in(Some(&Caller::anonymous())) && !letters.lets_in(None));
+    letters.withdraw(&keyed(vec![of("bob", [2; 32]), of("carol", [3; 32])]));
+    assert!(!letters.lets_in(Some(&alice())) && letters.lets_in(Some(&bob())));
+    assert!(!letters.lets_in(Some(&Caller::holder("carol", [3; 32]))));
+    letters.withdraw(&keyed(vec![of("carol", [3; 32])]));
+    assert!(!letters.lets_in(Some(&bob())) && !letters.lets_in(None));
+    letters.withdraw(&Access::Open);
+    assert!(!letters.lets_in(Some(&bob())) && !letters.lets_in(None));
 }
 
 /// An adapter that changes nothing: what differs is the noise.

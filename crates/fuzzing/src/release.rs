@@ -17,6 +17,7 @@ use casemate_release::rcar::{
     self, AttestResponse, Attestation, Challenge, ErrorInformation, Request, ResourcePath,
     RuntimeData,
 };
+use casemate_release::received::Received;
 use casemate_release::rollback::{self, Rollback, Target, VerifiedRollback};
 use casemate_release::{ReleaseError, credential};
 use serde::Serialize;
@@ -471,6 +472,10 @@ pub(crate) fn issuance_seeds() -> Vec<Vec<u8>> {
     let request = CredentialRequest {
         nonce: [9; 32],
         service: "smollm2".into(),
+        received: vec![Received {
+            path: "default/model/smollm2".parse().expect("a path"),
+            sha256: [7; 32],
+        }],
         keyset: vec![1, 2, 3],
         evidence: honest().evidence.clone(),
     };

@@ -87,7 +87,8 @@ fn nesting_is_refused_by_every_json_parser() {
         rcar::Request::parse(request.as_bytes()).err(),
         Some(json("request"))
     );
-    let request = format!(r#"{{"nonce":"","service":"s","keyset":"","evidence":{deep}}}"#);
+    let request =
+        format!(r#"{{"nonce":"","service":"s","received":[],"keyset":"","evidence":{deep}}}"#);
     let error = CredentialRequest::parse(request.as_bytes()).err();
     assert_eq!(error, Some(json("credential request")));
     let tokenizer = format!(r#"{{"model":{{}},"normalizer":{deep}}}"#);
@@ -104,7 +105,7 @@ fn repeated_members_are_refused_by_every_json_parser() {
         r#"{"nonce":"AA==","nonce":"AA==","extra-params":""}"#,
         r#"{"runtime-data":{},"runtime-data":{},"tee-evidence":{}}"#,
         r#"{"protected":"","protected":"","encrypted_key":"","iv":"","ciphertext":"","tag":""}"#,
-        r#"{"nonce":"","service":"s","keyset":"","evidence":{"a":1,"a":1}}"#,
+        r#"{"nonce":"","service":"s","received":[],"keyset":"","evidence":{"a":1,"a":1}}"#,
         r#"{"nonce":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=","expires_at":1,"expires_at":1}"#,
         r#"{"report_data":"AA==","report_data":"AA=="}"#,
     ];

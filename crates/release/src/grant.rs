@@ -20,6 +20,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::api_key::{self, Access, MAX_API_KEYS, MAX_ENTRY_BYTES};
 use crate::encoding::check_model_name;
 use crate::error::{Malformed, Refused, ReleaseError, Unverified};
+use crate::rollback::sha256;
 use crate::signed::{FORMAT, Kind};
 
 /// Domain of the provider's signature.
@@ -69,6 +70,7 @@ pub struct GrantSummary {
 pub struct VerifiedGrant {
     grant: KeyGrant,
     provider: VerifyingKey,
+    envelope: [u8; 32],
 }
 
 impl KeyGrant {
@@ -116,6 +118,7 @@ impl VerifiedGrant {
         Ok(Self {
             grant,
             provider: *provider,
+            envelope: sha256(envelope),
         })
     }
 
@@ -142,6 +145,11 @@ impl VerifiedGrant {
     /// Who may use the model.
     pub fn access(&self) -> &Access {
         &self.grant.access
+    }
+
+    /// SHA-256 of the envelope that was verified. It tells nothing of the data key in it, which is random.
+    pub fn envelope_sha256(&self) -> &[u8; 32] {
+        &self.envelope
     }
 
     /// The provider that signed.
@@ -357,6 +365,7 @@ mod tests {
         let envelope = grant().sign(&provider()).unwrap();
         let verified = VerifiedGrant::verify(&envelope, &provider().verifying_key()).unwrap();
         assert_eq!(verified.data_key().expose(), &[0x33; 32]);
+        assert_eq!(verified.envelope_sha256(), &sha256(&envelope));
         assert_eq!(verified.model_digest(), &ModelDigest([0x22; 32]));
         assert_eq!(
             (verified.model_name(), verified.minimum_version()),

@@ -2,8 +2,8 @@
 //!
 //! `POST /casemate/v1/challenge` with the session cookie → [`IssuanceChallenge`]; then
 //! `POST /casemate/v1/credential` with the same cookie and a [`CredentialRequest`], whose evidence is
-//! bound by `casemate_channel::keyset::report_data` (purpose *credential*, role *service*, no channel
-//! binding) → [`CredentialResponse`].
+//! bound by `casemate_channel::keyset::report_data` (purpose *credential* with [`received::digest`], role *service*, no
+//! channel binding) → [`CredentialResponse`].
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -11,6 +11,7 @@ use casemate_attest::{Evidence, UniqueValue};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Malformed, ReleaseError, bounded};
+use crate::received::{self, Received};
 
 /// Path of the challenge.
 pub const CHALLENGE_PATH: &str = "/casemate/v1/challenge";
@@ -66,9 +67,11 @@ pub struct CredentialRequest {
     pub nonce: [u8; 32],
     /// The service's name.
     pub service: String,
+    /// What the enclave received in this session, the model's resource first.
+    pub received: Vec<Received>,
     /// Encoded keyset.
     pub keyset: Vec<u8>,
-    /// Evidence over the keyset and the nonce.
+    /// Evidence over the keyset, the nonce and what was received.
     pub evidence: Evidence,
 }
 
@@ -77,6 +80,7 @@ pub struct CredentialRequest {
 struct WireRequest {
     nonce: String,
     service: String,
+    received: Vec<received::Wire>,
     keyset: String,
     evidence: UniqueValue,
 }
@@ -92,6 +96,7 @@ impl CredentialRequest {
         let wire = WireRequest {
             nonce: STANDARD.encode(self.nonce),
             service: self.service.clone(),
+            received: self.received.iter().map(received::Wire::from).collect(),
             keyset: STANDARD.encode(&self.keyset),
             evidence: UniqueValue(evidence),
         };
@@ -120,9 +125,11 @@ impl CredentialRequest {
                 what: "credential request.keyset",
             })?;
         let nonce = bytes32("credential request.nonce", &wire.nonce)?;
+        let received = received::parse(&wire.received)?;
         Ok(Self {
             nonce,
             service: wire.service,
+            received,
             keyset,
             evidence,
         })
@@ -166,7 +173,7 @@ impl CredentialResponse {
     }
 }
 
-fn bytes32(what: &'static str, text: &str) -> Result<[u8; 32], Malformed> {
+pub(crate) fn bytes32(what: &'static str, text: &str) -> Result<[u8; 32], Malformed> {
     let bytes = STANDARD
         .decode(text)
         .map_err(|_| Malformed::Base64 { what })?;
@@ -189,6 +196,10 @@ mod tests {
         CredentialRequest {
             nonce: [9; 32],
             service: "smollm2".into(),
+            received: vec![Received {
+                path: "default/model/smollm2".parse().unwrap(),
+                sha256: [7; 32],
+            }],
             keyset: vec![1, 2, 3],
             evidence: Evidence::from_json(evidence.as_bytes()).unwrap(),
         }
@@ -200,6 +211,7 @@ mod tests {
         assert_eq!(parsed.nonce, [9; 32]);
         assert_eq!(parsed.service, "smollm2");
         assert_eq!(parsed.keyset, [1, 2, 3]);
+        assert_eq!(parsed.received, request().received);
         assert_eq!(parsed.evidence.digest(), request().evidence.digest());
     }
 
@@ -238,6 +250,18 @@ mod tests {
             refusal("evidence", json!({ "tee": "tdx" })),
             Malformed::Json {
                 what: "credential request.evidence"
+            }
+            .into()
+        );
+        let received = refusal("received", json!([]));
+        assert!(received.to_string().contains("1 to 65"), "{received}");
+        assert_eq!(
+            refusal(
+                "received",
+                json!([{ "path": "a/b/c", "sha256": "AAAA", "more": 1 }])
+            ),
+            Malformed::Json {
+                what: "credential request"
             }
             .into()
         );

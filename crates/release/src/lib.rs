@@ -11,6 +11,7 @@
 //! | `signed` | the envelope that grants, rollbacks and credentials are signed in |
 //! | [`encoding`] | deterministic CBOR |
 //! | [`issuance`] | messages by which an enclave obtains a credential |
+//! | [`received`] | what an enclave says it received, bound to its evidence |
 //! | [`client`] | the enclave's half of the exchange, without input or output |
 //!
 //! The specification is `docs/key-release.md`. Policy and appraisal live in `casemate-attest`; storage,
@@ -28,6 +29,7 @@ pub mod issuance;
 pub mod jwe;
 pub mod random;
 pub mod rcar;
+pub mod received;
 pub mod rollback;
 pub(crate) mod signed;
 

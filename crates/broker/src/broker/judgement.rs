@@ -6,6 +6,7 @@ use casemate_container::ModelDigest;
 use casemate_release::credential::CLOCK_SKEW_SECONDS;
 use casemate_release::issuance::CredentialRequest;
 use casemate_release::rcar::ResourcePath;
+use casemate_release::received::Received;
 use casemate_release::rollback::sha256;
 
 use super::{Rejection, verdict};
@@ -131,7 +132,7 @@ fn adapters_are_allowed(
     store: &Store,
     policy: &Policy,
     keyset: &Keyset,
-    released: &[Released],
+    received: &[&Released],
 ) -> Result<(), Refusal> {
     for adapter in &keyset.adapter_digests {
         let digest = ModelDigest(*adapter);
@@ -143,7 +144,7 @@ fn adapters_are_allowed(
                 "if this adapter may be applied, add its digest to the policy and raise the policy's version",
             )));
         }
-        let Some(grant) = released.iter().find(|r| r.model_digest == digest) else {
+        let Some(grant) = received.iter().find(|r| r.model_digest == digest) else {
             return Err(Refusal::NotAllowed(Denial::refused(
                 "keyset.adapter",
                 digest.to_string(),
@@ -179,20 +180,31 @@ pub(super) fn keyset(
     policy: &Policy,
     now: UnixTime,
 ) -> Result<(), Refusal> {
-    let digest = ModelDigest(keyset.model_digest);
-    // Of several resources with one model, the one that stands for the service.
-    let models = || released.iter().filter(|r| r.model_digest == digest);
-    let model = models()
-        .find(|r| r.service == request.service)
-        .or_else(|| models().next())
-        // Nothing of this model: the first is told what was released.
-        .or(released.first());
-    let Some(model) = model else {
+    let received = request.received.iter().map(|r| as_released(r, released));
+    let received = received.collect::<Result<Vec<_>, _>>()?;
+    let Some((model, adapters)) = received.split_first() else {
         return Err(Refusal::Failed(SessionFault::NothingReleased.into()));
     };
     still_stored(store, model)?;
     model_keyset(request, keyset, model, policy, now)?;
-    adapters_are_allowed(store, policy, keyset, released)
+    adapters_are_allowed(store, policy, keyset, adapters)
+}
+
+/// What was released as the resource that the enclave names, if that is what it received. The enclave asks by name, but who
+/// passes its requests on can ask for something else: for a grant of the same model, say, that lets in others.
+fn as_released<'a>(received: &Received, released: &'a [Released]) -> Result<&'a Released, Denial> {
+    let of_that_name = released.iter().find(|r| r.path == received.path);
+    let found = match of_that_name {
+        Some(released) if released.content == received.sha256 => return Ok(released),
+        Some(_) => format!("something else was received as {}", received.path),
+        None => format!("{} was not released in this session", received.path),
+    };
+    Err(Denial::refused(
+        "received",
+        found,
+        "what was released in this session, each under its own name",
+        "start the enclave again; if it stays so, look for who exchanges the broker's answers between here and the enclave",
+    ))
 }
 
 fn model_keyset(

@@ -10,6 +10,8 @@ use casemate_release::credential::VerifiedCredential;
 use casemate_release::grant::KeyGrant;
 use casemate_release::issuance::CredentialResponse;
 use casemate_release::rcar::ResourcePath;
+use casemate_release::received::Received;
+use casemate_release::rollback::sha256;
 use casemate_testkit::policies::PolicyFile;
 
 use crate::support::{Guest, MODEL, Rig, measurement};
@@ -37,6 +39,13 @@ fn rig(listed: &[ModelDigest]) -> Rig {
 }
 
 fn put(rig: &Rig, name: &str, digest: ModelDigest, minimum_version: u64) {
+    let grant = grant_of(rig, name, digest, minimum_version);
+    rig.broker
+        .put_resource(&path_of(name), None, NewResource::grant(&grant))
+        .unwrap();
+}
+
+fn grant_of(rig: &Rig, name: &str, digest: ModelDigest, minimum_version: u64) -> Vec<u8> {
     let grant = KeyGrant {
         model_digest: digest,
         model_name: name.into(),
@@ -44,10 +53,27 @@ fn put(rig: &Rig, name: &str, digest: ModelDigest, minimum_version: u64) {
         data_key: DataKey::from_bytes(&[0x78; 32]),
         access: Access::Open,
     };
-    let grant = grant.sign(&rig.provider).unwrap();
-    rig.broker
-        .put_resource(&path_of(name), None, NewResource::grant(&grant))
-        .unwrap();
+    grant.sign(&rig.provider).unwrap().to_vec()
+}
+
+/// What a guest says it received: the grants as they were put at first.
+fn received(rig: &Rig, names: &[&str]) -> Vec<Received> {
+    let of = |name: &&str| match *name {
+        "smollm2" => rig.received(),
+        name => Received {
+            path: path_of(name),
+            sha256: sha256(&grant_of(rig, name, digest_of(name), 1)),
+        },
+    };
+    names.iter().map(of).collect()
+}
+
+fn digest_of(name: &str) -> ModelDigest {
+    match name {
+        "bills" => ADAPTER,
+        "letters" => OTHER,
+        other => panic!("{other}"),
+    }
 }
 
 /// Receives the key of an adapter in a session.
@@ -59,19 +85,18 @@ fn receive(rig: &Rig, guest: &Guest, name: &str) -> Result<(), Rejection> {
     Ok(())
 }
 
-/// A credential for a keyset with these adapters.
-fn ask(
-    rig: &Rig,
-    guest: &Guest,
-    adapters: &[ModelDigest],
-) -> Result<CredentialResponse, Rejection> {
-    ask_as(rig, guest, "smollm2", adapters)
+/// A credential for a keyset with these adapters, by a guest that received the model and them.
+fn ask(rig: &Rig, guest: &Guest, adapters: &[&str]) -> Result<CredentialResponse, Rejection> {
+    let names = [&["smollm2"], adapters].concat();
+    let adapters: Vec<_> = adapters.iter().map(|name| digest_of(name)).collect();
+    ask_as(rig, guest, "smollm2", &names, &adapters)
 }
 
 fn ask_as(
     rig: &Rig,
     guest: &Guest,
     service: &str,
+    names: &[&str],
     adapters: &[ModelDigest],
 ) -> Result<CredentialResponse, Rejection> {
     let keyset = Keyset {
@@ -79,7 +104,8 @@ fn ask_as(
         policy_version: rig.broker.policy().unwrap().version(),
         ..rig.keyset()
     };
-    let mut request = rig.credential_request(&guest.session, &keyset);
+    let received = received(rig, names);
+    let mut request = rig.credential_request_after(&guest.session, received, &keyset);
     request.service = service.into();
     rig.broker
         .credential(&guest.session, &request.to_json().unwrap())
@@ -108,7 +134,7 @@ fn a_credential_names_the_adapters_whose_keys_were_released() {
         if model_last {
             model().unwrap();
         }
-        let response = ask(&rig, &guest, &[ADAPTER, OTHER]).unwrap();
+        let response = ask(&rig, &guest, &["bills", "letters"]).unwrap();
         let json = serde_json::to_vec(&response).unwrap();
         let envelope = CredentialResponse::parse(&json).unwrap();
         let now = rig.clock.seconds();
@@ -124,17 +150,21 @@ fn a_credential_names_the_adapters_whose_keys_were_released() {
 #[test]
 fn a_keyset_names_no_adapter_whose_key_was_not_released() {
     let rig = rig(&[ADAPTER, OTHER]);
+    for named in [&["smollm2", "bills"][..], &["smollm2"]] {
+        let guest = rig.release();
+        receive(&rig, &guest, "bills").unwrap();
+        let outcome = ask_as(&rig, &guest, "smollm2", named, &[ADAPTER, OTHER]);
+        assert_eq!(claim(outcome), "keyset.adapter");
+    }
     let guest = rig.release();
     receive(&rig, &guest, "bills").unwrap();
-    assert_eq!(
-        claim(ask(&rig, &guest, &[ADAPTER, OTHER])),
-        "keyset.adapter"
-    );
+    assert_eq!(claim(ask(&rig, &guest, &["bills", "letters"])), "received");
     // Nor is an adapter's key enough for a model, under whatever name.
     for (service, refused) in [("smollm2", "service"), ("bills", "keyset.model_digest")] {
         let guest = rig.attest(1).unwrap();
         receive(&rig, &guest, "bills").unwrap();
-        assert_eq!(claim(ask_as(&rig, &guest, service, &[])), refused);
+        let outcome = ask_as(&rig, &guest, service, &["bills"], &[]);
+        assert_eq!(claim(outcome), refused);
     }
 }
 
@@ -153,7 +183,7 @@ fn adapters_that_the_policy_does_not_list_get_no_key_and_no_credential() {
     rig.broker.set_policy(&file.to_toml(), None).unwrap();
     let guest = rig.release();
     receive(&rig, &guest, "bills").unwrap();
-    assert_eq!(claim(ask(&rig, &guest, &[ADAPTER])), "keyset.adapter");
+    assert_eq!(claim(ask(&rig, &guest, &["bills"])), "keyset.adapter");
 }
 
 #[test]
@@ -162,5 +192,49 @@ fn an_adapters_grant_that_was_replaced_vouches_for_nothing() {
     let guest = rig.release();
     receive(&rig, &guest, "bills").unwrap();
     put(&rig, "bills", ADAPTER, 2);
-    assert_eq!(claim(ask(&rig, &guest, &[ADAPTER])), "resource");
+    assert_eq!(claim(ask(&rig, &guest, &["bills"])), "resource");
+}
+
+/// One adapter is granted twice, at two paths, to different API keys. Whoever passes requests on asks for the other one.
+#[test]
+fn what_was_received_under_another_name_earns_no_credential() {
+    let rig = rig(&[ADAPTER, OTHER]);
+    let other = grant_of(&rig, "for-all", ADAPTER, 1);
+    let path = path_of("for-all");
+    rig.broker
+        .put_resource(&path, None, NewResource::grant(&other))
+        .unwrap();
+    let keyset = Keyset {
+        adapter_digests: vec![ADAPTER.0],
+        policy_version: 2,
+        ..rig.keyset()
+    };
+    let honest = received(&rig, &["smollm2", "bills"]);
+    // The guest holds the grant of `for-all` as that of `bills`; both were released, or the other one alone.
+    for names in [&["for-all"][..], &["bills", "for-all"]] {
+        let guest = rig.release();
+        for name in names {
+            receive(&rig, &guest, name).unwrap();
+        }
+        let mut holds = honest.clone();
+        holds[1].sha256 = sha256(&other);
+        let request = rig.credential_request_after(&guest.session, holds, &keyset);
+        let body = request.to_json().unwrap();
+        assert_eq!(
+            claim(rig.broker.credential(&guest.session, &body)),
+            "received"
+        );
+    }
+    // Nor does it help to correct what the guest says: its evidence says so, too.
+    let guest = rig.release();
+    receive(&rig, &guest, "bills").unwrap();
+    let mut holds = honest.clone();
+    holds[1].sha256 = sha256(&other);
+    let mut request = rig.credential_request_after(&guest.session, holds, &keyset);
+    request.received = honest;
+    let body = request.to_json().unwrap();
+    assert_eq!(
+        claim(rig.broker.credential(&guest.session, &body)),
+        "report_data"
+    );
 }

@@ -185,7 +185,7 @@ fn evidence_must_be_over_this_keyset_for_this_purpose() {
 
     let guest = rig.release();
     let nonce = rig.broker.challenge(&guest.session).unwrap().nonce();
-    let request = rig.credential_request_over(&nonce, &rig.keyset(), Purpose::Serving);
+    let request = rig.credential_request_over(&nonce, &rig.keyset(), |_| Purpose::Serving);
     assert_eq!(
         claim(ask(&rig.broker, &guest.session, &request)),
         "report_data"

@@ -20,6 +20,8 @@ use casemate_release::grant::KeyGrant;
 use casemate_release::issuance::CredentialRequest;
 use casemate_release::random::SystemRandom;
 use casemate_release::rcar::{ResourcePath, SESSION_COOKIE};
+use casemate_release::received::{self, Received};
+use casemate_release::rollback::sha256;
 use casemate_testkit::fake_tee::FakeTee;
 use casemate_testkit::policies::PolicyFile;
 use tempfile::TempDir;
@@ -235,22 +237,52 @@ impl Rig {
 
     /// A request for a credential as an honest guest makes it: fresh nonce, evidence over it.
     pub(crate) fn credential_request(&self, session: &str, keyset: &Keyset) -> CredentialRequest {
+        self.credential_request_after(session, vec![self.received()], keyset)
+    }
+
+    /// As [`Rig::credential_request`], by a guest that received this.
+    pub(crate) fn credential_request_after(
+        &self,
+        session: &str,
+        received: Vec<Received>,
+        keyset: &Keyset,
+    ) -> CredentialRequest {
         let nonce = self.broker.challenge(session).unwrap().nonce();
-        self.credential_request_over(&nonce, keyset, Purpose::Credential)
+        self.request(&nonce, received, keyset, Purpose::Credential)
+    }
+
+    /// The model's grant as it was put at first.
+    pub(crate) fn received(&self) -> Received {
+        Received {
+            path: path(),
+            sha256: sha256(&grant(&self.provider, 3)),
+        }
     }
 
     pub(crate) fn credential_request_over(
         &self,
         nonce: &[u8; 32],
         keyset: &Keyset,
-        purpose: Purpose,
+        purpose: fn([u8; 32]) -> Purpose,
     ) -> CredentialRequest {
+        self.request(nonce, vec![self.received()], keyset, purpose)
+    }
+
+    fn request(
+        &self,
+        nonce: &[u8; 32],
+        received: Vec<Received>,
+        keyset: &Keyset,
+        purpose: fn([u8; 32]) -> Purpose,
+    ) -> CredentialRequest {
+        let purpose = purpose(received::digest(&received));
         let encoded = keyset.encode().unwrap();
         let digest = KeysetDigest::of(&encoded);
         let bound = report_data(purpose, Role::Service, &digest, nonce, &ChannelBinding::Key);
         CredentialRequest {
             nonce: *nonce,
             service: "smollm2".into(),
+            received,
             keyset: encoded,
             evidence: self.quote(1, &bound),
         }

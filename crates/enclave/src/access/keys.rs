@@ -179,6 +179,19 @@ impl Table {
         Self::Keyed(keys.as_slice().iter().map(key).collect())
     }
 
+    /// As it is, without whom a newer grant does not let in.
+    pub(super) fn without(&self, newer: &Access, now: Duration) -> Self {
+        match (self, newer.api_keys()) {
+            (Self::Open, _) => Self::new(newer, None, now),
+            (Self::Keyed(keys), None) => Self::Keyed(keys.clone()),
+            (Self::Keyed(keys), Some(newer)) => {
+                let newer = newer.as_slice();
+                let stays = |key: &&Arc<Key>| newer.iter().any(|other| other.hash == key.hash);
+                Self::Keyed(keys.iter().filter(stays).cloned().collect())
+            }
+        }
+    }
+
     /// Whether both let in the same holders with the same keys, as often. A list is in the order of its names.
     pub(super) fn says_the_same_as(&self, other: &Table) -> bool {
         let same = |(a, b): (&Arc<Key>, &Arc<Key>)| {

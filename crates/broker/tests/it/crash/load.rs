@@ -18,6 +18,7 @@ use casemate_release::issuance::{
 };
 use casemate_release::random::SystemRandom;
 use casemate_release::rcar::{ATTEST_PATH, AUTH_PATH, RESOURCE_PATH, ResourcePath};
+use casemate_release::received::{self, Received};
 use casemate_release::rollback::sha256;
 use casemate_testkit::fake_tee::FakeTee;
 use reqwest::header::{COOKIE, SET_COOKIE};
@@ -215,7 +216,11 @@ impl Load {
         }
         let jwe = response.bytes().await?;
         let provider = self.provider.verifying_key();
-        attested.grant(&jwe, &provider).unwrap();
+        let grant = attested.grant(&jwe, &provider).unwrap();
+        let received = vec![Received {
+            path: path(),
+            sha256: *grant.envelope_sha256(),
+        }];
         let path = path().to_string();
         self.ledger().acknowledged(Fact::Release { session, path });
 
@@ -228,7 +233,7 @@ impl Load {
             .nonce();
         let keyset = keyset(attested.policy_version().unwrap());
         let digest = KeysetDigest::of(&keyset);
-        let purpose = Purpose::Credential;
+        let purpose = Purpose::Credential(received::digest(&received));
         let bound = report_data(
             purpose,
             Role::Service,
@@ -239,6 +244,7 @@ impl Load {
         let request = CredentialRequest {
             nonce,
             service: "smollm2".into(),
+            received,
             keyset,
             evidence: self.quote(&bound),
         };

@@ -33,6 +33,13 @@ pub(super) const TABLE: &[Explanation] = &[
          enclave and broker.",
     ),
     about(
+        &["received"],
+        "Each key grant that the enclave holds is the one that the broker released under the name that the enclave asked for.",
+        "A grant was replaced at the broker while the enclave asked. Or the host or the network asked the broker for another \
+         grant than the enclave did, to have another list of API keys decide who may use a model or an adapter.",
+        "Start the enclave again, or leave it to try again. If it stays so, look at the path between enclave and broker.",
+    ),
+    about(
         &["configuration.measured"],
         "The configuration that the enclave read is the one that the TEE measured.",
         "The file changed while the enclave started, or was named by a path that leads elsewhere meanwhile.",
