@@ -93,8 +93,28 @@ fn read(adapter: &dyn AdapterSource, base: Option<&ModelConfig>) {
 pub(crate) fn adapter_seeds() -> Vec<Vec<u8>> {
     let (settings, weights, header) = sound();
     let mut seeds = vec![[&[1], &weights[..header]].concat()];
-    for which in [0, 2] {
-        seeds.push([&[which], &settings[..]].concat());
+    let named = |key: &str, modules: &str| {
+        let settings = String::from_utf8_lossy(&settings);
+        let none = format!("\"{key}\":null");
+        assert!(settings.contains(&none), "{settings}");
+        settings.replace(&none, &format!("\"{key}\":{modules}"))
+    };
+    for settings in [
+        String::from_utf8_lossy(&settings).into_owned(),
+        named("target_modules", "\"all-linear\""),
+        named("target_modules", "\".*_proj\""),
+        named(
+            "target_modules",
+            r#"["q_proj","self_attn.k_proj","v_proj","o_proj","gate_proj","layers.0.mlp.up_proj","model.layers.0.mlp.down_proj"]"#,
+        ),
+        named(
+            "target_modules",
+            r#""all-linear","exclude_modules":["0.self_attn.q_proj"]"#,
+        ),
+    ] {
+        for which in [0, 2] {
+            seeds.push([&[which], settings.as_bytes()].concat());
+        }
     }
     seeds
 }

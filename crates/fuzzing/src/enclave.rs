@@ -39,7 +39,13 @@ pub(crate) fn config_seeds() -> Vec<Vec<u8>> {
         "[tee]\nbackend = \"quoting-service\"\nsocket = \"/run/s\"\n",
         "[tee]\nbackend = \"configfs-tsm\"\ncollateral = \"c.json\"\n",
     ];
-    tees.map(|tee| format!("{head}{tee}").into_bytes()).into()
+    let adapter = format!(
+        "[[adapter]]\nname = \"a\"\npath = \"a.casemate\"\nresource = \"default/model/a\"\ndigest = \"{}\"\n",
+        "ab".repeat(32)
+    );
+    let mut seeds: Vec<_> = tees.map(|tee| format!("{head}{tee}")).into();
+    seeds.push(format!("{head}{}{adapter}", tees[0]));
+    seeds.into_iter().map(String::into_bytes).collect()
 }
 
 /// What a replica reads from others: a peer's list of keysets, and behind a first byte that is odd, the fields by which a
