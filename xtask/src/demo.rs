@@ -22,6 +22,10 @@ pub(crate) struct Options {
     /// Show what it refuses: mount every attack on the list against a deployment of a tiny model
     #[arg(long, conflicts_with_all = ["keep", "model", "question"])]
     attacks: bool,
+    /// Show how a worker that nobody trusts computes products: the same answers with it, without it and while it cheats, and
+    /// what it was sent
+    #[arg(long, conflicts_with_all = ["keep", "attacks"])]
+    offload: bool,
     /// With --attacks: mount only this one; may be given several times
     #[arg(long, value_name = "NAME|NUMBER", requires = "attacks")]
     only: Vec<String>,
@@ -35,11 +39,14 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("casemate-cli", "casemate"),
     ("casemate-broker", "casemate-broker"),
     ("casemate-enclave", "casemate-enclave"),
+    ("casemate-worker", "casemate-worker"),
     ("casemate-testkit", "casemate-fake-tee"),
     ("casemate-demo", "casemate-demo"),
 ];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), PathBuf::from);
     let mut demo = Vec::new();
     if options.attacks {
         demo.push(OsString::from("--attacks"));
@@ -58,6 +65,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         if options.keep {
             demo.push("--keep".into());
         }
+        if options.offload {
+            let page = target.join("casemate-offload.html");
+            demo.extend(["--offload".into(), "--html".into(), page.into()]);
+        }
     }
 
     let mut build = process::cargo();
@@ -67,8 +78,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     process::run(&mut build)?;
 
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from);
     let status = Command::new(target.join("release/casemate-demo"))
         .args(demo)
         .status()

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use casemate_audit::transcript::Malformed;
 use casemate_container::one_line;
 use casemate_import::ImportError;
 
@@ -9,11 +10,6 @@ use casemate_import::ImportError;
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
-
-/// An input that is not what it should be.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Malformed(pub(crate) String);
 
 /// Shows a failure in one line and turns it into the exit code.
 pub(crate) fn report(done: anyhow::Result<()>) -> ExitCode {
@@ -40,12 +36,13 @@ fn code(error: &anyhow::Error) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use casemate_audit::transcript;
 
     #[test]
     fn codes_say_who_is_at_fault_also_behind_context() {
         let usage = anyhow::Error::new(Usage("no budget".into()));
         assert_eq!(code(&usage.context("while starting")), 2);
-        let malformed = anyhow::Error::new(Malformed("no transcript".into()));
+        let malformed = anyhow::Error::new(transcript::from_bytes(b"none").unwrap_err());
         assert_eq!(code(&malformed), 10);
         assert_eq!(code(&anyhow::anyhow!("disk full")), 40);
     }

@@ -8,7 +8,7 @@
 //! | `texts` | what is asked, and what copies are compared on |
 //! | `service` | asking, by requests of OpenAI's API |
 //! | `trainer` | the process that trains students |
-//! | `transcript`, `probe` | what a worker sees, and what can be read off it |
+//! | `probe` | what can be read off what a worker sees |
 //! | `metrics` | how near a copy is |
 //! | `run`, `report`, `html` | one audit, and what it found |
 
@@ -25,7 +25,6 @@ mod run;
 mod service;
 mod texts;
 mod trainer;
-mod transcript;
 mod victim;
 
 use std::fs;

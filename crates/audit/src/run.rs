@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use casemate_audit::transcript::{centred, from_bytes, to_bytes};
 use casemate_enclave::api::Extraction;
 use serde_json::json;
 
@@ -16,7 +17,6 @@ use crate::report::{FORM, Point, Probe, Program, Protocol, Report, Scores, Victi
 use crate::service::{Answer, Query, Service, Words};
 use crate::texts::Texts;
 use crate::trainer::{self, Job, Student, Trainer, Weights};
-use crate::transcript::{centred, from_bytes, to_bytes};
 use crate::victim::{Architecture, Placed, Victim, transcript};
 
 /// Tokens of a held-out text, of which the first are the prompt of a continuation.

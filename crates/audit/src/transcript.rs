@@ -10,7 +10,10 @@
 
 use casemate_field::Field;
 
-use crate::exit::Malformed;
+/// A file is no transcript, or one that says what cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the transcript is malformed: {0}")]
+pub struct Malformed(&'static str);
 
 const MAGIC: &[u8; 6] = b"CMTR\x01\x00";
 /// Longest name of a stack, in bytes.
@@ -29,7 +32,7 @@ fn draw(field: Field, random: &mut impl FnMut() -> u32) -> u32 {
 }
 
 /// A row with another pad for each value: x + r mod p.
-pub(crate) fn mask(field: Field, row: &[i8], random: &mut impl FnMut() -> u32) -> Vec<u32> {
+pub fn mask(field: Field, row: &[i8], random: &mut impl FnMut() -> u32) -> Vec<u32> {
     let pad: Vec<u32> = row.iter().map(|_| draw(field, random)).collect();
     let mut masked = vec![0; row.len()];
     field.mask_row(row, &pad, &mut masked);
@@ -37,28 +40,37 @@ pub(crate) fn mask(field: Field, row: &[i8], random: &mut impl FnMut() -> u32) -
 }
 
 /// An element as a number about 0, from -1 to 1.
-pub(crate) fn centred(field: Field, element: u32) -> f32 {
+#[must_use]
+pub fn centred(field: Field, element: u32) -> f32 {
     (f64::from(field.centre(element)) / f64::from(field.modulus() / 2)) as f32
 }
 
 /// The rows that one stack of matrices got.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Stack {
-    pub(crate) name: String,
-    pub(crate) field: Field,
-    pub(crate) columns: usize,
+pub struct Stack {
+    /// At most 64 bytes.
+    pub name: String,
+    /// What elements are of.
+    pub field: Field,
+    /// Elements of a row.
+    pub columns: usize,
     /// Row by row.
-    pub(crate) elements: Vec<u32>,
+    pub elements: Vec<u32>,
 }
 
 impl Stack {
-    pub(crate) fn rows(&self) -> impl Iterator<Item = &[u32]> {
+    /// Row by row.
+    pub fn rows(&self) -> impl Iterator<Item = &[u32]> {
         self.elements.chunks_exact(self.columns)
     }
 }
 
 /// The bytes of a transcript.
-pub(crate) fn to_bytes(stacks: &[Stack]) -> Vec<u8> {
+///
+/// # Panics
+/// If a stack has no columns.
+#[must_use]
+pub fn to_bytes(stacks: &[Stack]) -> Vec<u8> {
     let mut out = MAGIC.to_vec();
     for stack in stacks {
         let rows = stack.elements.len() / stack.columns;
@@ -73,8 +85,11 @@ pub(crate) fn to_bytes(stacks: &[Stack]) -> Vec<u8> {
 }
 
 /// Reads what [`to_bytes`] wrote.
-pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Vec<Stack>, Malformed> {
-    let wrong = |what: &str| Malformed(format!("the transcript is malformed: {what}"));
+///
+/// # Errors
+/// [`Malformed`] for anything else.
+pub fn from_bytes(bytes: &[u8]) -> Result<Vec<Stack>, Malformed> {
+    let wrong = Malformed;
     let mut rest = bytes
         .strip_prefix(MAGIC)
         .ok_or_else(|| wrong("it is not one, or of another version"))?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use anyhow::{Context, Result, bail};
+use casemate_audit::transcript::{Stack, mask};
 use casemate_container::signing::SigningKey;
 use casemate_container::{
     DataKey, ModelConfig, ModelSource, RopeLayout, RopeScaling, SealOptions, SealedFile, Silent,
@@ -20,7 +21,6 @@ use serde::Serialize;
 
 use crate::exit::Usage;
 use crate::metrics::log_softmax;
-use crate::transcript::{Stack, mask};
 
 /// The name under which it is asked.
 pub(crate) const NAME: &str = "victim";

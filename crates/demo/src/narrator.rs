@@ -24,6 +24,27 @@ pub(crate) fn proved(what: &str) {
     println!("      {} {what}", style("✔").green().bold());
 }
 
+/// What should have been proven, and is not so.
+pub(crate) fn failed(what: &str) {
+    println!("      {} {what}", style("✘ NOT SO:").red().bold());
+}
+
+/// Drawings of characters beside each other, each under its title.
+pub(crate) fn plot(titles: &[String; 2], drawings: &[Vec<String>; 2]) {
+    let width = drawings[0].first().map_or(0, |row| row.chars().count());
+    let gap = width.max(titles[0].chars().count()) + 4;
+    println!("\n        {:<gap$}{}", titles[0], titles[1]);
+    for (left, right) in drawings[0].iter().zip(&drawings[1]) {
+        let pad = " ".repeat(gap - width);
+        println!(
+            "        {}{pad}{}",
+            style(left).cyan(),
+            style(right).yellow()
+        );
+    }
+    println!();
+}
+
 /// A fact that proves nothing by itself.
 pub(crate) fn fact(name: &str, value: &str) {
     println!("        {} {value}", style(format!("{name:<31}")).dim());
@@ -31,11 +52,33 @@ pub(crate) fn fact(name: &str, value: &str) {
 
 /// Something that must not be overlooked.
 pub(crate) fn warning(what: &str) {
-    println!(
-        "      {} {}",
-        style("!").yellow().bold(),
-        style(what).yellow()
-    );
+    let mut mark = "!";
+    for line in wrapped(what) {
+        println!(
+            "      {} {}",
+            style(mark).yellow().bold(),
+            style(line).yellow()
+        );
+        mark = " ";
+    }
+}
+
+/// Lines of at most 100 characters, unless a word is longer.
+fn wrapped(text: &str) -> Vec<String> {
+    const WIDTH: usize = 100;
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let line = lines.last_mut().expect("there is one");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= WIDTH {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
 }
 
 /// A spinner with a running clock; gone when dropped.
@@ -70,5 +113,20 @@ pub(crate) fn seconds(duration: Duration) -> String {
     match duration.as_secs_f64() {
         s if s < 1.0 => format!("{:.0} ms", s * 1e3),
         s => format!("{s:.2} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_short_and_lose_nothing() {
+        let text = "word ".repeat(60) + &"x".repeat(120) + " end";
+        let lines = wrapped(&text);
+        assert_eq!(lines.join(" "), text);
+        let long = |line: &&String| line.chars().count() > 100;
+        assert_eq!(lines.iter().filter(long).count(), 1);
+        assert_eq!(lines.len(), 5);
     }
 }

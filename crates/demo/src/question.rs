@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 /// apart in the logits, less than 8 bits can tell.
 pub(crate) const SYSTEM: &str = "Answer in one sentence.";
 
+/// Longest answer, in tokens.
+pub(crate) const MAX_TOKENS: usize = 64;
+
 /// What came back, and how fast.
 pub(crate) struct Answer {
     pub(crate) text: String,
@@ -37,7 +40,7 @@ pub(crate) async fn ask(url: &str, model: &str, question: &str) -> Result<Answer
             {"role": "user", "content": question},
         ],
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": MAX_TOKENS,
         "stream": true,
         "stream_options": {"include_usage": true},
     });

@@ -124,6 +124,67 @@ fn end_labels(
     }
 }
 
+/// How many numbers lie in each of equal parts of a range.
+pub struct Bars<'a> {
+    /// For who cannot see it.
+    pub summary: &'a str,
+    /// What is across.
+    pub x_name: &'a str,
+    /// In each part.
+    pub counts: &'a [u64],
+    /// What the range begins and ends with.
+    pub ends: [&'a str; 2],
+    /// CSS variable of the colour, as `--int8`.
+    pub colour: &'a str,
+}
+
+/// Draws bars from zero on, and as a dashed line the height that all would have if they were equal.
+pub fn bars(plot: &Bars<'_>) -> String {
+    const TALL: f64 = 240.0;
+    let most = plot.counts.iter().copied().max().unwrap_or(0);
+    let ticks = ticks(most as f64);
+    let top = ticks.last().copied().unwrap_or(1.0);
+    let y_of = |y: f64| TALL - BOTTOM - y / top * (TALL - TOP - BOTTOM);
+    let mut svg = open(plot.summary, TALL);
+    grid(&mut svg, &ticks, y_of);
+    let count = plot.counts.len().max(1) as f64;
+    let step = (WIDTH - RIGHT - LEFT) / count;
+    for (i, &bar) in plot.counts.iter().enumerate() {
+        let y = y_of(bar as f64);
+        let _ = write!(
+            svg,
+            "<rect class=\"bar\" style=\"fill:var({})\" x=\"{:.1}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\"><title>{bar}</title></rect>",
+            plot.colour,
+            LEFT + i as f64 * step,
+            (step - 1.0).max(0.5),
+            TALL - BOTTOM - y
+        );
+    }
+    let equal = y_of(plot.counts.iter().sum::<u64>() as f64 / count);
+    let _ = write!(
+        svg,
+        "<line class=\"limit\" style=\"stroke:var(--ink)\" x1=\"{LEFT}\" x2=\"{0:.1}\" y1=\"{equal:.1}\" y2=\"{equal:.1}\"/>\
+         <text class=\"end of-limit\" style=\"fill:var(--muted)\" x=\"{1:.1}\" y=\"{2:.1}\">uniform</text>",
+        WIDTH - RIGHT,
+        WIDTH - RIGHT + 10.0,
+        equal + 4.0
+    );
+    for (end, x, anchor) in [
+        (plot.ends[0], LEFT, "start"),
+        (plot.ends[1], WIDTH - RIGHT, "end"),
+    ] {
+        let _ = write!(
+            svg,
+            "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{}</text>",
+            TALL - BOTTOM + 18.0,
+            escaped(end)
+        );
+    }
+    names(&mut svg, plot.x_name, "", TALL);
+    svg.push_str("</svg>");
+    svg
+}
+
 /// How often which time was seen, with the median marked. What lies beyond the 99.5 % quantile is one last bar.
 pub fn distribution(
     samples: &[f64],
@@ -394,6 +455,33 @@ mod tests {
         // No samples at all draw nothing and do not panic.
         assert!(!distribution(&[], 0.0, "ms", "--x", "").contains("rect"));
         assert!(distribution(&[5.0; 9], 5.0, "ms", "--x", "").contains("rect"));
+    }
+
+    #[test]
+    fn bars_reach_their_counts_and_the_line_their_mean() {
+        let of = |counts: &[u64]| {
+            bars(&Bars {
+                summary: "s",
+                x_name: "x",
+                counts,
+                ends: ["0", "<9>"],
+                colour: "--x",
+            })
+        };
+        let svg = of(&[100, 0, 50]);
+        assert_eq!(svg.matches("<rect").count(), 3);
+        assert!(svg.contains("&lt;9&gt;") && svg.contains("<title>50</title>"));
+        let heights: Vec<f64> = svg
+            .split("height=\"")
+            .skip(1)
+            .map(|rest| rest.split('"').next().unwrap().parse().unwrap())
+            .collect();
+        assert!(
+            (heights[0] - 2.0 * heights[2]).abs() < 0.2 && heights[1] == 0.0,
+            "{heights:?}"
+        );
+        // Nothing at all is drawn as nothing, and without NaN.
+        assert!(!of(&[]).contains("NaN") && !of(&[0, 0]).contains("NaN"));
     }
 
     #[test]

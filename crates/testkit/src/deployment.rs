@@ -107,6 +107,8 @@ pub struct Deployment {
     config: Option<PathBuf>,
     measurement: Option<MeasurementFacts>,
     policies: Option<PolicyFacts>,
+    /// A broker takes another policy only under a higher number.
+    policy_version: u64,
     enclave: Option<EnclaveFacts>,
     replicas: Vec<ReplicaFacts>,
     /// In the order in which they were started; ended in the opposite one.
@@ -282,6 +284,7 @@ impl Deployment {
             config: None,
             measurement: None,
             policies: None,
+            policy_version: 0,
             enclave: None,
             replicas: Vec::new(),
             running: Vec::new(),
@@ -538,15 +541,17 @@ impl Deployment {
 
     /// Writes the broker's and the user's policy.
     pub fn write_policies(&mut self) -> Result<PolicyFacts, DeploymentError> {
+        self.policy_version += 1;
         let (tee, broker, sealed) = (self.fake_tee()?, self.broker()?, self.sealed()?);
         let measurement = self.measurement()?;
         let common = format!(
-            "version = 1\ntee = [\"tdx\"]\n\
+            "version = {policy_version}\ntee = [\"tdx\"]\n\
              # The fake TEE of this machine. Remove this line, and only real TEEs are accepted.\n\
              dangerous_development_root = \"{root}\"\n\n\
              [tcb]\nminimum_evaluation_data_number = 17\n\n\
              {measurement}\n\n\
              [model]\ndigests = [\"{digest}\"]\nminimum_version = {version}\n{adapters}",
+            policy_version = self.policy_version,
             adapters = self.accepted_adapters(),
             root = tee.root_spki,
             measurement = measurement.toml.trim_end(),

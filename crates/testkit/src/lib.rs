@@ -14,3 +14,5 @@ pub mod llama2c;
 pub mod models;
 pub mod policies;
 pub mod statements;
+pub mod tap;
+pub mod uniform;

@@ -28,17 +28,33 @@ impl Deployment {
 
     /// Starts `casemate-worker`, always at the same address, and returns that.
     pub fn start_worker(&mut self) -> Result<String, DeploymentError> {
+        self.start_worker_with("1GiB", 1)
+    }
+
+    /// As [`Deployment::start_worker`], with so much memory and so many threads.
+    pub fn start_worker_with(
+        &mut self,
+        memory: &str,
+        threads: usize,
+    ) -> Result<String, DeploymentError> {
         let socket = self.work_dir().join("worker.sock");
         let launch = self
             .launch("casemate-worker", "casemate-worker")
             .option("--listen", format!("unix:{}", socket.display()))
-            .option("--memory", "1GiB")
-            .option("--threads", "1");
+            .option("--memory", memory)
+            .option("--threads", threads.to_string());
         let program = launch.serve(&self.logs(), START)?;
         let address = program.address().to_owned();
         self.running.push((Role::Worker, program));
-        self.workers = Some(format!("worker = \"{address}\"\npool_bytes = 8388608\n"));
+        self.reach_worker_at(&address, 8 << 20);
         Ok(address)
+    }
+
+    /// Lets enclaves that are configured from now on believe their worker to be at `address`, for who stands in between, with so
+    /// much memory for masks.
+    pub fn reach_worker_at(&mut self, address: &str, pool_bytes: u64) {
+        let lines = format!("worker = \"{address}\"\npool_bytes = {pool_bytes}\n");
+        self.workers = Some(lines);
     }
 
     /// Starts two workers in these places, each with a key of its own, which get a share each.
