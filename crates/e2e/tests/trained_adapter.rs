@@ -117,9 +117,14 @@ fn the_trained_adapter_answers_the_same_with_a_worker_and_without() {
     let figure = |name: &str| metric(&enclave, &format!("casemate_offload_{name}")).unwrap();
     // Four stacks of each of 30 blocks, and the head. Figures are rounded up to powers of two, so this says more than 16,384,
     // which is more than 130 rows of each; shelves are filled evenly.
+    let log = stage.path("logs/casemate-enclave.log");
+    let admitted = || {
+        let log = fs::read_to_string(&log).unwrap();
+        log.contains("the worker holds all matrices")
+    };
     let end = Instant::now() + Duration::from_secs(600);
-    while figure("masks_made_total") < 32_768.0 {
-        assert!(Instant::now() < end, "no masks in time");
+    while figure("masks_made_total") < 32_768.0 || !admitted() {
+        assert!(Instant::now() < end, "no masks or no worker in time");
         std::thread::sleep(Duration::from_millis(200));
     }
     let answer = &recorded()[0];
