@@ -15,6 +15,7 @@ use casemate_kernels::elementwise::silu_mul;
 use casemate_kernels::gemm::{F32Matrix, gemm_f32};
 use casemate_kernels::mem::{Purpose, Region};
 use casemate_kernels::norm::rmsnorm;
+use casemate_kernels::oblivious::{AT_ONCE, Found};
 use casemate_kernels::panels::{
     Bf16Matrix, Bf16Rows, Int8Matrix, Int8Rows, matmul_bf16, matmul_int8,
 };
@@ -147,6 +148,34 @@ fn four_bits(
             )?)
         })
         .collect()
+}
+
+/// Finding rows by reading all: a table as TinyLlama's embeddings in Q8_0, as it is sealed and as the output layer has it, for
+/// one token and for as many as are looked for at once.
+fn oblivious(
+    bench: &mut Bench,
+    team: &Team,
+    rows: usize,
+    bandwidth: (&'static str, f64),
+) -> Result<()> {
+    let columns = 2048;
+    let row = columns / 32 * 34;
+    let table: Vec<u8> = (0..rows * row).map(|i| (i % 251) as u8).collect();
+    let packed = Q8Matrix::from_rows(team, rows, columns, fill(3))?;
+    let (mut found, mut of_packed) = (Found::of_bytes(row)?, packed.found()?);
+    let mut out = vec![0.0; AT_ONCE * columns];
+    for count in [1, AT_ONCE] {
+        let ids: Vec<u32> = (0..count).map(|i| (i * 997 % rows) as u32).collect();
+        let name = format!("find {count} of {rows} rows of {row} bytes (memory)");
+        bench.measure(&name, 5, table.len() as f64, bandwidth, || {
+            found.rows_of_bytes(team, &table, row, &ids);
+        });
+        let name = format!("find {count} of {rows} rows of {columns} int8-g32 (memory)");
+        bench.measure(&name, 5, packed.bytes() as f64, bandwidth, || {
+            packed.find_rows(team, &mut of_packed, &ids, &mut out[..count * columns]);
+        });
+    }
+    Ok(())
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -354,6 +383,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             rounded.round(&team, &x[..rows * k], k)
         });
     }
+    oblivious(&mut bench, &team, 32000usize.div_ceil(share), bandwidth)?;
     for kv_type in KvType::ALL {
         attention(&mut bench, &team, kv_type, &x, &mut y, (bandwidth, flops))?;
     }

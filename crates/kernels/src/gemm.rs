@@ -14,9 +14,12 @@
 //! tile:  column 0: rows 0..32 | column 1: rows 0..32 | ...        rows past the last are zero
 //! ```
 
+use std::io;
+
 use crate::cpu::Kernel;
 use crate::isa::{LANES, Simd};
 use crate::mem::{MemReport, Purpose, Region};
+use crate::oblivious::{Found, Lanes, Table};
 use crate::pack::PackError;
 use crate::team::{SharedMut, Team};
 
@@ -147,6 +150,38 @@ impl F32Matrix {
         for (out, column) in out.iter_mut().zip(self.tile(row / TILE)) {
             *out = column[row % TILE];
         }
+    }
+
+    /// What finds rows of this matrix.
+    ///
+    /// # Errors
+    /// The system's refusal of memory.
+    pub fn found(&self) -> io::Result<Found> {
+        Found::of_bytes(self.tile_bytes())
+    }
+
+    /// As [`F32Matrix::row`] for each id, without telling which: see [`oblivious`](crate::oblivious).
+    ///
+    /// # Panics
+    /// If `out` is not a row for each id, or `found` was made for a narrower matrix.
+    pub fn find_rows(&self, team: &Team, found: &mut Found, ids: &[u32], out: &mut [f32]) {
+        let table = Table {
+            bytes: self.region.view(),
+            items: self.tiles(),
+            stride: self.tile_bytes(),
+            rows: TILE,
+            pattern: &[Lanes::First, Lanes::Second],
+        };
+        let decode = |tile: &[f32], out: &mut [f32]| {
+            for (out, column) in out.iter_mut().zip(tile.as_chunks::<TILE>().0) {
+                *out = column[0];
+            }
+        };
+        found.rows(team, table, ids, self.columns, out, decode);
+    }
+
+    fn tile_bytes(&self) -> usize {
+        self.columns * TILE * size_of::<f32>()
     }
 
     fn tiles(&self) -> usize {

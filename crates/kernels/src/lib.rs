@@ -26,6 +26,7 @@ pub mod heap;
 mod isa;
 pub mod mem;
 pub mod norm;
+pub mod oblivious;
 mod pack;
 pub mod panels;
 pub mod peak;

@@ -1,7 +1,36 @@
 //! Softmax over a slice.
 
 use crate::cpu::{Isa, Kernel};
-use crate::isa::{LANES, Simd, exp, store_part};
+use crate::isa::{LANES, Simd, exp, load_part, store_part};
+
+/// `out[i] = e^((x[i] - largest) / divisor)`, by the same exponential: 1 where x\[i\] is the largest.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn exp_differences(isa: Isa, x: &[f32], largest: f32, divisor: f32, out: &mut [f32]) {
+    struct Differences<'a>(&'a [f32], f32, f32, &'a mut [f32]);
+
+    impl Kernel for Differences<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<V: Simd>(self, v: V) {
+            let (largest, divisor) = (v.splat(self.1), v.splat(self.2));
+            let (x, x_rest) = self.0.as_chunks::<LANES>();
+            let (out, out_rest) = self.3.as_chunks_mut::<LANES>();
+            for (x, out) in x.iter().zip(out) {
+                let difference = v.sub(v.load(x), largest);
+                v.store(exp(v, v.div(difference, divisor)), out);
+            }
+            if !x_rest.is_empty() {
+                let difference = v.sub(load_part(v, x_rest), largest);
+                store_part(v, exp(v, v.div(difference, divisor)), out_rest);
+            }
+        }
+    }
+    assert_eq!(x.len(), out.len(), "both slices have one length");
+    isa.dispatch(Differences(x, largest, divisor, out));
+}
 
 /// `x[i] = e^(x[i] - max) / sum`. The sum is taken lane by lane (elements j, j + 16, ...), then by
 /// halving. An empty slice stays empty; any NaN makes every result NaN, and so does +inf.

@@ -102,6 +102,10 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn load_bytes(self, x: &[u8; 64]) -> I {
+        self.bf16_pairs(x)
+    }
+    #[inline(always)]
     fn swap8(self, x: F) -> F {
         F(x.1, x.0)
     }

@@ -105,6 +105,10 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
+    fn load_bytes(self, x: &[u8; 64]) -> __m512i {
+        self.weights(x)
+    }
+    #[inline(always)]
     fn narrow(self, x: __m512i) -> [i32; 4] {
         let mut words = [0; 4];
         // SAFETY: AVX-512F by `self`; the array covers the 16 bytes stored, without alignment.

@@ -16,6 +16,8 @@ pub(crate) mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod traced;
 
 pub(crate) use scalar::Scalar;
 
@@ -85,6 +87,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync {
 
     fn splat_i(self, x: i32) -> Self::I;
     fn load_i(self, x: &[i32; LANES]) -> Self::I;
+    /// Sixteen words, little-endian.
+    fn load_bytes(self, x: &[u8; 64]) -> Self::I;
     /// Lanes in -128..=127 as sixteen i8, four a word, the first in the lowest byte.
     fn narrow(self, x: Self::I) -> [i32; 4];
     fn store_i(self, x: Self::I, to: &mut [i32; LANES]);

@@ -324,6 +324,10 @@ unsafe impl Simd for Neon {
         }
     }
     #[inline(always)]
+    fn load_bytes(self, x: &[u8; 64]) -> I {
+        self.bf16_pairs(x)
+    }
+    #[inline(always)]
     fn bf16_pairs(self, w: &[u8; 64]) -> I {
         let p = w.as_ptr();
         // SAFETY: NEON by `self`; the reference covers all four quarters, and bytes need no alignment.

@@ -129,6 +129,10 @@ unsafe impl Simd for Scalar {
         *x
     }
     #[inline(always)]
+    fn load_bytes(self, x: &[u8; 64]) -> Self::I {
+        std::array::from_fn(|i| i32::from_le_bytes(x.as_chunks::<4>().0[i]))
+    }
+    #[inline(always)]
     fn narrow(self, x: Self::I) -> [i32; 4] {
         std::array::from_fn(|word| {
             i32::from_le_bytes(std::array::from_fn(|i| x[4 * word + i] as i8 as u8))

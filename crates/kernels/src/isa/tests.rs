@@ -77,6 +77,7 @@ impl Kernel for All<'_> {
         floats!("exp", exp(v, a));
         let (i, j) = (v.load_i(&x.i), v.load_i(&x.j));
         integers!("splat_i", v.splat_i(x.int16));
+        integers!("load_bytes", v.load_bytes(&x.bytes));
         integers!("add_i", v.add_i(i, j));
         integers!("max_i", v.max_i(i, j));
         integers!("and_i", v.and_i(i, j));

@@ -1,13 +1,17 @@
 //! Weights and activations in bf16, two to a word.
 
+use std::io;
+
 use half::bf16;
 use zeroize::Zeroizing;
 
+use super::PANEL;
 use super::blocks::Blocks;
-use super::packed::Panels;
+use super::packed::{Line, Panels};
 use crate::cpu::Kernel;
 use crate::isa::Simd;
 use crate::mem::Region;
+use crate::oblivious::{Found, Lanes, Table};
 use crate::pack::PackError;
 use crate::team::Team;
 
@@ -152,6 +156,37 @@ impl Bf16Matrix {
                 *out = x.to_f32();
             }
         }
+    }
+
+    /// What finds rows of this matrix.
+    ///
+    /// # Errors
+    /// The system's refusal of memory.
+    pub fn found(&self) -> io::Result<Found> {
+        Found::of_bytes(self.panels.lines() * size_of::<Line>())
+    }
+
+    /// As [`Bf16Matrix::row`] for each id, without telling which: see [`oblivious`](crate::oblivious).
+    ///
+    /// # Panics
+    /// If `out` is not a row for each id, or `found` was made for a narrower matrix.
+    pub fn find_rows(&self, team: &Team, found: &mut Found, ids: &[u32], out: &mut [f32]) {
+        let table = Table {
+            bytes: self.panels.view(),
+            items: self.panels.count(),
+            stride: self.panels.lines() * size_of::<Line>(),
+            rows: PANEL,
+            pattern: &[Lanes::First],
+        };
+        let decode = |panel: &[Line], out: &mut [f32]| {
+            for (out, line) in out.chunks_mut(WORD).zip(panel) {
+                let word = line.as_chunks::<4>().0[0];
+                for (out, x) in out.iter_mut().zip(numbers(i32::from_le_bytes(word))) {
+                    *out = x.to_f32();
+                }
+            }
+        };
+        found.rows(team, table, ids, self.columns(), out, decode);
     }
 
     pub(super) fn panels(&self) -> &Panels {

@@ -104,6 +104,11 @@ impl Panels {
         self.region.len()
     }
 
+    /// All panels.
+    pub(super) fn view(&self) -> &[u8] {
+        self.region.view()
+    }
+
     pub(super) fn count(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }

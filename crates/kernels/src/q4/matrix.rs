@@ -1,9 +1,12 @@
 //! Packed 4-bit weights of a matrix: tiles of 32 rows, each its blocks of columns in order, so that a
 //! product streams memory. What a block looks like is `packed`'s.
 
+use std::io;
+
 use super::Encoding;
 use super::packed::{self, Block};
 use crate::mem::{PAGE, Purpose, Region};
+use crate::oblivious::{Found, Table};
 use crate::pack::{FirstFault, PackError};
 use crate::q8::{GROUP, TILE, Tiles};
 use crate::team::Team;
@@ -125,6 +128,40 @@ impl Q4Matrix {
                 block.row(row % TILE, out);
             }
         });
+    }
+
+    /// What finds rows of this matrix.
+    ///
+    /// # Errors
+    /// The system's refusal of memory.
+    pub fn found(&self) -> io::Result<Found> {
+        with_blocks!(self.encoding, B => Found::of_bytes(self.tile_bytes::<B>()))
+    }
+
+    /// As [`Q4Matrix::row`] for each id, without telling which: see [`oblivious`](crate::oblivious).
+    ///
+    /// # Panics
+    /// If `out` is not a row for each id, or `found` was made for a narrower matrix.
+    pub fn find_rows(&self, team: &Team, found: &mut Found, ids: &[u32], out: &mut [f32]) {
+        with_blocks!(self.encoding, B => {
+            let table = Table {
+                bytes: self.region.view(),
+                items: self.rows.div_ceil(TILE),
+                stride: self.tile_bytes::<B>(),
+                rows: TILE,
+                pattern: B::LANES,
+            };
+            let decode = |tile: &[B], out: &mut [f32]| {
+                for (block, out) in tile.iter().zip(out.chunks_mut(columns_of::<B>())) {
+                    block.row(0, out);
+                }
+            };
+            found.rows(team, table, ids, self.columns, out, decode);
+        });
+    }
+
+    fn tile_bytes<B: Block>(&self) -> usize {
+        self.columns / columns_of::<B>() * size_of::<B>()
     }
 
     /// `B` is the encoding's.

@@ -16,6 +16,7 @@ use half::f16;
 
 use crate::isa::{LANES, Simd};
 use crate::mem::Element;
+use crate::oblivious::Lanes;
 use crate::q8::{GROUP, Packed, RowGroup, TILE, add, ask, halves};
 
 /// See [`ask`]: unpacking makes lines come more slowly than those of 8 bits.
@@ -23,6 +24,8 @@ const FEW: usize = 1;
 
 /// A block of a file's rows, packed.
 pub(super) trait Block: Packed {
+    /// Whose its lines are.
+    const LANES: &'static [Lanes];
     /// Bytes of one row's block in the file.
     const BYTES: usize;
 
@@ -132,7 +135,40 @@ impl Packed for Q4_0 {
     }
 }
 
+/// Whose the lines of [`Nibbles`] are.
+const NIBBLES: [Lanes; 8] = [
+    Lanes::First,
+    Lanes::Second,
+    Lanes::First,
+    Lanes::Second,
+    Lanes::First,
+    Lanes::Second,
+    Lanes::First,
+    Lanes::Second,
+];
+
+/// The lines of a block: `head` and then nibbles, over and over but for the first `once` of them.
+const fn lanes<const N: usize>(head: &[Lanes], once: usize) -> [Lanes; N] {
+    let mut lanes = [Lanes::Halves; N];
+    let mut line = 0;
+    while line < once {
+        lanes[line] = head[line];
+        line += 1;
+    }
+    while line < N {
+        let period = head.len() - once + NIBBLES.len();
+        let at = (line - once) % period;
+        lanes[line] = match at < head.len() - once {
+            true => head[once + at],
+            false => NIBBLES[at - (head.len() - once)],
+        };
+        line += 1;
+    }
+    lanes
+}
+
 impl Block for Q4_0 {
+    const LANES: &'static [Lanes] = &lanes::<9>(&[Lanes::Halves], 1);
     const BYTES: usize = 18;
 
     fn put(&mut self, lane: usize, block: &[u8]) -> bool {
@@ -194,6 +230,7 @@ impl Packed for Q4_1 {
 }
 
 impl Block for Q4_1 {
+    const LANES: &'static [Lanes] = &lanes::<10>(&[Lanes::Halves, Lanes::Halves], 2);
     const BYTES: usize = 20;
 
     fn put(&mut self, lane: usize, block: &[u8]) -> bool {
@@ -276,6 +313,8 @@ impl Packed for Q4K {
 }
 
 impl Block for Q4K {
+    // Scales and minima of a byte, with each eighth of the columns.
+    const LANES: &'static [Lanes] = &lanes::<74>(&[Lanes::Halves, Lanes::Halves, Lanes::Bytes], 2);
     const BYTES: usize = 144;
 
     fn put(&mut self, lane: usize, block: &[u8]) -> bool {

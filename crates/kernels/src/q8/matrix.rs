@@ -12,6 +12,8 @@
 //! Weights are stored as `w + 128` (unsigned), which is what `vpdpbusd` multiplies with signed
 //! activations. Rows past the last and columns past the last are zeros with scale 0.
 
+use std::io;
+
 use half::f16;
 use zeroize::Zeroizing;
 
@@ -21,6 +23,7 @@ use super::{GROUP, TILE};
 use crate::cpu::Kernel;
 use crate::isa::Simd;
 use crate::mem::{Element, MemReport, Purpose, Region};
+use crate::oblivious::{Found, Lanes, Table};
 use crate::pack::{FirstFault, PackError};
 use crate::team::Team;
 
@@ -305,14 +308,35 @@ impl Q8Matrix {
             self.columns,
             "a row has as many elements as the matrix has columns"
         );
-        let lane = row % TILE;
-        let groups = self.tiles().tile(row / TILE);
-        for (group, out) in groups.iter().zip(out.chunks_mut(GROUP)) {
-            let scale = group.scales[lane].to_f32();
-            for (column, out) in out.iter_mut().enumerate() {
-                *out = f32::from(group.weight(lane, column)) * scale;
-            }
-        }
+        unpack(self.tiles().tile(row / TILE), row % TILE, out);
+    }
+
+    /// What finds rows of this matrix.
+    ///
+    /// # Errors
+    /// The system's refusal of memory.
+    pub fn found(&self) -> io::Result<Found> {
+        Found::of_bytes(self.tile_bytes())
+    }
+
+    /// As [`Q8Matrix::row`] for each id, without telling which: see [`oblivious`](crate::oblivious).
+    ///
+    /// # Panics
+    /// If `out` is not a row for each id, or `found` was made for a narrower matrix.
+    pub fn find_rows(&self, team: &Team, found: &mut Found, ids: &[u32], out: &mut [f32]) {
+        let table = Table {
+            bytes: self.region.view(),
+            items: self.rows.div_ceil(TILE),
+            stride: self.tile_bytes(),
+            rows: TILE,
+            pattern: &PATTERN,
+        };
+        let decode = |tile: &[PackedGroup], out: &mut [f32]| unpack(tile, 0, out);
+        found.rows(team, table, ids, self.columns, out, decode);
+    }
+
+    fn tile_bytes(&self) -> usize {
+        self.columns.div_ceil(GROUP) * size_of::<PackedGroup>()
     }
 
     pub(super) fn tiles(&self) -> Tiles<'_, PackedGroup> {
@@ -320,6 +344,28 @@ impl Q8Matrix {
             packed: self.region.view(),
             rows: self.rows,
             columns: self.columns,
+        }
+    }
+}
+
+/// Whose the lines of a group are.
+const PATTERN: [Lanes; 17] = {
+    let mut pattern = [Lanes::Halves; 17];
+    let mut line = 1;
+    while line < 17 {
+        pattern[line] = Lanes::First;
+        pattern[line + 1] = Lanes::Second;
+        line += 2;
+    }
+    pattern
+};
+
+/// Writes a row of a tile as f32.
+fn unpack(groups: &[PackedGroup], lane: usize, out: &mut [f32]) {
+    for (group, out) in groups.iter().zip(out.chunks_mut(GROUP)) {
+        let scale = group.scales[lane].to_f32();
+        for (column, out) in out.iter_mut().enumerate() {
+            *out = f32::from(group.weight(lane, column)) * scale;
         }
     }
 }
