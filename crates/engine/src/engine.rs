@@ -58,6 +58,9 @@ pub struct EngineOptions {
     pub patience: u32,
     /// How several tokens of an answer can come from one pass.
     pub speculation: Speculation,
+    /// Look up embeddings, choose tokens and turn them into text by touching everything, so that who sees which memory is touched
+    /// does not learn tokens from that. The tokens are the same. Not together with [`Speculation::PromptLookup`].
+    pub oblivious: bool,
 }
 
 impl EngineOptions {
@@ -90,6 +93,7 @@ impl Default for EngineOptions {
             clock: monotonic,
             patience: PATIENCE,
             speculation: Speculation::None,
+            oblivious: false,
         }
     }
 }
@@ -122,6 +126,8 @@ pub struct Engine {
     weight_bytes: u64,
     weight_memory: Option<Granted>,
     bytes_per_pass: u64,
+    /// Bytes that are read for each step, and for each token, so that no tokens show.
+    oblivious: Option<(u64, u64)>,
 }
 
 /// Counters since the engine was loaded.
@@ -246,6 +252,13 @@ impl Engine {
         )?;
         let (weight_bytes, bytes_per_pass) = (weights.bytes(), weights.bytes_per_pass());
         let weight_memory = weights.memory;
+        let pieces = match options.oblivious {
+            true => Some(tokenizer.finder()?),
+            false => None,
+        };
+        let oblivious = pieces
+            .as_ref()
+            .map(|pieces| (weights.embedding_bytes(), pieces.bytes() as u64));
         let lookups = options.speculation.lookups(options.max_batch, context);
         let guesses = if lookups.is_empty() { 0 } else { GUESSES };
         let model = Model::new(
@@ -257,11 +270,16 @@ impl Engine {
             options.max_batch + guesses,
             team,
         )?;
+        let model = match options.oblivious {
+            true => model.oblivious()?,
+            false => model,
+        };
 
         let mailbox = Arc::new(Mailbox::new(options.max_waiting));
         let (batch, clock) = (options.max_batch, options.clock);
         let scheduler = Scheduler::new(model, kv, Arc::clone(&mailbox), batch, clock, outsource)
-            .guessing_by(lookups);
+            .guessing_by(lookups)
+            .finding_pieces_by(pieces);
         let thread = std::thread::Builder::new()
             .name("casemate-engine".into())
             .spawn(move || scheduler.serve())?;
@@ -285,6 +303,7 @@ impl Engine {
             weight_bytes,
             weight_memory,
             bytes_per_pass,
+            oblivious,
         })
     }
 
@@ -365,6 +384,14 @@ impl Engine {
         self.bytes_per_pass
     }
 
+    /// Where tokens are hidden from who sees which memory is touched ([`EngineOptions::oblivious`]): bytes of the embedding table,
+    /// which are read for every 32 rows of a step or part of it, and bytes of the tokens' texts, which are read for each generated
+    /// token.
+    #[must_use]
+    pub fn oblivious_bytes(&self) -> Option<(u64, u64)> {
+        self.oblivious
+    }
+
     /// Bytes of keys and values that a request's next token reads for each position before it.
     #[must_use]
     pub fn kv_bytes_per_position(&self) -> u64 {
@@ -419,6 +446,7 @@ impl Engine {
             batch: self.batch,
             pages: self.kv_pages,
             page_bytes: self.kv_page_bytes,
+            oblivious: self.oblivious.is_some(),
         };
         let sequence = Sequence::new(id, request, &limits, &self.tokenizer, sink)?;
         Ok(Box::new(sequence))
@@ -541,6 +569,9 @@ fn compute_name(options: &EngineOptions) -> String {
 
 /// The context to serve.
 fn check_options(options: &EngineOptions, config: &ModelConfig) -> Result<usize, LoadError> {
+    if options.oblivious && options.speculation != Speculation::None {
+        return Err(LoadError::Guesses);
+    }
     let within = |option, value: usize, low: usize, high: usize, rule| {
         if (low..=high).contains(&value) {
             Ok(value)

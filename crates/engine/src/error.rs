@@ -70,6 +70,11 @@ pub enum LoadError {
         /// The arithmetic's name.
         compute: &'static str,
     },
+    /// What is guessed is told by which rows are computed.
+    #[error(
+        "oblivious computing does not go with speculation \"prompt-lookup\": guesses are looked up by tokens"
+    )]
+    Guesses,
     /// An adapter to another model than the one that it should be applied to.
     #[error("adapter {adapter} is for the model {base}, but the model is {model}")]
     OtherBase {

@@ -11,6 +11,7 @@ use casemate_kernels::attention::{Attention, AttentionScratch};
 use casemate_kernels::elementwise::{add, add_bias, silu_mul};
 use casemate_kernels::mem::{Purpose, Region};
 use casemate_kernels::norm::rmsnorm;
+use casemate_kernels::oblivious::Found;
 use casemate_kernels::rope::{RopeLayout, RopeTable};
 use casemate_kernels::team::Team;
 
@@ -117,6 +118,8 @@ pub(crate) struct Model {
     eps: f32,
     window: Option<usize>,
     scratch: LinearScratch,
+    /// What finds embeddings, where nobody may see of which tokens.
+    found: Option<Found>,
     attention: AttentionScratch,
     buffers: Buffers,
     logit_rows: usize,
@@ -188,6 +191,7 @@ impl Model {
             // One row of every request that generates.
             attention: AttentionScratch::new(wanted, heads, head_dim, context)?,
             scratch: LinearScratch::new(rows, hidden.max(ffn).max(q)),
+            found: None,
             buffers: Buffers {
                 stream: region(rows, hidden)?,
                 rows: region(rows.max(logit_rows), hidden)?,
@@ -207,6 +211,12 @@ impl Model {
             adapted: Vec::with_capacity(wanted),
             team,
         })
+    }
+
+    /// From now on looks embeddings up without telling of which tokens.
+    pub(crate) fn oblivious(mut self) -> io::Result<Self> {
+        self.found = Some(self.weights.embedding.found()?);
+        Ok(self)
     }
 
     /// The threads that compute.
@@ -259,9 +269,12 @@ impl Model {
 
         let (pool, spans) = cache.locate(&batch.spans);
         let embedding = &self.weights.embedding;
-        by_rows(team, stream, self.hidden, |i, row| {
-            embedding.row(batch.tokens[i] as usize, row);
-        });
+        match &mut self.found {
+            Some(found) => embedding.find_rows(team, found, &batch.tokens, stream),
+            None => by_rows(team, stream, self.hidden, |i, row| {
+                embedding.row(batch.tokens[i] as usize, row);
+            }),
+        }
         for (index, layer) in self.weights.layers.iter().enumerate() {
             by_rows(team, rows, self.hidden, |i, row| {
                 rmsnorm(

@@ -5,8 +5,17 @@
 //! Order of the filters, as in `transformers`: repetition penalty, frequency and presence penalty,
 //! bias, what a constraint allows, temperature, top-k, top-p, min-p, then one draw. A request's random stream belongs to that
 //! request alone, so its tokens do not depend on what else is in the batch.
+//!
+//! There are two ways to the same token: the usual one looks at what is likely, that of the module `oblivious` at everything.
+
+mod oblivious;
+
+use casemate_kernels::cpu::Isa;
+use casemate_kernels::softmax::exp_differences;
 
 use crate::logprobs::Row;
+use crate::tokenizer::PieceFinder;
+use oblivious::Passes;
 
 /// How the next token is chosen. The default is greedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -112,17 +121,35 @@ pub struct InvalidSampling {
 pub struct NonFiniteLogits;
 
 /// Scratch space shared by all requests of one scheduler: candidates of the row at hand.
-#[derive(Default)]
 pub struct Scratch {
+    pub(crate) isa: Isa,
+    /// Unnormalised probabilities: e^((logit - largest) / temperature).
+    weights: Vec<f32>,
     candidates: Vec<Candidate>,
+    passes: Passes,
     /// The row as the model computed it, where somebody asked for log-probabilities.
     pub(crate) row: Row,
+    /// What finds the text of a token where nobody may see which.
+    pub(crate) pieces: Option<PieceFinder>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            isa: Isa::detect(),
+            weights: Vec::new(),
+            candidates: Vec::new(),
+            passes: Passes::default(),
+            row: Row::default(),
+            pieces: None,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
 struct Candidate {
     id: u32,
-    /// Logit divided by the temperature first, then exp(it − maximum): unnormalised probability.
+    /// Unnormalised probability.
     weight: f32,
 }
 
@@ -130,8 +157,16 @@ struct Candidate {
 pub struct Sampler {
     sampling: Sampling,
     random: Xoshiro256,
-    /// Sorted by id. Only kept while a penalty is in force.
-    seen: Vec<Seen>,
+    /// Only kept while a penalty is in force.
+    seen: SeenTokens,
+}
+
+/// Tokens of the prompt and of the answer.
+enum SeenTokens {
+    /// Sorted by id.
+    Sorted(Vec<Seen>),
+    /// In their order, each as often as it came, with whether it was generated.
+    Listed(Vec<(u32, bool)>),
 }
 
 struct Seen {
@@ -150,7 +185,6 @@ impl Sampler {
         prompt: &[u32],
         capacity: usize,
     ) -> Result<Self, InvalidSampling> {
-        sampling.validate()?;
         let mut seen = Vec::new();
         if sampling.penalises() {
             let mut ids = prompt.to_vec();
@@ -159,12 +193,40 @@ impl Sampler {
             seen.reserve_exact(ids.len() + capacity);
             seen.extend(ids.into_iter().map(|id| Seen { id, generated: 0 }));
         }
+        Self::with(sampling, SeenTokens::Sorted(seen))
+    }
+
+    /// As [`Sampler::new`]; it chooses the same tokens, and touches memory in an order that does not depend on which. What a
+    /// constraint allows is taken as it is.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub fn oblivious(
+        sampling: Sampling,
+        prompt: &[u32],
+        capacity: usize,
+    ) -> Result<Self, InvalidSampling> {
+        let mut seen = Vec::new();
+        if sampling.penalises() {
+            seen.reserve_exact(prompt.len() + capacity);
+            seen.extend(prompt.iter().map(|&id| (id, false)));
+        }
+        Self::with(sampling, SeenTokens::Listed(seen))
+    }
+
+    fn with(sampling: Sampling, seen: SeenTokens) -> Result<Self, InvalidSampling> {
+        sampling.validate()?;
         let random = Xoshiro256::from_seed(sampling.seed);
         Ok(Self {
             sampling,
             random,
             seen,
         })
+    }
+
+    /// Whether it touches everything.
+    pub(crate) fn is_oblivious(&self) -> bool {
+        matches!(self.seen, SeenTokens::Listed(_))
     }
 
     /// Chooses the next token and records it. `logits` is changed in place. `allowed` has a bit for
@@ -182,18 +244,25 @@ impl Sampler {
             return Err(NonFiniteLogits);
         }
         self.penalise(logits);
-        for &(id, bias) in &self.sampling.bias {
-            if let Some(logit) = logits.get_mut(id as usize) {
-                *logit += bias;
+        let hides = self.is_oblivious();
+        if hides {
+            oblivious::bias(&self.sampling.bias, logits);
+        } else {
+            for &(id, bias) in &self.sampling.bias {
+                if let Some(logit) = logits.get_mut(id as usize) {
+                    *logit += bias;
+                }
             }
         }
-        if let Some(allowed) = allowed {
-            forbid_others(logits, allowed);
+        match allowed {
+            Some(allowed) if hides => oblivious::forbid_others(logits, allowed),
+            Some(allowed) => forbid_others(logits, allowed),
+            None => {}
         }
-        let id = if self.sampling.temperature == 0.0 {
-            arg_max(logits)
-        } else {
-            self.draw(logits, scratch)
+        let id = match (self.sampling.temperature == 0.0, hides) {
+            (true, false) => arg_max(logits),
+            (true, true) => oblivious::greedy(scratch.isa, logits),
+            (false, _) => self.draw(logits, scratch),
         };
         self.record(id);
         Ok(id)
@@ -201,7 +270,16 @@ impl Sampler {
 
     fn penalise(&self, logits: &mut [f32]) {
         let s = &self.sampling;
-        for seen in &self.seen {
+        let seen = match &self.seen {
+            SeenTokens::Sorted(seen) => seen,
+            SeenTokens::Listed(seen) => {
+                if s.penalises() {
+                    oblivious::penalise(s, seen, logits);
+                }
+                return;
+            }
+        };
+        for seen in seen {
             let Some(logit) = logits.get_mut(seen.id as usize) else {
                 continue;
             };
@@ -220,27 +298,30 @@ impl Sampler {
         if !self.sampling.penalises() {
             return;
         }
-        match self.seen.binary_search_by_key(&id, |seen| seen.id) {
-            Ok(at) => self.seen[at].generated += 1,
-            Err(at) => self.seen.insert(at, Seen { id, generated: 1 }),
+        match &mut self.seen {
+            SeenTokens::Listed(seen) => seen.push((id, true)),
+            SeenTokens::Sorted(seen) => match seen.binary_search_by_key(&id, |seen| seen.id) {
+                Ok(at) => seen[at].generated += 1,
+                Err(at) => seen.insert(at, Seen { id, generated: 1 }),
+            },
         }
     }
 
     fn draw(&mut self, logits: &[f32], scratch: &mut Scratch) -> u32 {
-        let s = &self.sampling;
+        let hides = self.is_oblivious();
+        let (s, isa, weights) = (&self.sampling, scratch.isa, &mut scratch.weights);
         // Temperatures close to zero overflow the division; the differences to the maximum are what
         // matters, and those only run to −infinity, whose weight is the right one: zero.
         let maximum = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        weights.resize(logits.len(), 0.0);
+        exp_differences(isa, logits, maximum, s.temperature, weights);
+        if hides {
+            return scratch.passes.draw(isa, s, weights, &mut self.random);
+        }
         let candidates = &mut scratch.candidates;
         candidates.clear();
-        candidates.extend(logits.iter().zip(0u32..).map(|(&logit, id)| {
-            let weight = if logit == maximum {
-                1.0
-            } else {
-                ((logit - maximum) / s.temperature).exp()
-            };
-            Candidate { id, weight }
-        }));
+        let weighed = weights.iter().zip(0u32..);
+        candidates.extend(weighed.map(|(&weight, id)| Candidate { id, weight }));
         let top_k = if s.top_k == 0 {
             candidates.len()
         } else {
@@ -286,13 +367,24 @@ fn forbid_others(logits: &mut [f32], allowed: &[u64]) {
     }
 }
 
+/// What a weight of at most 1 counts for top-p, where sums must not depend on their order: in 2^-40, rounded down.
+fn share(weight: f32) -> u64 {
+    const UNIT: f32 = (1u64 << 40) as f32;
+    (weight * UNIT) as u64
+}
+
+/// The sum of shares that top-p wants of all of them; never none.
+fn wanted(total: u64, top_p: f32) -> u64 {
+    ((total as f64 * f64::from(top_p)) as u64).max(1)
+}
+
 /// Keeps the smallest prefix of the candidates in falling order whose share of the total reaches
 /// `top_p`. Sorts only as many as are needed.
 fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
-    let total: f64 = candidates.iter().map(|c| f64::from(c.weight)).sum();
-    let wanted = total * f64::from(top_p);
+    let total: u64 = candidates.iter().map(|c| share(c.weight)).sum();
+    let wanted = wanted(total, top_p);
     let mut sorted = 0;
-    let mut reached = 0.0;
+    let mut reached = 0;
     let mut step = 64;
     loop {
         let rest = &mut candidates[sorted..];
@@ -302,7 +394,7 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
         }
         rest[..take].sort_unstable_by(more_likely);
         for (i, c) in rest[..take].iter().enumerate() {
-            reached += f64::from(c.weight);
+            reached += share(c.weight);
             if reached >= wanted {
                 candidates.truncate(sorted + i + 1);
                 return;
@@ -310,7 +402,6 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
         }
         sorted += take;
         if sorted == candidates.len() {
-            // Rounding kept the sum just below: everything stays.
             return;
         }
         step *= 8;

@@ -36,6 +36,8 @@ pub(crate) struct Limits<'a> {
     /// Pages of the KV cache, and bytes of each.
     pub(crate) pages: usize,
     pub(crate) page_bytes: u64,
+    /// Whether tokens are chosen by touching everything.
+    pub(crate) oblivious: bool,
 }
 
 /// One of the sequences that a request has in the KV cache: its beams, otherwise one.
@@ -207,7 +209,10 @@ impl Sequence {
         {
             return Err(SubmitError::BeamsWithOthers);
         }
-        let sampler = Sampler::new(sampling, &tokens, generate)?;
+        let sampler = match limits.oblivious {
+            true => Sampler::oblivious(sampling, &tokens, generate)?,
+            false => Sampler::new(sampling, &tokens, generate)?,
+        };
         tokens.reserve_exact(generate);
         if !ignore_end {
             stop_tokens.extend_from_slice(limits.end_tokens);
@@ -536,7 +541,7 @@ impl Sequence {
     /// Chooses the next token by the logits and tells the sink.
     pub(crate) fn advance(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Advance {
         if self.beams.is_some() {
-            return self.advance_beams(logits);
+            return self.advance_beams(logits, scratch);
         }
         if self.logprobs.is_some() {
             scratch.row.keep(logits);
@@ -573,11 +578,11 @@ impl Sequence {
             }
             _ => false,
         };
-        self.tell(id, silent, ended, told)
+        self.tell(id, silent, ended, told, scratch)
     }
 
     /// Takes the logits of all beams. The answer is told when it is found.
-    fn advance_beams(&mut self, logits: &[f32]) -> Advance {
+    fn advance_beams(&mut self, logits: &[f32], scratch: &mut Scratch) -> Advance {
         let Some(beams) = &mut self.beams else {
             return Advance::Failed;
         };
@@ -589,7 +594,7 @@ impl Sequence {
         let best = beams.best().map(|best| best.tokens.clone());
         for id in best.unwrap_or_default() {
             let end = self.end_tokens.contains(&id);
-            let outcome = self.tell(id, end, end, false);
+            let outcome = self.tell(id, end, end, false, scratch);
             if outcome != Advance::Continue {
                 return outcome;
             }
@@ -599,7 +604,14 @@ impl Sequence {
 
     /// Adds a token to the answer and tells the sink: without its text if it is `silent`, as the last
     /// one if the answer `ended`.
-    fn tell(&mut self, id: u32, silent: bool, ended: bool, with_logprobs: bool) -> Advance {
+    fn tell(
+        &mut self,
+        id: u32,
+        silent: bool,
+        ended: bool,
+        with_logprobs: bool,
+        scratch: &mut Scratch,
+    ) -> Advance {
         self.tokens.push(id);
         let Told {
             piece,
@@ -610,7 +622,13 @@ impl Sequence {
         piece.clear();
         text.clear();
         if !silent {
-            self.decoder.push_onto(id, piece);
+            match &mut scratch.pieces {
+                Some(finder) => {
+                    let bytes = finder.find(scratch.isa, id);
+                    self.decoder.push_bytes_onto(bytes, piece);
+                }
+                None => self.decoder.push_onto(id, piece),
+            }
         }
         let stopped = self.stops.push(piece, text) || ended;
         let full = self.tokens.len() == self.limit;

@@ -4,8 +4,11 @@
 //! [`crate::control`]'s. It holds no chat format: see [`crate::chat`].
 
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::{Arc, OnceLock};
 
+use casemate_kernels::cpu::Isa;
+use casemate_kernels::oblivious::Found;
 use casemate_tokenizer::{Decoder, TokenizerFile, TokenizerFileError};
 use serde_json::Value;
 
@@ -174,6 +177,26 @@ impl Tokenizer {
         Arc::clone(self.0.trie.get_or_init(make))
     }
 
+    /// What finds the bytes of tokens without telling of which: in a table of pieces of one length, which it makes.
+    pub(crate) fn finder(&self) -> io::Result<PieceFinder> {
+        let pieces = &self.0.pieces;
+        let vocab = pieces.ends.len() as u32;
+        let longest = (0..vocab).map(|id| pieces.of(id).len()).max();
+        let row = LENGTH + longest.unwrap_or(0);
+        let mut table = Vec::with_capacity(row * vocab as usize);
+        for id in 0..vocab {
+            let piece = pieces.of(id);
+            table.extend_from_slice(&(piece.len() as u32).to_le_bytes());
+            table.extend_from_slice(piece);
+            table.resize(row * (id as usize + 1), 0);
+        }
+        Ok(PieceFinder {
+            row,
+            table,
+            found: Found::of_bytes(row)?,
+        })
+    }
+
     /// A decoder for one answer that continues a prompt.
     #[must_use]
     pub fn stream(&self) -> StreamDecoder {
@@ -181,6 +204,35 @@ impl Tokenizer {
             tokenizer: self.clone(),
             pending: Vec::with_capacity(64),
         }
+    }
+}
+
+/// Bytes of a piece's length.
+const LENGTH: usize = 4;
+
+/// All tokens' bytes, of which it reads every one for each that it finds.
+pub(crate) struct PieceFinder {
+    /// Bytes of a row: a length, the piece, zeros.
+    row: usize,
+    table: Vec<u8>,
+    found: Found,
+}
+
+impl PieceFinder {
+    /// The bytes of a token; how many they are shows.
+    pub(crate) fn find(&mut self, isa: Isa, id: u32) -> &[u8] {
+        let row = self.found.row_of_bytes(isa, &self.table, self.row, id);
+        let (length, piece) = row.split_at(LENGTH);
+        let length = length
+            .iter()
+            .rev()
+            .fold(0, |n, byte| n << 8 | usize::from(*byte));
+        &piece[..length]
+    }
+
+    /// Bytes that are read for a token.
+    pub(crate) fn bytes(&self) -> usize {
+        self.table.len()
     }
 }
 
@@ -203,6 +255,16 @@ impl StreamDecoder {
     pub(crate) fn push_onto(&mut self, id: u32, text: &mut String) {
         self.pending
             .extend_from_slice(self.tokenizer.0.pieces.of(id));
+        self.take_characters(text);
+    }
+
+    /// As [`StreamDecoder::push_onto`], given the token's bytes.
+    pub(crate) fn push_bytes_onto(&mut self, bytes: &[u8], text: &mut String) {
+        self.pending.extend_from_slice(bytes);
+        self.take_characters(text);
+    }
+
+    fn take_characters(&mut self, text: &mut String) {
         loop {
             match std::str::from_utf8(&self.pending) {
                 Ok(valid) => {
@@ -420,5 +482,17 @@ mod tests {
             prop_assert_eq!(&text, &String::from_utf8_lossy(&bytes));
             prop_assert_eq!(tokenizer.decode(&ids), text);
         }
+    }
+
+    #[test]
+    fn pieces_are_found_without_an_index() {
+        let tokenizer = bytes_tokenizer(r#"{"type":"ByteFallback"}"#);
+        let mut finder = tokenizer.finder().unwrap();
+        for isa in Isa::available() {
+            for id in [0, 1, 2, 100, 257, 258, 259, 260, 299, 300, u32::MAX] {
+                assert_eq!(finder.find(isa, id), tokenizer.token_bytes(id), "{id}");
+            }
+        }
+        assert_eq!(finder.bytes() % 300, 0);
     }
 }

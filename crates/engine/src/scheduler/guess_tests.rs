@@ -150,6 +150,7 @@ pub(super) fn setting(
             batch,
             pages,
             page_bytes: page.page_bytes(),
+            oblivious: false,
         };
         let (sender, receiver) = channel();
         let mut left = asked.leaves;

@@ -37,6 +37,7 @@ use crate::request::{FinishReason, RequestId};
 use crate::sampler::Scratch;
 use crate::sequence::{Advance, Sequence};
 use crate::speculation::Lookup;
+use crate::tokenizer::PieceFinder;
 use fairness::{GENERATED, PROMPT, Queue};
 use mailbox::Mail;
 
@@ -122,6 +123,12 @@ impl Scheduler {
     /// With something that guesses tokens for each place.
     pub(crate) fn guessing_by(mut self, lookups: Vec<Lookup>) -> Self {
         self.lookups = lookups;
+        self
+    }
+
+    /// With what finds the texts of tokens where nobody may see of which.
+    pub(crate) fn finding_pieces_by(mut self, pieces: Option<PieceFinder>) -> Self {
+        self.scratch.pieces = pieces;
         self
     }
 

@@ -152,6 +152,7 @@ fn sequence_of(id: u64, request: Request) -> (Box<Sequence>, Receiver<Event<'sta
         batch: 4,
         pages: 4,
         page_bytes: 1,
+        oblivious: false,
     };
     let sink = Box::new(move |event: Event<'_>| {
         sender.send(event.into_owned()).unwrap();

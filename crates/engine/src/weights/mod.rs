@@ -7,11 +7,13 @@ mod config;
 mod convert;
 mod tensors;
 
+use std::io;
 use std::sync::Arc;
 
 use casemate_container::{DType, Model as Container, ModelConfig, Progress, Stage};
 use casemate_kernels::gemm::F32Matrix;
 use casemate_kernels::mem::Granted;
+use casemate_kernels::oblivious::{AT_ONCE, Found};
 use casemate_kernels::panels::Bf16Matrix;
 use casemate_kernels::q4::Q4Matrix;
 use casemate_kernels::q8::Q8Matrix;
@@ -134,15 +136,46 @@ impl Embedding {
                 dtype,
                 row_bytes,
             } => {
-                let table = container
-                    .tensor(EMBEDDING)
-                    .expect("it was there at load and is never released")
-                    .bytes;
-                dequantise(
-                    *dtype,
-                    &table[token * row_bytes..(token + 1) * row_bytes],
-                    out,
-                );
+                let row = &sealed(container)[token * row_bytes..(token + 1) * row_bytes];
+                dequantise(*dtype, row, out);
+            }
+        }
+    }
+
+    /// What finds rows.
+    pub(crate) fn found(&self) -> io::Result<Found> {
+        match self {
+            Embedding::F32(matrix) => matrix.found(),
+            Embedding::Bf16(matrix) => matrix.found(),
+            Embedding::Q8(matrix) => matrix.found(),
+            Embedding::Q4(matrix) => matrix.found(),
+            Embedding::Sealed { row_bytes, .. } => Found::of_bytes(*row_bytes),
+        }
+    }
+
+    /// Writes the rows of tokens, reading the whole table, so that who sees what is read does not learn which.
+    ///
+    /// # Panics
+    /// If `out` is not a row for each token.
+    pub(crate) fn find_rows(&self, team: &Team, found: &mut Found, ids: &[u32], out: &mut [f32]) {
+        match self {
+            Embedding::F32(matrix) => matrix.find_rows(team, found, ids, out),
+            Embedding::Bf16(matrix) => matrix.find_rows(team, found, ids, out),
+            Embedding::Q8(matrix) => matrix.find_rows(team, found, ids, out),
+            Embedding::Q4(matrix) => matrix.find_rows(team, found, ids, out),
+            Embedding::Sealed {
+                container,
+                dtype,
+                row_bytes,
+            } => {
+                let table = sealed(container);
+                let width = out.len() / ids.len().max(1);
+                for (ids, out) in ids.chunks(AT_ONCE).zip(out.chunks_mut(AT_ONCE * width)) {
+                    let found = found.rows_of_bytes(team, table, *row_bytes, ids);
+                    team.for_each_chunk_mut(out, width, |i, out| {
+                        dequantise(*dtype, found.row(i), out);
+                    });
+                }
             }
         }
     }
@@ -158,7 +191,25 @@ impl Embedding {
     }
 }
 
+fn sealed(container: &Container) -> &[u8] {
+    let table = container.tensor(EMBEDDING);
+    table
+        .expect("it was there at load and is never released")
+        .bytes
+}
+
 impl Weights {
+    /// Bytes of the embedding table, whoever else has it.
+    pub(crate) fn embedding_bytes(&self) -> u64 {
+        match &self.embedding {
+            Embedding::F32(matrix) => matrix.bytes() as u64,
+            Embedding::Bf16(matrix) => matrix.bytes() as u64,
+            Embedding::Q8(matrix) => matrix.bytes() as u64,
+            Embedding::Q4(matrix) => matrix.bytes() as u64,
+            Embedding::Sealed { .. } => self.embedding.bytes(),
+        }
+    }
+
     /// Bytes of all matrices.
     pub(crate) fn bytes(&self) -> u64 {
         self.embedding.bytes() + self.bytes_per_pass()
