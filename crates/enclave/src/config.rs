@@ -215,6 +215,10 @@ pub struct Model {
     /// tokens, which the host sees, then tell how far an answer repeats itself and its prompt.
     #[serde(default)]
     pub speculation: SpeculationName,
+    /// Whether embeddings are looked up and tokens chosen and turned into text by touching everything, so that who sees
+    /// which memory is touched does not learn tokens from that. Not together with `"prompt-lookup"`.
+    #[serde(default)]
+    pub oblivious: bool,
 }
 
 /// Names of [`Compute`] in the file.
@@ -378,6 +382,14 @@ impl MeasuredConfig {
             return Err(ConfigError::Malformed(
                 "[offload] needs compute = \"int8-row\" in [model]: only its products are exact, \
                  whoever computes them"
+                    .into(),
+            ));
+        }
+        let guesses = !matches!(config.model.speculation, SpeculationName::None);
+        if config.model.oblivious && guesses {
+            return Err(ConfigError::Malformed(
+                "oblivious = true in [model] does not go with speculation: which tokens are looked up, and how many are guessed, \
+                 is what it is there to hide"
                     .into(),
             ));
         }
@@ -561,6 +573,20 @@ mod tests {
         }
         let message = refused(with("draft"));
         assert!(message.contains("prompt-lookup"), "{message}");
+    }
+
+    #[test]
+    fn hiding_what_is_touched_is_asked_for_and_goes_with_no_guesses() {
+        let with = |lines: &str| text().replace("[model]", &format!("[model]\n{lines}"));
+        let oblivious = |text: String| match MeasuredConfig::parse(text.into_bytes()) {
+            Ok(measured) => measured.config.model.oblivious,
+            Err(error) => panic!("{error}"),
+        };
+        assert!(!oblivious(text()));
+        assert!(oblivious(with("oblivious = true\nspeculation = \"none\"")));
+        let message = refused(with("oblivious = true\nspeculation = \"prompt-lookup\""));
+        assert!(message.contains("oblivious = true"), "{message}");
+        assert!(refused(with("oblivious = \"yes\"")).contains("boolean"));
     }
 
     #[test]

@@ -420,6 +420,7 @@ fn unlock_and_pack(
         max_waiting: WAITING,
         reuse: Duration::from_secs(config.reuse_seconds.into()),
         speculation: config.speculation.into(),
+        oblivious: config.oblivious,
         ..EngineOptions::default()
     };
     let (adapters, offered) = unlock_adapters(files.adapters, adapters, &session, threads)?;
@@ -445,6 +446,13 @@ fn unlock_and_pack(
         kv_bytes = engine.stats().kv_bytes,
         "engine ready"
     );
+    if let Some((embeddings, texts)) = engine.oblivious_bytes() {
+        info!(
+            embeddings,
+            texts,
+            "oblivious: so many bytes are read for each 32 rows of a step, and for each token"
+        );
+    }
     report_memory("weights", engine.weight_memory());
     report_memory("KV cache, which grows as it is used", engine.kv_memory());
     let served = Served {
