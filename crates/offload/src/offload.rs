@@ -331,8 +331,8 @@ impl Offload {
     }
 
     /// Lets masks for which `pool_bytes` have no room lie in a file that nobody else uses, up to so many
-    /// bytes, sealed under a key of this run. To be called before [`Offload::start`]; later, or a
-    /// second time, it does nothing.
+    /// bytes, sealed under a key of this run. To be called before [`Offload::start`]; later it does
+    /// nothing.
     pub fn spill_to(&self, file: File, bytes: u64) {
         *lock(&self.shared.spill) = Some((file, bytes));
     }
@@ -406,21 +406,16 @@ impl Offload {
                     Some(slow) => {
                         let end = End::too_slow(Fault::Slow);
                         shared.counts.note(end);
-                        links.end(slow, end, true);
+                        links.set_aside(slow, end);
                     }
                 }
                 true
             }
             Err((who, fault)) => {
                 shared.counts.recomputed.fetch_add(count as u64, Relaxed);
-                let lost = links.lost_by(who, took, tolerated, shared.config.waiting);
-                let end = match lost || fault == Fault::Late {
-                    true => End::too_slow(fault),
-                    false => End::of(fault),
-                };
-                shared.counts.note(end);
-                // The others' answers are not waited for, so their connections end, too.
-                links.end(who, end, false);
+                let blame = links.blame(who, fault, took, shared.config.waiting);
+                shared.counts.note(blame.end);
+                links.failed(&blame);
                 false
             }
         }

@@ -117,7 +117,9 @@ impl TryFrom<Written> for Offload {
             (None, Some(_)) if written.key.is_some() => {
                 return Err("each of two workers has a key of its own: write it there".into());
             }
-            (None, Some([one, two])) if one.worker.ip() == two.worker.ip() => {
+            (None, Some([one, two]))
+                if one.worker.ip().to_canonical() == two.worker.ip().to_canonical() =>
+            {
                 return Err("two shares on one host are no shares: name workers on two".into());
             }
             (None, Some([one, two])) if one.key == two.key => {
@@ -279,6 +281,10 @@ mod tests {
             ),
             (format!("{two}\nkey = \"{}\"", key('d')), "a key of its own"),
             (shares("tcp:10.0.0.9:1", "tcp:10.0.0.9:2"), "on one host"),
+            (
+                shares("tcp:10.0.0.9:1", "tcp:[::ffff:10.0.0.9]:2"),
+                "on one host",
+            ),
             (two.replace('b', "a"), "with one key"),
             (shares("unix:/run/w", "tcp:10.0.0.9:2"), "on another host"),
             (two.replacen("aaaa", "", 1), "64 hexadecimal digits"),

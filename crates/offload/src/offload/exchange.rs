@@ -77,19 +77,42 @@ impl<'a> Borrowed<'a> {
             }
             return None;
         }
-        let waits = self.links().map(Link::waited).enumerate();
-        let (who, _) = waits.max_by_key(|(_, waited)| *waited)?;
+        let who = self.slowest()?;
         self.lost_by(who, took, tolerated, budget).then_some(who)
     }
 
-    /// Counts what a product took that one of them spoiled. Whether it has to be set aside for that.
-    pub(super) fn lost_by(
+    /// Who was waited for longest.
+    fn slowest(&self) -> Option<usize> {
+        let waits = self.links().map(Link::waited).enumerate();
+        waits.max_by_key(|(_, waited)| *waited).map(|(who, _)| who)
+    }
+
+    /// Counts what a product took that failed where the answer of `found` was read: of such a product
+    /// nothing is tolerated. A limit that is over is found where the next answer is read, whoever took
+    /// the time.
+    pub(super) fn blame(
         &self,
-        who: usize,
+        found: usize,
+        fault: Fault,
         took: Duration,
-        tolerated: Duration,
         budget: Duration,
-    ) -> bool {
+    ) -> Blame {
+        let slowest = self.slowest().unwrap_or(found);
+        let lost = self.lost_by(slowest, took, Duration::ZERO, budget);
+        let late = fault == Fault::Late;
+        let who = if late { slowest } else { found };
+        Blame {
+            who,
+            end: match late || lost && who == slowest {
+                true => End::too_slow(fault),
+                false => End::of(fault),
+            },
+            slow: (lost && who != slowest).then_some(slowest),
+        }
+    }
+
+    /// Adds up what a product took. Whether somebody has to be set aside for that.
+    fn lost_by(&self, who: usize, took: Duration, tolerated: Duration, budget: Duration) -> bool {
         let worker = self.workers.get(who);
         worker.is_some_and(|worker| lock(&worker.lost).add(took, tolerated, budget))
     }
@@ -103,16 +126,34 @@ impl<'a> Borrowed<'a> {
         }
     }
 
-    /// Ends the connection of one, and also of the others unless the product is complete.
-    pub(super) fn end(mut self, who: usize, end: End, complete: bool) {
+    /// Ends the connection of one whose product is complete; the others are ready again.
+    pub(super) fn set_aside(mut self, who: usize, end: End) {
+        self.end(who, end);
+        self.give_back();
+    }
+
+    /// Ends all connections: the others' answers are not waited for.
+    pub(super) fn failed(mut self, blame: &Blame) {
+        if let Some(slow) = blame.slow {
+            self.end(slow, End::too_slow(Fault::Slow));
+        }
+        self.end(blame.who, blame.end);
+    }
+
+    fn end(&mut self, who: usize, end: End) {
         if let Some(link) = self.links.get_mut(who) {
             *link = None;
             self.workers[who].set(State::Ended(Some(end)));
         }
-        if complete {
-            self.give_back();
-        }
     }
+}
+
+/// Who has to go for a product that failed.
+pub(super) struct Blame {
+    who: usize,
+    pub(super) end: End,
+    /// Who besides was waited for too often.
+    slow: Option<usize>,
 }
 
 impl Drop for Borrowed<'_> {
@@ -333,7 +374,7 @@ mod tests {
         Borrowed::take(&workers).unwrap().give_back();
         // One that was slow; nothing is to come from the other.
         let end = End::too_slow(Fault::Slow);
-        Borrowed::take(&workers).unwrap().end(1, end, true);
+        Borrowed::take(&workers).unwrap().set_aside(1, end);
         assert!(workers[0].state().is_ready());
         let why = |worker: &Worker| match &*worker.state() {
             State::Ended(end) => *end,
@@ -345,7 +386,7 @@ mod tests {
         assert!(workers[0].state().is_ready());
         let workers = [ready(), ready()].map(|(worker, _)| worker);
         let end = End::of(Fault::WrongProduct);
-        Borrowed::take(&workers).unwrap().end(0, end, false);
+        Borrowed::take(&workers).unwrap().end(0, end);
         assert_eq!(why(&workers[0]), Some(end));
         assert!(ended(&workers[1]), "its answer was not waited for");
     }
@@ -363,5 +404,33 @@ mod tests {
         assert_eq!(links.lost(ms(1), ms(500), ms(1000)), None, "made up for");
         assert_eq!(links.lost(ms(1000), ms(1), ms(1000)), None);
         assert_eq!(links.lost(ms(10), ms(1), ms(1000)), Some(1));
+    }
+
+    #[test]
+    fn of_a_product_that_failed_the_one_that_was_waited_for_pays() {
+        let [(one, _end), (two, _other)] = [ready(), ready()];
+        let workers = [one, two];
+        let ms = Duration::from_millis;
+        let waited = || {
+            let mut links = Borrowed::take(&workers).unwrap();
+            links.begin(ms(20));
+            links.link(0).unwrap().wait_in_vain();
+            links
+        };
+        let links = waited();
+        // The first took the time, the second's answer is where that shows.
+        let late = links.blame(1, Fault::Late, ms(400), ms(1000));
+        assert_eq!((late.who, late.slow), (0, None));
+        // Whoever hangs up is not who was waited for.
+        let gone = links.blame(1, Fault::Unreachable, ms(500), ms(1000));
+        assert_eq!((gone.who, gone.slow), (1, None));
+        let gone = links.blame(1, Fault::Unreachable, ms(200), ms(1000));
+        assert_eq!((gone.who, gone.slow), (1, Some(0)));
+        links.failed(&gone);
+        let set_aside = |worker: &Worker| match *worker.state() {
+            State::Ended(Some(end)) => end.sets_aside(),
+            _ => panic!("its connection goes on"),
+        };
+        assert!(set_aside(&workers[0]) && !set_aside(&workers[1]));
     }
 }
