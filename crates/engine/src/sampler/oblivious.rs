@@ -178,7 +178,7 @@ mod tests {
             seed: u64,
         ) {
             prop_assume!(allowed.contains(&true));
-            let mut bits = vec![0u64; 2];
+            let mut bits = [0u64; 2];
             for (id, _) in allowed.iter().enumerate().filter(|(_, ok)| **ok) {
                 bits[id / 64] |= 1 << (id % 64);
             }
