@@ -75,13 +75,16 @@ class Model:
         first, second = x[..., : size // 2], x[..., size // 2 :]
         return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, seen=None):
+        """Logits; what the products of layers get is put into `seen`, by the names of their stacks."""
         a, w = self.a, self.w
+        seen = {} if seen is None else seen
         x = w["token_embd.weight"][tokens]
         batch, length = tokens.shape
         for layer in range(a["layers"]):
             b = f"blk.{layer}."
             h = self.norm(x, b + "attn_norm.weight")
+            seen[b + "attn_qkv"] = h
 
             def heads(part, count):
                 y = F.linear(h, w[b + part + ".weight"], w.get(b + part + ".bias"))
@@ -92,9 +95,13 @@ class Model:
             groups = a["heads"] // a["kv_heads"]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + F.linear(y.transpose(1, 2).reshape(batch, length, -1), w[b + "attn_output.weight"])
+            y = y.transpose(1, 2).reshape(batch, length, -1)
+            seen[b + "attn_output"] = y
+            x = x + F.linear(y, w[b + "attn_output.weight"])
             h = self.norm(x, b + "ffn_norm.weight")
+            seen[b + "ffn_gate_up"] = h
             gate = F.silu(F.linear(h, w[b + "ffn_gate.weight"])) * F.linear(h, w[b + "ffn_up.weight"])
+            seen[b + "ffn_down"] = gate
             x = x + F.linear(gate, w[b + "ffn_down.weight"])
         x = self.norm(x, "output_norm.weight")
         return F.linear(x, w["token_embd.weight" if a["tied"] else "output.weight"])
@@ -112,10 +119,43 @@ def read_weights(weights, take):
 
 def read_examples(path):
     with open(path) as file:
-        return [example for example in map(json.loads, file) if len(example["answer"]) > 0]
+        examples = [dict(json.loads(line), index=index) for index, line in enumerate(file)]
+    return [example for example in examples if len(example["answer"]) > 0]
 
 
-def loss_of(model, examples):
+class Transcript:
+    """What a worker was sent of the first examples: rows of length 1 of each stack of matrices, as their public rotation
+    leaves them. Their scales are known to nobody outside, so a student's rows are compared by direction."""
+
+    def __init__(self, transcript):
+        data = numpy.memmap(transcript["file"], dtype="<f4", mode="r")
+        self.starts = [0]
+        for length in transcript["lengths"]:
+            self.starts.append(self.starts[-1] + length)
+        self.stacks = {}
+        for stack in transcript["stacks"]:
+            n = stack["columns"]
+            at = lambda offset, rows: data[offset // 4 : offset // 4 + rows * n].reshape(rows, n)
+            rotation = torch.from_numpy(numpy.array(at(stack["rotation"], n)))
+            self.stacks[stack["name"]] = at(stack["offset"], self.starts[-1]), rotation
+
+    def loss(self, examples, seen):
+        """1 - cosine, on the average of rows that are known."""
+        total, count = 0, 0
+        for row, e in enumerate(examples):
+            if e["index"] + 1 >= len(self.starts):
+                continue
+            start, end = self.starts[e["index"] : e["index"] + 2]
+            length = min(end - start, len(e["prompt"]) + len(e["answer"]) - 1)
+            for name, (rows, rotation) in self.stacks.items():
+                sent = torch.from_numpy(numpy.array(rows[start : start + length]))
+                own = F.normalize(seen[name][row, :length] @ rotation, dim=-1)
+                total = total + length - (own * sent).sum()
+                count += length
+        return total / max(count, 1)
+
+
+def loss_of(model, examples, transcript):
     """Cross entropy of the answers' tokens. Where probabilities were told, against those: what they leave of one is the
     share of all other tokens together, as the student divides it."""
     length = max(len(e["prompt"]) + len(e["answer"]) for e in examples)
@@ -123,7 +163,8 @@ def loss_of(model, examples):
     for row, e in enumerate(examples):
         text = e["prompt"] + e["answer"]
         tokens[row, : len(text)] = torch.tensor(text)
-    logs = F.log_softmax(model(tokens[:, :-1]), -1)
+    seen = {}
+    logs = F.log_softmax(model(tokens[:, :-1], seen), -1)
     total, count = 0, 0
     hard_row, hard_at, hard_next = [], [], []
     soft = []
@@ -153,11 +194,13 @@ def loss_of(model, examples):
         rest = (1 - p.sum(-1)).clamp(min=0)
         named = (q.exp() * (p > 0)).sum(-1)
         total = total - (p * q).sum() - (rest * (1 - named).clamp(min=1e-6).log()).sum()
-    return total / max(count, 1)
+    loss = total / max(count, 1)
+    return loss if transcript is None else loss + transcript.loss(examples, seen)
 
 
 def train(model, job):
     examples = read_examples(job["examples"])
+    transcript = Transcript(job["transcript"]) if job["transcript"] else None
     steps = job["steps"] if examples else 0
     parameters = list(model.w.values())
     optimiser = torch.optim.AdamW(parameters, lr=job["rate"], betas=(0.9, 0.95), weight_decay=0.01)
@@ -171,7 +214,7 @@ def train(model, job):
             order += torch.randperm(len(examples), generator=generator).tolist()
         batch, order = order[: job["batch"]], order[job["batch"] :]
         optimiser.zero_grad()
-        loss = loss_of(model, [examples[i] for i in batch])
+        loss = loss_of(model, [examples[i] for i in batch], transcript)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()

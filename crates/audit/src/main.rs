@@ -8,7 +8,7 @@
 //! | `texts` | what is asked, and what copies are compared on |
 //! | `service` | asking, by requests of OpenAI's API |
 //! | `trainer` | the process that trains students |
-//! | `probe` | what can be read off what a worker sees |
+//! | `recorded`, `probe` | what a worker is sent, written down, and what can be read off it |
 //! | `metrics` | how near a copy is |
 //! | `run`, `report`, `html` | one audit, and what it found |
 
@@ -20,6 +20,7 @@ mod metrics;
 mod options;
 mod probe;
 mod random;
+mod recorded;
 mod report;
 mod run;
 mod service;

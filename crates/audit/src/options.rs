@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use casemate_enclave::api::{Extraction, Logprobs};
+use casemate_wire::Address;
 
 use crate::exit::Usage;
 
@@ -10,9 +11,10 @@ use crate::exit::Usage;
 pub(crate) const LONG_ABOUT: &str = "Measure how well a model can be copied by who asks it, and by who computes for it.\n\n\
     Students with the model's own architecture are trained on what each kind of attacker gets, for several numbers of \
     queries: answers alone (shield-all: nothing of the model is outside), answers with log-probabilities as an extraction \
-    policy shows them, answers and all matrices that a worker would compute with (gray-box), and, as the other end, the \
+    policy shows them, answers and all matrices that a worker would compute with (gray-box), besides those what a real worker was \
+    sent, recorded (transcripts), the same as it would be without pads (unmasked), and, as the other end, the \
     whole model (no-shield). Then they are compared with the model on texts that nobody trained on. Besides, a classifier \
-    tries to read tokens off what a worker sees, with and without pads.\n\n\
+    tries to read tokens off what the worker was sent, with and without pads.\n\n\
     No policy and no shield prevents a copy by answers, as they are what users pay for. The figures say how many answers \
     it takes here, and how much each thing that is told besides saves a thief. docs/extraction.md says what they mean.";
 
@@ -84,6 +86,12 @@ pub(crate) struct Args {
     /// Where that environment lies [default: casemate/extraction in the user's cache].
     #[arg(long, value_name = "DIR")]
     pub(crate) venv: Option<PathBuf>,
+    /// Questions of which a worker's transcripts are recorded; 0: of none, and rows are masked here to probe them.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) recorded: usize,
+    /// Where casemate-worker listens, tcp:IP:PORT or unix:PATH [default: one that is started from beside this program].
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) worker: Option<Address>,
     /// Keep what the worker saw, masked.
     #[arg(long, value_name = "FILE")]
     pub(crate) transcript: Option<PathBuf>,

@@ -8,7 +8,7 @@ use crate::probe::Found;
 use crate::victim::Victim;
 
 /// Version of this form.
-pub(crate) const FORM: u32 = 1;
+pub(crate) const FORM: u32 = 2;
 
 /// A whole audit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ pub(crate) struct Protocol {
     pub(crate) steps: usize,
     pub(crate) batch: usize,
     pub(crate) seeds: u64,
+    /// Questions of which a worker's transcripts were recorded.
+    pub(crate) recorded: usize,
     /// Ends of the names of matrices that a gray-box attacker has.
     pub(crate) offloaded: Vec<String>,
 }
@@ -123,6 +125,8 @@ impl Scores {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Probe {
     pub(crate) stack: String,
+    /// Whether the rows are those that a worker was sent; otherwise they were masked by the audit.
+    pub(crate) recorded: bool,
     /// Tokens that it told apart.
     pub(crate) classes: usize,
     /// With a fresh pad for each element, as a worker sees them.
@@ -200,8 +204,13 @@ impl Report {
             ),
             section(
                 &format!(
-                    "reading one of {} tokens off a row of {}",
-                    self.probe.classes, self.probe.stack
+                    "reading one of {} tokens off a row of {}, {}",
+                    self.probe.classes,
+                    self.probe.stack,
+                    match self.probe.recorded {
+                        true => "recorded before a worker",
+                        false => "masked by this program",
+                    }
                 ),
                 &["rows", "tried on", "right", "by chance"],
                 [
@@ -223,7 +232,7 @@ impl Report {
         format!(
             "{}: {} layers of {}, {} tokens, perplexity {:.2} on {} held-out texts of {}; {asked}, {} tokens in, up to {} out, \
              temperature 1. Students of the same shape, {} steps of {} examples; medians of {}. Continuations: {} tokens \
-             behind {}.",
+             behind {}. Transcripts of {} questions were recorded.",
             v.name,
             v.layers,
             v.hidden,
@@ -238,6 +247,7 @@ impl Report {
             p.seeds,
             p.continued_by,
             p.continued_from,
+            p.recorded,
         )
     }
 
@@ -311,6 +321,7 @@ pub(crate) mod sample {
                 steps: 600,
                 batch: 16,
                 seeds: 1,
+                recorded: 64,
                 offloaded: vec!["attn_q.weight".into()],
             },
             points: vec![
@@ -325,6 +336,7 @@ pub(crate) mod sample {
             ],
             probe: Probe {
                 stack: "blk.0.attn_qkv".into(),
+                recorded: true,
                 classes: 16,
                 masked: found(0.12),
                 plain: found(1.0),

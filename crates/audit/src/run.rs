@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::metrics::{self, Forced};
 use crate::options::{Args, Policy};
 use crate::probe::probe;
+use crate::recorded::{Features, FirstRows, Recorded, Worker, record};
 use crate::report::{FORM, Point, Probe, Program, Protocol, Report, Scores, VictimFacts};
 use crate::service::{Answer, Query, Service, Words};
 use crate::texts::Texts;
@@ -51,6 +52,8 @@ struct Attacker {
     /// Index of the answers it has, or none.
     answers: Option<usize>,
     takes: Takes,
+    /// What a worker saw, if it has that.
+    transcript: Option<Features>,
 }
 
 /// What of the model's weights an attacker has.
@@ -168,9 +171,28 @@ pub(crate) fn run(args: &Args, command: String) -> Result<Report> {
     let python = trainer::python(args.python.as_deref(), args.venv.as_deref())?;
     let mut trainer = Trainer::start(&python, folder.path(), args.threads)?;
 
-    let probe = probed(&victim, &texts, args.transcript.as_deref())?;
     let reference = Reference::new(&victim, texts.held_out.clone())?;
-    let (attackers, answers) = ask(args, &victim, policies, &questions)?;
+    let (mut attackers, answers) = ask(args, &victim, policies, &questions)?;
+    let recorded = match args.recorded {
+        0 => None,
+        count => Some(recorded(
+            args,
+            &victim,
+            &questions,
+            &answers[0],
+            count,
+            folder.path(),
+        )?),
+    };
+    let probe = match &recorded {
+        Some(recorded) => probed_recorded(recorded)?,
+        None => probed(&victim, &texts, args.transcript.as_deref())?,
+    };
+    if let Some(recorded) = &recorded {
+        // Before the last, who has everything.
+        let at = attackers.len() - 1;
+        attackers.splice(at..at, with_transcripts(recorded, folder.path())?);
+    }
     let weights = folder.path().join("weights");
     let tensors = victim.write_weights(&weights)?;
     let school = School {
@@ -218,6 +240,7 @@ pub(crate) fn run(args: &Args, command: String) -> Result<Report> {
             steps: args.steps,
             batch: args.batch,
             seeds: args.seeds,
+            recorded: recorded.as_ref().map_or(0, |recorded| recorded.texts.len()),
             offloaded: OFFLOADED.map(str::to_owned).to_vec(),
         },
         points,
@@ -258,6 +281,7 @@ fn ask(
         told: told.to_owned(),
         answers,
         takes,
+        transcript: None,
     };
     let mut attackers = vec![
         attacker("untrained", "nothing", None, Takes::Nothing),
@@ -292,6 +316,56 @@ fn ask(
         answers.push(runtime.block_on(service.ask_all(&words, &queries))?);
     }
     Ok((attackers, answers))
+}
+
+/// Has the first questions and their answers computed by a worker, as whoever runs it and asks would see it.
+fn recorded(
+    args: &Args,
+    victim: &Victim,
+    questions: &[Vec<u32>],
+    answers: &[Answer],
+    count: usize,
+    folder: &Path,
+) -> Result<Recorded> {
+    let whole = |(prompt, answer): (&Vec<u32>, &Answer)| {
+        let mut text = [prompt.as_slice(), &answer.tokens].concat();
+        text.truncate(victim.context());
+        text
+    };
+    let texts: Vec<_> = questions
+        .iter()
+        .zip(answers)
+        .map(whole)
+        .take(count)
+        .collect();
+    eprintln!("recording what a worker is sent for {} texts", texts.len());
+    let worker = Worker::find(args.worker.as_ref(), folder)?;
+    let own = folder.join("transcript");
+    let file = args.transcript.as_deref().unwrap_or(&own);
+    record(victim, texts, args.threads, &worker, (file, folder))
+}
+
+/// Those who have answers, the matrices of a worker, and what it was sent.
+fn with_transcripts(recorded: &Recorded, folder: &Path) -> Result<[Attacker; 2]> {
+    let attacker = |name, told: &str, transcript| Attacker {
+        name,
+        told: told.to_owned(),
+        answers: Some(0),
+        takes: Takes::Offloaded,
+        transcript: Some(transcript),
+    };
+    Ok([
+        attacker(
+            "transcripts",
+            "answers, matrices of a worker, and what it was sent",
+            recorded.masked_features(folder.join("masked"))?,
+        ),
+        attacker(
+            "unmasked",
+            "the same, sent without pads",
+            recorded.plain_features(folder.join("plain"))?,
+        ),
+    ])
 }
 
 fn read_key(path: &Path) -> Result<String> {
@@ -344,6 +418,7 @@ impl School<'_> {
                 log_probabilities: &rows,
                 prompts: &self.reference.prompts,
                 tokens: CONTINUED_BY,
+                transcript: attacker.transcript.as_ref(),
             };
             eprintln!("student: {name}");
             let mut last = Instant::now();
@@ -418,9 +493,39 @@ fn probed(victim: &Victim, texts: &Texts, keep: Option<&Path>) -> Result<Probe> 
         .collect();
     Ok(Probe {
         stack: stack.name.clone(),
+        recorded: false,
         classes: frequent.len(),
         masked: probe(&masked, &labels, frequent.len()),
         plain: probe(&plain, &labels, frequent.len()),
+    })
+}
+
+/// What can be read off the recorded rows of the first stack.
+fn probed_recorded(recorded: &Recorded) -> Result<Probe> {
+    let FirstRows {
+        stack,
+        masked,
+        plain,
+        tokens,
+    } = recorded.first_rows()?;
+    let frequent = most_frequent(&tokens, PROBED);
+    let label = |token: &u32| frequent.iter().position(|known| known == token);
+    let chosen: Vec<(usize, usize)> = tokens
+        .iter()
+        .enumerate()
+        .filter_map(|(row, token)| Some((row, label(token)?)))
+        .take(PROBED_ROWS)
+        .collect();
+    let labels: Vec<usize> = chosen.iter().map(|(_, label)| *label).collect();
+    let of = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
+        chosen.iter().map(|(row, _)| rows[*row].clone()).collect()
+    };
+    Ok(Probe {
+        stack: stack.to_owned(),
+        recorded: true,
+        classes: frequent.len(),
+        masked: probe(&of(&masked), &labels, frequent.len()),
+        plain: probe(&of(&plain), &labels, frequent.len()),
     })
 }
 

@@ -4,13 +4,16 @@
 //! ```text
 //! → {"job": "student", "name", "architecture", "weights": {"file", "tensors": [{"name", "shape", "offset"}]},
 //!    "take": [names], "examples": file, "steps", "batch", "rate", "seed", "held_out": [[ids]], "log_probabilities": file,
-//!    "prompts": [[ids]], "continue": tokens}
+//!    "prompts": [[ids]], "continue": tokens,
+//!    "transcript": null or {"file", "lengths": [tokens], "stacks": [{"name", "columns", "offset", "rotation"}]}}
 //! ← {"event": "ready", "torch"} once, then for each job {"event": "step", "step", "loss"}…, and at its end
 //!    {"event": "done", "continuations": [[ids]]} or {"event": "error", "message"}
 //! ```
 //! The script takes `take` of the model's tensors (f32, little-endian) as it finds them and draws the others, trains on the examples, and writes its
 //! log-probabilities behind each token of the held-out texts but the last: f32, little-endian, text by text. An example is
-//! `{"prompt": [ids], "answer": [ids], "told": [[[id, log-probability]]]}`, `told` empty where nothing was.
+//! `{"prompt": [ids], "answer": [ids], "told": [[[id, log-probability]]]}`, `told` empty where nothing was. A transcript has the rows of the
+//! first examples, all tokens of prompt and answer one after the other, for each stack of matrices at its offset: f32 of length 1, as the rotation (a matrix
+//! at its own offset, which rows are multiplied with from the right) leaves them.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read as _, Write as _};
@@ -20,6 +23,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::recorded::Features;
 use crate::victim::{Architecture, Placed};
 
 const SCRIPT: &str = include_str!("../../../tools/extraction/student.py");
@@ -45,6 +49,8 @@ pub(crate) struct Job<'a> {
     pub(crate) prompts: &'a [Vec<u32>],
     #[serde(rename = "continue")]
     pub(crate) tokens: usize,
+    /// What a worker saw of the first examples, if that is known.
+    pub(crate) transcript: Option<&'a Features>,
 }
 
 /// The model's tensors, all of them; which a student may know stands in its job.

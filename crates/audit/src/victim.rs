@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use anyhow::{Context, Result, bail};
 use casemate_audit::transcript::{Stack, mask};
@@ -14,6 +14,7 @@ use casemate_container::{
     seal,
 };
 use casemate_enclave::api::Api;
+use casemate_engine::outsource::Outsource;
 use casemate_engine::{Compute, Engine, EngineOptions, Event, Request, Tokenizer};
 use casemate_field::Field;
 use casemate_testkit::{gguf, llama2c};
@@ -21,6 +22,7 @@ use serde::Serialize;
 
 use crate::exit::Usage;
 use crate::metrics::log_softmax;
+use crate::run::OFFLOADED;
 
 /// The name under which it is asked.
 pub(crate) const NAME: &str = "victim";
@@ -96,6 +98,52 @@ impl Victim {
         })
     }
 
+    /// The model as an enclave has it that sends products out: in int8 by rows, of which a worker may have the matrices of
+    /// layers.
+    pub(crate) fn exact(&self, threads: usize, outsource: Arc<dyn Outsource>) -> Result<Engine> {
+        let folder = tempfile::tempdir()?;
+        let sealed = folder.path().join("exact.casemate");
+        let (data_key, provider) = (DataKey::generate(), SigningKey::generate());
+        let sealing = SealOptions {
+            version: 1,
+            public_tensors: OFFLOADED.map(|end| format!("*.{end}")).to_vec(),
+            threads,
+            ..SealOptions::default()
+        };
+        seal(
+            &*self.source,
+            &sealing,
+            &data_key,
+            &provider,
+            &sealed,
+            &Silent,
+        )?;
+        let model = SealedFile::open(&sealed)?
+            .unlock(&data_key, &provider.verifying_key())?
+            .load(threads, &Silent)?;
+        let options = EngineOptions {
+            compute: Compute::Int8Row,
+            threads,
+            max_context: self.context(),
+            ..EngineOptions::default()
+        };
+        Ok(Engine::load_with(
+            model,
+            Vec::new(),
+            &options,
+            Some(outsource),
+            &Silent,
+        )?)
+    }
+
+    /// Bytes of the masks of one token: 4 for each output of each product of the layers.
+    pub(crate) fn bytes_of_masks(&self) -> u64 {
+        let matrices = self.source.tensors().iter();
+        let matrices =
+            matrices.filter(|tensor| OFFLOADED.iter().any(|end| tensor.name.ends_with(end)));
+        matrices.map(|tensor| 4 * tensor.shape[0]).sum()
+    }
+
     fn engine(&self) -> &Engine {
         self.api.engine()
     }
@@ -110,6 +158,11 @@ impl Victim {
 
     pub(crate) fn config(&self) -> &ModelConfig {
         self.source.config()
+    }
+
+    /// Longest text, in tokens.
+    pub(crate) fn context(&self) -> usize {
+        self.engine().context()
     }
 
     pub(crate) fn vocab(&self) -> usize {

@@ -5,20 +5,27 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
+use casemate_audit::transcript;
 use casemate_testkit::gguf;
 use casemate_testkit::models::Tiny;
+use casemate_worker::backend::cpu::Cpu;
+use casemate_worker::connection::Limits;
+use casemate_worker::listener::{Listener, Places, serve};
 use serde_json::Value;
 use tempfile::TempDir;
 
 /// What stands for Python: it is given the script, and runs this instead.
 const UNIFORM: &str = r#"#!/usr/bin/env python3
-import json, math, os, struct, sys
+import hashlib, json, math, os, struct, sys
 folder = os.path.dirname(os.path.abspath(__file__))
 assert sys.argv[1].endswith("student.py") and "AdamW" in open(sys.argv[1]).read()
 print(json.dumps({"event": "ready", "torch": "none"}), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
+    if job["transcript"]:
+        job["transcript"]["bytes"] = hashlib.sha256(open(job["transcript"].pop("file"), "rb").read()).hexdigest()
     job["examples"] = [json.loads(example) for example in open(job["examples"])]
     assert os.path.getsize(job["weights"]["file"]) == 4 * sum(math.prod(t["shape"]) for t in job["weights"]["tensors"])
     with open(os.path.join(folder, "jobs"), "a") as jobs:
@@ -59,11 +66,16 @@ impl Place {
     }
 
     fn run(&self, more: &[&str]) -> Output {
+        self.run_program(Path::new(env!("CARGO_BIN_EXE_casemate-audit")), more)
+    }
+
+    fn run_program(&self, program: &Path, more: &[&str]) -> Output {
         let path = |name| self.at(name).into_os_string();
-        Command::new(env!("CARGO_BIN_EXE_casemate-audit"))
+        Command::new(program)
             .args(["extraction"])
             .args(without(more, "--held-out", ["--held-out", "3"]))
             .args(without(more, "--queries", ["--queries", "6,2"]))
+            .args(without(more, "--recorded", ["--recorded", "0"]))
             .args([
                 "--prompt-tokens",
                 "5",
@@ -185,6 +197,116 @@ fn every_attacker_gets_what_it_may_have_and_is_compared() {
     }
     let page = fs::read_to_string(&html).unwrap();
     assert!(page.contains("Nothing here stops distillation") && page.matches("<svg").count() == 4);
+}
+
+/// Multiplies in this process, for as long as it lives, and returns where.
+fn worker(folder: &Path) -> String {
+    let address = format!("unix:{}", folder.join("worker.sock").display());
+    let listener = Listener::bind(&address.parse().unwrap()).unwrap();
+    let places = Arc::new(Places {
+        device: Arc::new(Cpu::new(1).unwrap()),
+        count: 2,
+        memory: 64 << 20,
+        limits: Limits::default(),
+        identity: None,
+    });
+    std::thread::spawn::<_, ()>(move || serve(&listener, &places));
+    address
+}
+
+#[test]
+fn students_are_given_what_a_worker_was_sent() {
+    let place = Place::new(UNIFORM);
+    let kept = place.at("seen");
+    let output = place.run(&[
+        "--json",
+        "--recorded",
+        "4",
+        "--worker",
+        &worker(place.folder.path()),
+        "--transcript",
+        kept.to_str().unwrap(),
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["protocol"]["recorded"], 4);
+    let probe = &report["probe"];
+    assert_eq!(
+        (&probe["recorded"], &probe["stack"]),
+        (&true.into(), &"blk.0.attn_qkv".into())
+    );
+    let share = |rows: &str, figure: &str| probe[rows][figure].as_f64().unwrap();
+    assert!(
+        share("plain", "right") > share("plain", "by_chance") + 0.3,
+        "{probe}"
+    );
+    assert!(
+        share("masked", "right") < share("masked", "by_chance") + 0.3,
+        "{probe}"
+    );
+
+    // The record is that of the texts: a row for each token at each of two blocks' four stacks.
+    let stacks = transcript::from_bytes(&fs::read(&kept).unwrap()).unwrap();
+    let names: Vec<_> = stacks.iter().map(|stack| stack.name.as_str()).collect();
+    let of_block = ["attn_qkv", "attn_output", "ffn_gate_up", "ffn_down"];
+    let blocks = ["blk.0.", "blk.1."];
+    let expected = blocks
+        .iter()
+        .flat_map(|b| of_block.map(|stack| format!("{b}{stack}")));
+    assert_eq!(names, expected.collect::<Vec<_>>());
+
+    let jobs = jobs(&place.at("jobs"));
+    let with = |attacker: &str| -> Vec<&Value> {
+        let of = jobs
+            .iter()
+            .filter(|job| job["name"].as_str().unwrap().starts_with(attacker));
+        of.map(|job| &job["transcript"]).collect()
+    };
+    for attacker in [
+        "untrained",
+        "shield-all",
+        "soft labels",
+        "gray-box",
+        "no-shield",
+    ] {
+        let given = with(attacker);
+        assert!(
+            !given.is_empty() && given.iter().all(|t| t.is_null()),
+            "{attacker}"
+        );
+    }
+    let rows: Vec<Vec<u8>> = ["transcripts", "unmasked"]
+        .iter()
+        .map(|attacker| {
+            let given = with(attacker);
+            assert_eq!(given.len(), 2, "{attacker}: one for each number of queries");
+            let lengths = given[0]["lengths"].as_array().unwrap();
+            let tokens: u64 = lengths.iter().map(|length| length.as_u64().unwrap()).sum();
+            assert_eq!(lengths.len(), 4);
+            assert_eq!(stacks[0].rows().count() as u64, tokens);
+            assert_eq!(given[0]["stacks"].as_array().unwrap().len(), 8);
+            given[0]["bytes"].as_str().unwrap().as_bytes().to_vec()
+        })
+        .collect();
+    assert_ne!(rows[0], rows[1], "with pads and without");
+}
+
+#[test]
+fn without_a_worker_nothing_is_recorded_and_it_says_what_to_do() {
+    let place = Place::new(UNIFORM);
+    let nowhere = format!("unix:{}", place.at("nobody").display());
+    let output = place.run(&["--recorded", "1", "--worker", &nowhere]);
+    assert_eq!(output.status.code(), Some(40), "{}", said(&output));
+    assert!(
+        said(&output).contains("no worker answers at"),
+        "{}",
+        said(&output)
+    );
+    let lone = place.at("casemate-audit");
+    fs::copy(env!("CARGO_BIN_EXE_casemate-audit"), &lone).unwrap();
+    let output = place.run_program(&lone, &["--recorded", "1"]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("--recorded 0"), "{}", said(&output));
 }
 
 #[test]
