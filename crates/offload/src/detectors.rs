@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use casemate_field::Field;
 use casemate_kernels::team::Team;
+use casemate_testkit::uniform::{self, Bits};
 
 use crate::keys::BootKey;
 use crate::memory::Buffer;
@@ -13,57 +14,17 @@ use crate::pad::{Masked, Pad, Pads};
 use crate::testing::Random;
 
 /// Elements of each kind of message that are looked at.
-const ELEMENTS: usize = 10_000_000;
+pub(crate) const ELEMENTS: usize = 10_000_000;
 const COLUMNS: usize = 4096;
 const ROWS: usize = ELEMENTS.div_ceil(COLUMNS);
 
 /// Distance from what is expected, in standard deviations, that is called a finding.
-const FINDING: f64 = 4.5;
-
-/// Which 16 bits of an element are counted.
-#[derive(Clone, Copy, Debug)]
-enum Bits {
-    High,
-    Low,
-}
-
-/// How far the distribution over 2^16 bins is from that of uniform elements: Pearson's chi-square with
-/// each bin's exact probability, in standard deviations. Too even is as suspicious as too uneven.
-fn chi_square<'a>(field: Field, bits: Bits, rows: impl Iterator<Item = &'a [u32]>) -> f64 {
-    const BINS: u32 = 1 << 16;
-    let (p, width) = (u64::from(field.modulus()), 1u64 << (field.bits() - 16));
-    let mut seen = vec![0u64; BINS as usize];
-    let mut total = 0;
-    for row in rows {
-        for x in row {
-            let bin = match bits {
-                Bits::High => *x >> (field.bits() - 16),
-                Bits::Low => *x & (BINS - 1),
-            };
-            seen[bin as usize] += 1;
-            total += 1;
-        }
-    }
-    let statistic: f64 = (0..u64::from(BINS))
-        .zip(&seen)
-        .map(|(bin, seen)| {
-            // How many elements fall into the bin.
-            let elements = match bits {
-                Bits::High => p.min((bin + 1) * width) - p.min(bin * width),
-                Bits::Low => (p - bin).div_ceil(u64::from(BINS)),
-            };
-            let expected = total as f64 * elements as f64 / p as f64;
-            (*seen as f64 - expected).powi(2) / expected
-        })
-        .sum();
-    let freedom = f64::from(BINS - 1);
-    (statistic - freedom) / (2.0 * freedom).sqrt()
-}
+pub(crate) const FINDING: f64 = 4.5;
 
 /// How many pairs of rows look as if they had one pad: the difference of two int8 numbers is at most
 /// 254 in magnitude, that of two uniform elements almost never is. Among 64 columns chance has it three
 /// times in fewer than one pair of ten billion.
-fn pairs_with_one_pad(field: Field, rows: &[&[u32]]) -> usize {
+pub(crate) fn pairs_with_one_pad(field: Field, rows: &[&[u32]]) -> usize {
     let mut near = HashMap::new();
     for column in 0..64 {
         // All rows have one pad: that is enough.
@@ -93,7 +54,11 @@ fn pairs_with_one_pad(field: Field, rows: &[&[u32]]) -> usize {
 
 /// How well a linear classifier, trained on transcripts of two prompts, tells others of them apart: the
 /// area under its curve. 0.5 is guessing.
-fn area_under_curve(train: &[Vec<f32>; 2], held_out: &[Vec<f32>; 2], features: usize) -> f64 {
+pub(crate) fn area_under_curve(
+    train: &[Vec<f32>; 2],
+    held_out: &[Vec<f32>; 2],
+    features: usize,
+) -> f64 {
     // Features on one scale.
     let all = || train.iter().flat_map(|class| class.chunks_exact(features));
     let count = all().count() as f64;
@@ -191,6 +156,11 @@ fn shares(pads: &Pads, field: Field) -> [Vec<Masked>; 2] {
     });
     let (first, second) = rows.map(|[first, second]| (first, second)).unzip();
     [first, second]
+}
+
+/// Over the 2^16 highest or lowest bits.
+fn chi_square<'a>(field: Field, bits: Bits, rows: impl Iterator<Item = &'a [u32]>) -> f64 {
+    uniform::chi_square(field, bits, 16, rows.flatten().copied())
 }
 
 fn elements(rows: &[Masked]) -> impl Iterator<Item = &[u32]> {

@@ -47,6 +47,8 @@ pub mod tls;
 mod detectors;
 #[cfg(test)]
 mod testing;
+#[cfg(all(test, feature = "engine"))]
+mod transcripts;
 
 pub use keys::BootKey;
 pub use link::{Connect, Fault, Transport};

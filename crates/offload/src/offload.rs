@@ -234,6 +234,14 @@ impl Offload {
         }
     }
 
+    /// With other pads, before anything uses them.
+    #[cfg(test)]
+    pub(crate) fn with_pads(mut self, pads: Pads) -> Offload {
+        let shared = Arc::get_mut(&mut self.shared).expect("nobody has it yet");
+        shared.pads = pads;
+        self
+    }
+
     /// Adds a matrix that workers may multiply with.
     ///
     /// # Errors
